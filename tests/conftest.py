@@ -1,0 +1,46 @@
+"""What every test may use: the real-data folder, and `torchrun` on this machine."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real text and tokenizers named by MINIXLLM_TEST_DATA; tests that need it are skipped without it."""
+    folder = os.environ.get("MINIXLLM_TEST_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("MINIXLLM_TEST_DATA names no folder of test data")
+    return Path(folder)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture
+def torchrun():
+    """torchrun(nproc, script, *args) runs the script under torchrun on the CPU and returns the finished process.
+
+    The repository root is the working directory and on the import path. One thread a process, so that results do
+    not depend on how the machine's cores are shared out.
+    """
+
+    def run(nproc: int, script, *args, timeout: float = 300, check: bool = True, env: dict | None = None):
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}",
+                   f"--master-port={free_port()}", str(script), *map(str, args)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
+        done = subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True)
+        if check and done.returncode != 0:
+            raise AssertionError(f"{' '.join(command)} exited {done.returncode}\n{done.stdout}\n{done.stderr}")
+        return done
+
+    return run
