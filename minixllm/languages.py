@@ -32,6 +32,7 @@ def _parse(table: str) -> dict[str, Language]:
     rows = [[cell.strip() for cell in line.split("|")] for line in table.strip().splitlines()]
     return {row[0]: Language(*row) for row in rows}
 
+
 LANGUAGES = _parse("""
 afr       | af  | Afrikaans            | Afrikaans          | Latn | mid
 amh       | am  | Amharic              | አማርኛ               | Ethi | low
