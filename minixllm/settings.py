@@ -1,0 +1,149 @@
+"""Settings: one dataclass a script, read from flags and from a TOML recipe.
+
+    @dataclass
+    class Settings:
+        learning_rate: float = setting(1e-4, "peak learning rate")
+
+    settings = parse(Settings, argv)     # --learning-rate 3e-4, --config recipe.toml, --help
+
+A flag beats the recipe, the recipe beats the default. An unknown flag or key is an error that names the nearest one.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+import tomllib
+import types
+import typing
+from pathlib import Path
+
+from minixllm.errors import UserError
+
+
+def setting(default, help: str, choices=None):
+    """A dataclass field with its meaning. A list default makes a flag that takes several values."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse(cls, argv=None, embedded: dict | None = None, needs=("model", "data"), description: str | None = None):
+    """An instance of the dataclass `cls` from `argv` (sys.argv[1:] when None).
+
+    `embedded` holds the values that replace the defaults in the embedded default run, that is when none of the
+    settings `needs` is given by flag or recipe; --help shows both. Raises UserError for whatever the user got wrong.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    embedded = embedded or {}
+    parser = _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.add_argument("--config", metavar="RECIPE.toml", help="a TOML file of these settings; flags beat it")
+    for name, field in fields.items():
+        _add_flag(parser, name, field, hints[name], embedded)
+    flags = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
+
+    recipe = {}
+    if "config" in flags:
+        recipe = _read_recipe(flags.pop("config"), fields, hints)
+    given = recipe | flags
+    return cls(**(given if any(name in given for name in needs) else embedded | given))
+
+
+def run(main) -> None:
+    """Run a script's `main(argv)`: a UserError becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
+    script = Path(sys.argv[0]).name
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        script += f" (rank {os.environ['RANK']})"
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"{script}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; --help lists the flags")
+
+    def parse_args(self, argv):
+        known, unknown = self.parse_known_args(argv)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            if not flag.startswith("-"):
+                raise UserError(f"unexpected argument {flag!r}: every setting is given as --name value")
+            raise UserError(f"unknown flag {flag}{_nearest(flag, self._option_string_actions)}; --help lists the flags")
+        return known
+
+
+def _add_flag(parser, name, field, hint, embedded):
+    kind, several = _scalar(hint)
+    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    shown = _show(default)
+    if name in embedded and embedded[name] != default:
+        shown += f"; in the embedded default run: {_show(embedded[name])}"
+    options = {"help": f"{field.metadata.get('help', '')} (default: {shown})".strip().replace("%", "%%")}
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options |= {"type": kind, "choices": field.metadata.get("choices"), "metavar": kind.__name__.upper()}
+        if options["choices"]:
+            del options["metavar"]
+        if several:
+            options["nargs"] = "+"
+    parser.add_argument("--" + name.replace("_", "-"), dest=name, **options)
+
+
+def _read_recipe(path, fields, hints) -> dict:
+    try:
+        with open(path, "rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: expected a TOML recipe") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not TOML: {error}") from None
+    values = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in fields:
+            raise UserError(f"{path}: unknown key {key!r}{_nearest(name, fields)}")
+        values[name] = _checked(f"{path}: {key}", value, hints[name], fields[name].metadata.get("choices"))
+    return values
+
+
+def _checked(where, value, hint, choices):
+    """A TOML value as the field's type; int stands for float, and one value for a list of one."""
+    kind, several = _scalar(hint)
+    values = value if several and isinstance(value, list) else [value]
+    for i, item in enumerate(values):
+        if kind is float and type(item) is int:
+            values[i] = item = float(item)
+        if type(item) is not kind:
+            raise UserError(f"{where}: found {item!r}, expected {'a list of ' if several else ''}{kind.__name__}")
+        if choices and item not in choices:
+            raise UserError(f"{where}: found {item!r}, expected one of {', '.join(map(repr, choices))}")
+    return values if several else values[0]
+
+
+def _scalar(hint):
+    """(type, whether a list of it) of a field's annotation: T, T | None or list[T]."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(arg for arg in typing.get_args(hint) if arg is not types.NoneType)
+    if typing.get_origin(hint) is list:
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+def _nearest(name, names) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f": did you mean {close[0]}?" if close else ""
+
+
+def _show(value) -> str:
+    return "none" if value is None or value == [] else " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,94 @@
+"""Settings: flags, recipes, and what is said to a user who mistypes."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from minixllm import settings as settings_module
+from minixllm.errors import UserError
+from minixllm.settings import parse, setting
+
+
+@dataclass
+class Settings:
+    model: str | None = setting(None, "directory of the model")
+    data: list[str] = setting([], "files of records")
+    learning_rate: float = setting(1e-4, "peak learning rate, 100 % of it")
+    batch_size: int = setting(256, "rows a step")
+    resume: bool = setting(False, "continue")
+    dtype: str = setting("auto", "compute type", choices=("auto", "float32"))
+
+
+def test_defaults_flags_and_recipe(tmp_path):
+    assert parse(Settings, []) == Settings()
+    flags = ["--data", "a", "b", "--learning-rate", "3e-4", "--resume", "--dtype=float32"]
+    assert parse(Settings, flags) == Settings(data=["a", "b"], learning_rate=3e-4, resume=True, dtype="float32")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('data = "x.json"\nbatch-size = 8\nlearning_rate = 1\nresume = true\n')
+    assert parse(Settings, ["--config", str(recipe), "--batch-size", "4", "--no-resume"]) == Settings(
+        data=["x.json"], batch_size=4, learning_rate=1.0, resume=False)
+
+
+def test_embedded_defaults_yield_to_what_is_given(tmp_path):
+    embedded = {"batch_size": 2, "learning_rate": 0.01}
+    assert parse(Settings, [], embedded) == Settings(batch_size=2, learning_rate=0.01)
+    assert parse(Settings, ["--batch-size", "3"], embedded) == Settings(batch_size=3, learning_rate=0.01)
+    assert parse(Settings, ["--model", "m"], embedded) == Settings(model="m")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('model = "m"')
+    assert parse(Settings, ["--config", str(recipe)], embedded) == Settings(model="m")
+
+
+def test_help_shows_meaning_and_both_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Settings, ["--help"], {"batch_size": 2})
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "peak learning rate, 100 % of it (default: 0.0001)" in text
+    assert "rows a step (default: 256; in the embedded default run: 2)" in text
+    assert "--resume, --no-resume" in text and "files of records (default: none)" in text
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["--learning-rat", "1"], ["unknown flag --learning-rat", "did you mean --learning-rate?"]),
+    (["--lerning_rate=1"], ["unknown flag --lerning_rate", "did you mean --learning-rate?"]),
+    (["--batch-size", "many"], ["--batch-size", "'many'", "int"]),
+    (["--batch-size"], ["--batch-size"]),
+    (["--dtype", "fp8"], ["--dtype", "'fp8'", "auto"]),
+    (["records.json"], ["'records.json'", "--name value"]),
+    (["--config", "/nowhere.toml"], ["/nowhere.toml", "No such file"]),
+])
+def test_bad_flags(argv, said):
+    with pytest.raises(UserError) as error:
+        parse(Settings, argv)
+    assert all(part in str(error.value) for part in said) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text, said", [
+    ("batch_sise = 3", ["recipe.toml", "unknown key 'batch_sise'", "did you mean batch_size?"]),
+    ('batch_size = "3"', ["recipe.toml: batch_size", "'3'", "expected int"]),
+    ("batch_size = true", ["batch_size", "expected int"]),
+    ("data = [1]", ["data", "found 1", "a list of str"]),
+    ('dtype = "fp8"', ["dtype", "'fp8'", "'float32'"]),
+    ("resume = 1", ["resume", "expected bool"]),
+    ("batch_size = = 3", ["recipe.toml", "not TOML", "line 1"]),
+    ("[training]\nbatch_size = 3", ["unknown key 'training'"]),
+])
+def test_bad_recipes(tmp_path, text, said):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(text)
+    with pytest.raises(UserError) as error:
+        parse(Settings, ["--config", str(recipe)])
+    assert all(part in str(error.value) for part in said)
+
+
+def test_a_mistake_is_one_line_and_exit_status_2(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("from minixllm.settings import run\nfrom minixllm.errors import UserError\n"
+                      "def main(argv):\n    raise UserError('x.json line 3: not JSON')\nrun(main)\n")
+    root = str(settings_module.__file__).rsplit("/", 2)[0]
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env={"PYTHONPATH": root})
+    assert done.returncode == 2
+    assert done.stderr == "script.py: error: x.json line 3: not JSON\n"
