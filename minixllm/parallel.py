@@ -1,0 +1,145 @@
+"""Processes and devices: torchrun or plain python, FSDP2 on any number of them, and what happens when one dies."""
+
+import contextlib
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from minixllm.errors import UserError
+
+HANG = timedelta(minutes=10)  # a collective that takes longer has lost a peer; a peer that dies is noticed at once
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The element-wise sum of a small tensor over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value) -> list:
+        """Every process's `value` (any object), in the order of ranks, on every process."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.all_reduce(torch.zeros(1, device=self.device))
+
+    @contextlib.contextmanager
+    def one_by_one(self):
+        """The first process runs the block alone, then the others: for files that one process makes and all read.
+
+        The others wait as long as it takes (a token cache of millions of records takes hours).
+        """
+        if self.size == 1:
+            yield
+            return
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        if not self.first:
+            dist.barrier(patient)
+        yield
+        if self.first:
+            dist.barrier(patient)
+        dist.barrier(patient)
+        dist.destroy_process_group(patient)
+
+
+def setup(device: str | None = None) -> World:
+    """This process's place in the world: torchrun's, or a world of one under plain python.
+
+    `device`: "cpu" or "cuda"; None takes CUDA where there is one. One process a GPU; gloo between CPU processes.
+    """
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} found, "
+                            "expected one for each process (torchrun --nproc-per-node)")
+        torch.cuda.set_device(local_rank)
+        place = torch.device("cuda", local_rank)
+    else:
+        place = torch.device("cpu")
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=HANG)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=HANG)
+    size = dist.get_world_size()
+    return World(dist.get_rank(), size, local_rank, place, init_device_mesh(kind, (size,)))
+
+
+def close() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard(model, world: World, dtype: torch.dtype):
+    """FSDP2 over `model` in place: one group a block, and a root group for embedding, head and last norm together.
+
+    Weights, gradients and their reduction stay in the parameters' own type (fp32); the forward and backward compute in
+    `dtype`. Gradients are *summed* over processes, for the loss is already divided by the global count.
+    """
+    # Inputs are not cast: blocks receive fp32 rotary angles and integer positions that must stay what they are.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in (*model.blocks, model):
+        # A world of one has nothing to free by resharding after the forward; it would only copy the weights again.
+        fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=world.size > 1)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # without it a factor of 1 asks for an operation only NCCL has
+    return model
+
+
+def native_bf16(device) -> bool:
+    """Whether `device` multiplies bf16 in hardware (emulated bf16 is slower than fp32)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    with contextlib.suppress(OSError):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            flags = next((line for line in file if line.startswith(("flags", "Features"))), "").split()
+        return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
+    return False
+
+
+def compute_dtype(name: str, device) -> torch.dtype:
+    """The torch type of "bfloat16", "float32" or "auto" (bf16 where it is native)."""
+    if name == "auto":
+        return torch.bfloat16 if native_bf16(device) else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+@contextlib.contextmanager
+def explain_lost_peers(world: World, doing: str):
+    """Turn the failure of a collective into one line that says what happened; `doing` names the moment."""
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        text = str(error)
+        lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "imed out", "gloo/transport",
+                "NCCL", "Connection refused")
+        if world.size == 1 or not (isinstance(error, dist.DistError) or any(part in text for part in lost)):
+            raise
+        raise UserError(f"{doing}: another process died or hangs, see its own message "
+                        f"(rank {world.rank} on {socket.gethostname()} was told: {text.splitlines()[0][:200]}). "
+                        "Nothing was saved since the last checkpoint; --resume continues from it") from None
