@@ -1,0 +1,125 @@
+"""Causal attention over documents laid end to end, with or without ALiBi, by PyTorch's own kernels.
+
+Batches are flat: the tokens of several documents follow one another along one axis of N tokens, with no padding, and
+no document sees another. On a CPU each document is one call of `scaled_dot_product_attention`, which spends nothing
+on the blocks between documents; on a GPU one compiled FlexAttention kernel skips them.
+"""
+
+import functools
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+
+def alibi_slopes(num_heads: int, device="cpu") -> torch.Tensor:
+    """The slope of each head, (H,) fp32 (Press et al. 2022, "Train Short, Test Long", section 3).
+
+    2^(-8h/n) for h = 1..n when n is a power of two; otherwise the slopes of the power of two below, followed by every
+    second slope of the power of two above.
+    """
+    below = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * h / below) for h in range(1, below + 1)]
+    slopes += [2 ** (-4 * h / below) for h in range(1, 2 * (num_heads - below), 2)]
+    return torch.tensor(slopes, dtype=torch.float32, device=device)
+
+
+def causal_attention(query, key, value, slopes=None) -> torch.Tensor:
+    """Attention of one document: query (n, H, D), key and value (m, KV, D) -> (n, H, D).
+
+    The queries are the last n of the m positions. `slopes` (H,) adds ALiBi.
+    """
+    n, m = query.shape[0], key.shape[0]
+    mask = None
+    if slopes is not None or 1 < n < m:  # `is_causal` would align the queries with the first n keys, not the last
+        mask = causal_mask(n, m, slopes, query.dtype, query.device)
+    heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, heads, tokens, D)
+    output = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None and n == m,
+                                            enable_gqa=query.shape[1] != key.shape[1])
+    return output.squeeze(0).transpose(0, 1)
+
+
+@functools.lru_cache(maxsize=2)
+def _distances(n: int, m: int, device) -> torch.Tensor:
+    """(n, m): how far key j lies behind query i, as a number <= 0; -inf where it lies ahead."""
+    distance = torch.arange(m, device=device) - torch.arange(m - n, m, device=device)[:, None]
+    return distance.float().masked_fill(distance > 0, -math.inf)
+
+
+def causal_mask(n: int, m: int, slopes, dtype, device) -> torch.Tensor:
+    """What is added to the scores of the last n of m positions: (1, H, n, m) with ALiBi, (n, m) without."""
+    distances = _distances(n, m, device)
+    if slopes is None:
+        return distances.clamp(max=0).masked_fill(distances > -math.inf, 0).to(dtype)
+    return (slopes[:, None, None] * distances).unsqueeze(0).to(dtype)
+
+
+class Packed:
+    """Documents laid end to end, each blind to the others.
+
+    documents: for each, an int (that many tokens, causal), or a pair (trunk, [branch, ...]): a shared beginning of
+    `trunk` tokens followed by its continuations, each of which sees the trunk and itself, never its siblings. A
+    continuation's positions start at `trunk`, as if it followed the trunk alone.
+    """
+
+    def __init__(self, documents, device="cpu"):
+        self.documents = [(d, []) if isinstance(d, int) else (d[0], list(d[1])) for d in documents]
+        self.device = torch.device(device)
+        position_ids = [torch.arange(start, start + length) for trunk, branches in self.documents
+                        for start, length in [(0, trunk), *((trunk, branch) for branch in branches)]]
+        self.position_ids = torch.cat(position_ids).to(device) if position_ids else torch.zeros(0, dtype=torch.long)
+        self.num_tokens = len(self.position_ids)
+
+    def attend(self, layer_idx, query, key, value, slopes=None) -> torch.Tensor:
+        """query (N, H, D), key and value (N, KV, D) -> (N, H, D); `slopes` (H,) adds ALiBi."""
+        if query.device.type == "cuda":
+            return self._attend_flex(query, key, value, slopes)
+        lengths = [length for trunk, branches in self.documents for length in (trunk, *branches)]
+        # one split a tensor, as its backward is one concatenation: that of a slice would fill N rows with zeros
+        parts = zip(query.split(lengths), key.split(lengths), value.split(lengths))
+        outputs = []
+        for _, branches in self.documents:
+            q, trunk_k, trunk_v = next(parts)
+            outputs.append(causal_attention(q, trunk_k, trunk_v, slopes))
+            for q, k, v in itertools.islice(parts, len(branches)):
+                outputs.append(causal_attention(q, torch.cat([trunk_k, k]), torch.cat([trunk_v, v]), slopes))
+        return torch.cat(outputs)
+
+    # FlexAttention: the same documents as a rule about pairs of tokens
+
+    @functools.cached_property
+    def mask_mod(self):
+        """Whether query q sees key k, as FlexAttention asks it."""
+        segments = [(document, branch, length) for document, (trunk, branches) in enumerate(self.documents)
+                    for branch, length in enumerate((trunk, *branches))]  # branch 0 is the trunk
+        lengths = torch.tensor([length for *_, length in segments])
+        document, branch = (torch.tensor(ids).repeat_interleave(lengths).to(self.device)
+                            for ids in ([d for d, *_ in segments], [b for _, b, _ in segments]))
+
+        def sees(b, h, q, k):
+            return (q >= k) & (document[q] == document[k]) & ((branch[k] == 0) | (branch[k] == branch[q]))
+
+        return sees
+
+    @functools.cached_property
+    def block_mask(self):
+        return create_block_mask(self.mask_mod, None, None, self.num_tokens, self.num_tokens, device=self.device)
+
+    def score_mod(self, slopes):
+        """ALiBi as FlexAttention asks it: by position in the document, which in a branch is not the place in the row."""
+        position_ids = self.position_ids
+        return lambda score, b, h, q, k: score + slopes[h] * (position_ids[k] - position_ids[q])
+
+    def _attend_flex(self, query, key, value, slopes, flex=None):
+        heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+        output = (flex or _compiled_flex())(*heads_first, block_mask=self.block_mask,
+                                            score_mod=None if slopes is None else self.score_mod(slopes),
+                                            enable_gqa=query.shape[1] != key.shape[1])
+        return output.squeeze(0).transpose(0, 1)
+
+
+@functools.cache
+def _compiled_flex():
+    return torch.compile(flex_attention)

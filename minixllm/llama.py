@@ -1,0 +1,209 @@
+"""LLaMA, whole in one file: versions 1 to 3.2, and whatever else saves as `LlamaForCausalLM`.
+
+Parameter names are Hugging Face's, so that a safetensors file loads with no renaming. Sizes in the comments:
+N tokens of documents laid end to end, d hidden_size, H query heads, KV key and value heads, D head_dim, V vocabulary.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from minixllm.attention import Packed
+from minixllm.errors import UserError
+from minixllm.losses import token_logps
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The settings of config.json that the architecture has, under their Hugging Face names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None             # None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None        # {"rope_type": "linear" | "llama3", "factor": ..., ...}
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = 1
+    eos_token_id: int | list | None = 2
+    pad_token_id: int | None = None
+
+    def __post_init__(self):
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "LlamaConfig":
+        """Reads config.json, in the spelling of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters)."""
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        settings = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+        settings["rope_theta"] = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+        rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
+        settings["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+        return cls(**settings)
+
+    def to_dict(self) -> dict:
+        """The contents of config.json, in a spelling that transformers 4 and 5 both read."""
+        return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", **asdict(self)}
+
+
+def rotary_angles(config: LlamaConfig, position_ids: torch.Tensor):
+    """Cosines and sines of position times frequency: (N,) -> two (N, 1, D) fp32 (Su et al. 2021, RoFormer, eq. 34).
+
+    Always fp32: bf16 cannot tell 256 from 257.
+    """
+    D = config.head_dim
+    frequencies = config.rope_theta ** -(torch.arange(0, D, 2, device=position_ids.device).float() / D)  # (D/2,)
+    scaling = config.rope_scaling
+    if scaling and scaling["rope_type"] == "linear":
+        frequencies = frequencies / scaling["factor"]
+    elif scaling and scaling["rope_type"] == "llama3":
+        # Slow frequencies are divided by the factor, fast ones kept, those between interpolated.
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = kept * frequencies + (1 - kept) * frequencies / scaling["factor"]
+    angles = torch.outer(position_ids.float(), frequencies)
+    angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)  # (N, 1, D): half-split layout, not interleaved
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, rotary) -> torch.Tensor:
+    """Rotates each pair (x[i], x[i + D/2]) of x (N, heads, D) by its angle."""
+    cos, sin = rotary
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class LlamaRMSNorm(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+
+    def forward(self, hidden):
+        x = hidden.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x.to(hidden.dtype)  # rounded before the weight, as Hugging Face does
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.layer_idx, self.head_dim = layer_idx, config.head_dim
+        d, D, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.q_proj = nn.Linear(d, config.num_attention_heads * D, bias)
+        self.k_proj = nn.Linear(d, config.num_key_value_heads * D, bias)
+        self.v_proj = nn.Linear(d, config.num_key_value_heads * D, bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, d, bias)
+
+    def forward(self, hidden, rotary, context):
+        N = hidden.shape[0]
+        query = self.q_proj(hidden).view(N, -1, self.head_dim)  # (N, H, D)
+        key = self.k_proj(hidden).view(N, -1, self.head_dim)  # (N, KV, D)
+        value = self.v_proj(hidden).view(N, -1, self.head_dim)
+        attended = context.attend(self.layer_idx, rotate(query, rotary), rotate(key, rotary), value)
+        return self.o_proj(attended.reshape(N, -1))
+
+
+class LlamaMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(d, width, bias)
+        self.up_proj = nn.Linear(d, width, bias)
+        self.down_proj = nn.Linear(width, d, bias)
+
+    def forward(self, hidden):
+        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.self_attn = LlamaAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config)
+        self.post_attention_layernorm = LlamaRMSNorm(config)
+
+    def forward(self, hidden, rotary, context):
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, context)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Llama(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(LlamaBlock(config, i) for i in range(config.num_hidden_layers)),
+            "norm": LlamaRMSNorm(config),
+        })
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self):
+        """Makes a tied head the embedding again; to be called after `to_empty`, which unties silently."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.layers
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.lm_head
+
+    def init_weights(self, name: str, tensor: torch.Tensor, generator: torch.Generator):
+        """Fills the whole tensor of one parameter as Hugging Face initialises it."""
+        if name.endswith("norm.weight"):
+            tensor.fill_(1.0)
+        elif name.endswith(".bias"):
+            tensor.zero_()
+        else:
+            tensor.normal_(0.0, self.config.initializer_range, generator=generator)
+
+    def forward(self, input_ids, context=None, labels=None, positions=None):
+        """input_ids (N,) laid out as `context` says, or (B, T): B documents of T tokens.
+
+        Returns the logits (N, V) or (B, T, V); with `positions` (M,) only those rows of them, (M, V). With `labels`,
+        already shifted (labels[i] is the token to predict at i, -100 for none), returns instead the labels'
+        log-probabilities in fp32, shaped as the labels, 0 where there is none; the logits are then never held whole.
+        """
+        shape = input_ids.shape
+        if context is None:
+            context = Packed([shape[1]] * shape[0], input_ids.device)
+        hidden = self.model.embed_tokens(input_ids.reshape(-1))  # (N, d)
+        rotary = rotary_angles(self.config, context.position_ids)
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(block, hidden, rotary, context, use_reentrant=False)
+            else:
+                hidden = block(hidden, rotary, context)
+        hidden = self.model.norm(hidden)
+        if labels is not None:
+            return token_logps(hidden, self.lm_head.weight, labels.reshape(-1)).view(shape)
+        if positions is not None:
+            return self.lm_head(hidden[positions])
+        return self.lm_head(hidden).view(*shape, -1)
