@@ -1,0 +1,241 @@
+"""Text <-> token ids: SentencePiece models, read from the files Hugging Face users have.
+
+A tokenizer here offers `encode`, `decode`, `stream`, `save` and the ids `bos_id`, `eos_id`, `pad_id` (None where the
+model has none). What a user types is only ever text: "</s>" in it gives ordinary pieces, never the control id.
+"""
+
+import codecs
+import hashlib
+import io
+import json
+from pathlib import Path
+
+from minixllm.errors import UserError, atomic_write
+
+# A tokenizer's files in a model directory, besides the one it is read from; `save` carries them along.
+COMPANIONS = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+              "chat_template.jinja")
+
+
+class Tokenizer:
+    """What both kinds share: the files beside the model, and which ids they choose as bos, eos and pad.
+
+    Attributes: vocab_size, bos_id, eos_id, pad_id, and `fingerprint`, a sha256 of everything the ids depend on (the
+    key of token caches). Pickles as its path, so that worker processes read the file again.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        beside = self.path.parent
+        self.config = read_json(beside / "special_tokens_map.json") | read_json(beside / "tokenizer_config.json")
+        try:
+            self.model_bytes = self.path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.path}: no tokenizer to read: {error.strerror}") from None
+
+    def __reduce__(self):
+        return type(self), (self.path,)
+
+    def choose_special(self, ids: dict[str, int], defaults: dict[str, int | None]):
+        """Set bos_id, eos_id, pad_id from the names in tokenizer_config.json, else from `defaults`.
+
+        ids: the id of each token by its text.
+        """
+        for kind in ("bos", "eos", "pad"):
+            name = self.config.get(f"{kind}_token")
+            name = name.get("content") if isinstance(name, dict) else name
+            if name is not None and name not in ids:
+                raise UserError(f"{self.path.parent / 'tokenizer_config.json'}: {kind}_token {name!r} is no token "
+                                f"of {self.path.name}")
+            setattr(self, f"{kind}_id", defaults.get(kind) if name is None else ids[name])
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.config.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise UserError(f"{self.path.parent / 'tokenizer_config.json'}: {key} is {value!r}, expected true or false")
+        return default if value is None else value
+
+    def sign(self, *choices):
+        self.fingerprint = hashlib.sha256(self.model_bytes + repr(choices).encode()).hexdigest()
+
+    def save_files(self, directory, name: str, config: dict):
+        """Write the model as `name`, `config` as tokenizer_config.json, and the companions found beside the original."""
+        directory = Path(directory)
+        with atomic_write(directory / name, "wb") as file:
+            file.write(self.model_bytes)
+        with atomic_write(directory / "tokenizer_config.json") as file:
+            json.dump(config, file, ensure_ascii=False, indent=2)
+        for companion in COMPANIONS:
+            original = self.path.parent / companion
+            if companion != name and original.exists():
+                content = original.read_bytes()  # before the write: the directory may be the original's
+                with atomic_write(directory / companion, "wb") as file:
+                    file.write(content)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model (`tokenizer.model`) with the choices of the tokenizer_config.json beside it, if any.
+
+    The ids are those of the `sentencepiece` library itself. Tokens that the configuration adds after the model's own
+    vocabulary (a "<pad>" at 32000) are control tokens: text never gives them.
+    Raises UserError: no file, not a SentencePiece model, a special token that does not exist.
+    """
+
+    def __init__(self, path):
+        super().__init__(path)
+        import sentencepiece
+
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes or b"empty")
+        except (RuntimeError, OSError):
+            raise UserError(f"{self.path}: not a SentencePiece model, or a damaged one") from None
+        size = self.model.vocab_size()
+        added = self._added_tokens(size)
+        self.vocab_size = max([size - 1, *added.values()]) + 1
+        ids = {self.model.id_to_piece(i): i for i in range(size)} | added
+        defaults = {kind: i if i >= 0 else None for kind, i in (
+            ("bos", self.model.bos_id()), ("eos", self.model.eos_id()), ("pad", self.model.pad_id()))}
+        self.choose_special(ids, defaults)
+        # A model may hold a chosen special token as "user defined", which text would match.
+        self.control = {self.bos_id, self.eos_id, self.pad_id} - {None, self.model.unk_id()} | set(added.values())
+        self.spelt = {i: [self.model.piece_to_id(f"<0x{byte:02X}>") for byte in self.model.id_to_piece(i).encode()]
+                      for i in self.control if i < size and not self.model.is_control(i)}
+        self.control |= {i for i in range(size) if self.model.is_control(i)}
+        self.bytes = {i: int(self.model.id_to_piece(i)[3:5], 16) for i in range(size) if self.model.is_byte(i)}
+        self.prefix = [self.bos_id] if self.flag("add_bos_token", True) and self.bos_id is not None else []
+        self.suffix = [self.eos_id] if self.flag("add_eos_token", False) and self.eos_id is not None else []
+        self.sign(self.prefix, self.suffix, self.bos_id, self.eos_id, self.pad_id, sorted(added.items()))
+
+    def _added_tokens(self, size: int) -> dict[str, int]:
+        """Tokens beyond the model's own `size`, by text, from added_tokens.json and tokenizer_config.json."""
+        added = dict(read_json(self.path.parent / "added_tokens.json"))
+        for key, token in self.config.get("added_tokens_decoder", {}).items():
+            if int(key) >= size and not token.get("special", False):
+                raise UserError(f"{self.path.parent / 'tokenizer_config.json'}: added_tokens_decoder: {key} "
+                                f"({token['content']!r}) is no special token; only special ones can be added to a "
+                                "SentencePiece model")
+            added[token["content"]] = int(key)
+        return {text: i for text, i in added.items() if i >= size}
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """The ids of `text`; with add_special_tokens, between the BOS and EOS the model's own tokenizer adds.
+
+        Raises UserError for text with lone surrogates, which no encoding can hold.
+        """
+        try:
+            ids = self.model.encode(text)
+        except RuntimeError:
+            check_text(text)
+            raise
+        if self.spelt:  # a control token spelt out by a user becomes its bytes
+            ids = [byte for i in ids for byte in self.spelt.get(i, (i,))]
+        return self.prefix + ids + self.suffix if add_special_tokens else ids
+
+    def decode(self, ids) -> str:
+        """The text of `ids`; control tokens and ids beyond the vocabulary (an embedding's padding) give nothing."""
+        return self.model.decode([i for i in map(int, ids) if self.is_text(i)])
+
+    def is_text(self, i: int) -> bool:
+        return i not in self.control and 0 <= i < self.model.vocab_size()
+
+    def stream(self) -> "PieceStream":
+        return PieceStream(self)
+
+    def save(self, directory):
+        """Write tokenizer.model and a tokenizer_config.json with which `transformers` opens the directory."""
+        names = {f"{kind}_token": self.model.id_to_piece(i) for kind, i in (
+            ("bos", self.model.bos_id()), ("eos", self.model.eos_id()), ("unk", self.model.unk_id()),
+            ("pad", self.model.pad_id())) if i >= 0}
+        self.save_files(directory, "tokenizer.model", {
+            "tokenizer_class": "LlamaTokenizer", **names, "add_bos_token": True, "add_eos_token": False,
+            "legacy": True, "clean_up_tokenization_spaces": False, **self.config})
+
+
+class PieceStream:
+    """Text as its ids arrive: `push(id)` gives what has become certain, `flush()` the rest.
+
+    Byte-fallback pieces are held back until they make a whole character. All that is given out, joined, equals
+    `decode` of all ids.
+    """
+
+    def __init__(self, tokenizer: SentencePieceTokenizer):
+        self.tokenizer = tokenizer
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # only to know whether a character is under way
+        self.ids, self.shown = [], 0
+
+    def push(self, i: int) -> str:
+        tokenizer = self.tokenizer
+        if not tokenizer.is_text(i):
+            return ""
+        self.ids.append(i)
+        if i in tokenizer.bytes:
+            self.utf8.decode(bytes([tokenizer.bytes[i]]))
+            return "" if self.utf8.getstate()[0] else self._show()
+        self.utf8.reset()
+        piece = self._show()
+        alone = tokenizer.model.decode([i])
+        if alone:  # the next piece can only depend on this one: forget those before it, and streaming stays linear
+            self.ids, self.shown = [i], len(alone)
+        return piece
+
+    def flush(self) -> str:
+        self.utf8.reset()
+        return self._show()
+
+    def _show(self) -> str:
+        text = self.tokenizer.model.decode(self.ids)
+        piece, self.shown = text[self.shown:], len(text)
+        return piece
+
+
+def train_sentencepiece(texts, path, vocab_size: int, character_coverage: float = 0.9995) -> SentencePieceTokenizer:
+    """Train a SentencePiece model of LLaMA's kind on an iterator of texts, write it to `path`, and return it.
+
+    BPE with byte fallback, digits apart, no normalisation (so that text survives the round trip); <unk>, <s>, </s>
+    are 0, 1, 2. Fewer than vocab_size pieces come out where the texts do not yield so many.
+    Raises UserError when vocab_size cannot hold the characters of the texts, or there are no texts.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            hard_vocab_limit=False, byte_fallback=True, split_digits=True, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, character_coverage=character_coverage, max_sentence_length=1 << 20,
+            minloglevel=2)
+    except RuntimeError as error:
+        raise UserError(f"no SentencePiece model of {vocab_size} pieces can be trained for {path}: {error}") from None
+    with atomic_write(path, "wb") as file:
+        file.write(model.getvalue())
+    return SentencePieceTokenizer(path)
+
+
+def load_tokenizer(directory) -> Tokenizer:
+    """The tokenizer of a Hugging Face model directory: tokenizer.model where there is one, else tokenizer.json."""
+    directory = Path(directory)
+    if (directory / "tokenizer.model").exists():
+        return SentencePieceTokenizer(directory / "tokenizer.model")
+    raise UserError(f"{directory}: holds neither tokenizer.model nor tokenizer.json")
+
+
+def check_text(text: str):
+    """Raise UserError where `text` holds a lone surrogate (half of a pair of UTF-16), which UTF-8 cannot spell."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"text holds the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}: "
+                        "it is no valid Unicode and has no tokens") from None
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file, {} where there is no file; UserError where it is damaged or no object."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path}: no valid JSON, perhaps cut short: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
