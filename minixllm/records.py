@@ -1,0 +1,150 @@
+"""The records that data files hold, read one at a time and checked, with file and line in every complaint.
+
+A file is either JSON lines (one object a line, streamed: only one line is ever in memory) or one JSON array of objects
+(Alpaca's own format, read whole). Which of the two is seen from its first character, whatever the suffix.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minixllm.errors import UserError
+
+LONGEST_LINE = 16 * 2**20     # bytes; a longer line is a broken file, not an instruction
+WHITESPACE = " \t\n\r"        # JSON's
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One supervised example, in Alpaca's fields; `extra` keeps whatever other fields the record had."""
+
+    instruction: str
+    input: str
+    output: str
+    language: str | None = None
+    extra: dict = field(default_factory=dict)
+    line: int = 0                 # where it stands in its file, counted from 1
+
+
+def read_instructions(path, progress: Callable[[int], None] | None = None) -> Iterator[Instruction]:
+    """Yield the records of an Alpaca-format file: `instruction`, `output`, and optionally `input` and `language`.
+
+    `progress` is called with the number of bytes read since its last call. Raises UserError naming file and line.
+    """
+    for line, entry in read_objects(path, progress):
+        take = _Fields(path, line, entry)
+        yield Instruction(take("instruction"), take("input", optional=True) or "", take("output"),
+                          take("language", optional=True), take.left, line)
+
+
+class _Fields:
+    """Takes text fields out of one JSON object, and says what is wrong with them."""
+
+    def __init__(self, path, line: int, entry: dict):
+        self.where, self.entry, self.left = f"{path}, line {line}", entry, dict(entry)
+
+    def __call__(self, *spellings: str, optional: bool = False) -> str | None:
+        """The field under the first of its spellings that is there; None if optional and absent or null."""
+        name = next((name for name in spellings if name in self.left), None)
+        value = self.left.pop(name, None)
+        if optional and value is None:
+            return None
+        if name is None:
+            raise UserError(f"{self.where}: no field {spellings[0]!r}, found only {sorted(self.entry)}")
+        if not isinstance(value, str):
+            raise UserError(f"{self.where}: field {name!r} holds {_kind(value)}, expected text")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:      # JSON can spell half a surrogate pair; no tokenizer can read it
+            raise UserError(f"{self.where}: field {name!r} holds half of a surrogate pair, which is not text") from None
+        return value
+
+
+def read_objects(path, progress: Callable[[int], None] | None = None) -> Iterator[tuple[int, dict]]:
+    """Yield (line number, object) for every object of a JSON-lines file or a JSON array; an empty file is an error."""
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip(WHITESPACE.encode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a .json or .jsonl file") from None
+    empty = True
+    for line, entry in (_array if start.startswith(b"[") else _lines)(path, progress or (lambda size: None)):
+        if not isinstance(entry, dict):
+            raise UserError(f"{path}, line {line}: found {_kind(entry)}, expected an object {{...}}")
+        empty = False
+        yield line, entry
+    if empty:
+        raise UserError(f"{path}: holds no records")
+
+
+def _lines(path: Path, progress) -> Iterator[tuple[int, object]]:
+    with open(path, "rb") as file:
+        number = 0
+        while raw := file.readline(LONGEST_LINE + 1):
+            number += 1
+            if len(raw) > LONGEST_LINE:
+                raise UserError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes, expected one record a line")
+            progress(len(raw))
+            text = _decode(path, number, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw)
+            if not text.strip(WHITESPACE):
+                continue
+            try:
+                yield number, json.loads(text)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}: not JSON ({_reason(error)}), in {_excerpt(text)}") from None
+
+
+def _array(path: Path, progress) -> Iterator[tuple[int, object]]:
+    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    size, text = len(raw), _decode(path, 1, raw)
+    del raw
+    parse, line, counted = json.JSONDecoder().raw_decode, 1, 0
+
+    def skip(position: int) -> int:
+        while position < len(text) and text[position] in WHITESPACE:
+            position += 1
+        return position
+
+    position = skip(skip(0) + 1)                     # past the opening bracket
+    more = not text.startswith("]", position)
+    while more:
+        line, start, counted = line + text.count("\n", counted, position), position, position
+        try:
+            entry, position = parse(text, position)
+        except (json.JSONDecodeError, RecursionError) as error:
+            line = getattr(error, "lineno", line)
+            raise UserError(f"{path}, line {line}: not JSON ({_reason(error)}), in {_excerpt(text[start:start + 99])}") from None
+        yield line, entry
+        progress(size * (position - start) // max(len(text), 1))
+        position = skip(position)
+        more = text.startswith(",", position)
+        if more:
+            position = skip(position + 1)
+    if skip(position + 1) < len(text) or not text.startswith("]", position):
+        line += text.count("\n", counted, position)
+        raise UserError(f"{path}, line {line}: the array of records ends in {_excerpt(text[position:position + 99])}, "
+                        "expected ',' or ']' and nothing after")
+
+
+def _decode(path: Path, line: int, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line += raw.count(b"\n", 0, error.start)
+        raise UserError(f"{path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x})") from None
+
+
+def _reason(error: Exception) -> str:
+    return f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+
+
+def _excerpt(text: str) -> str:
+    text = text.strip()
+    return repr(text if len(text) <= 60 else text[:60] + "...") if text else "nothing"
+
+
+def _kind(value) -> str:
+    kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number")
