@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from minixllm import prompts
 from minixllm.errors import UserError
-from minixllm.records import Instruction, read_instructions
+from minixllm.records import Instruction, Preference, read_instructions, read_preferences
 
 FORMAT = 1                  # part of every cache's key: to be raised when what is written changes
 IGNORE = -100               # the label of a token that nobody has to predict
@@ -45,7 +45,8 @@ class Counts:
 
     records: int = 0
     too_long: int = 0      # left out
-    empty: int = 0         # left out: nothing to learn
+    empty: int = 0         # left out: an answer without text
+    equal: int = 0         # left out: a pair of equal answers
     truncated: int = 0     # kept, cut short: these do not teach where to stop
     tokens: int = 0
     characters: int = 0
@@ -56,7 +57,7 @@ class Counts:
 
     @property
     def kept(self) -> int:
-        return self.records - self.too_long - self.empty
+        return self.records - self.too_long - self.empty - self.equal
 
     @property
     def tokens_per_character(self) -> float:
@@ -87,9 +88,44 @@ def encode_instruction(record: Instruction, tokenizer, max_length: int, too_long
     return language, [prompt, answer], counts
 
 
+def encode_preference(record: Preference, tokenizer, max_length: int, too_long: str):
+    """-> (languages, [prompt ids, chosen ids, rejected ids] or None where left out, Counts), as encode_instruction.
+
+    A pair is too long when its prompt and its longer answer have more than max_length tokens. "truncate" then keeps of
+    the prompt, where that is over half of max_length, BOS and its end (where the request stands) to that half, and the
+    beginnings of the answers; answers that no longer differ are left out as too long.
+    """
+    counts = Counts(records=1)
+    languages = [name for name in (record.language, record.response_language) if name] or [UNKNOWN]
+    language = ">".join(dict.fromkeys(languages))
+    text = prompts.preference(record)
+    if not (text.strip() and record.chosen.strip() and record.rejected.strip()):
+        counts.empty = 1
+        return language, None, counts
+    if record.chosen.strip() == record.rejected.strip():
+        counts.equal = 1
+        return language, None, counts
+    prompt = encode_prompt(tokenizer, text)
+    answers = [tokenizer.encode(answer) + [tokenizer.eos_id] for answer in (record.chosen, record.rejected)]
+    counts.tokens = sum(map(len, answers)) - 2
+    counts.characters = len(record.chosen) + len(record.rejected)
+    if len(prompt) + max(map(len, answers)) > max_length:
+        half = max_length // 2
+        if len(prompt) > half:
+            bos = prompt[:1] if prompt[0] == tokenizer.bos_id else []
+            prompt = bos + prompt[len(prompt) - half + len(bos):]
+        answers = [answer[:max_length - len(prompt)] for answer in answers]
+        if too_long == "drop" or answers[0] == answers[1]:
+            counts.too_long = 1
+            return language, None, counts
+        counts.truncated = 1
+    return language, [prompt, *answers], counts
+
+
 def encode_prompt(tokenizer, text: str) -> list[int]:
+    """The ids of a prompt, without the EOS that some tokenizers put after every text: here the answer follows."""
     ids = tokenizer.encode(text, add_special_tokens=True)
-    return ids[:-1] if ids[-1] == tokenizer.eos_id else ids    # some tokenizers close every text; here the answer follows
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_id else ids
 
 
 # The token cache
@@ -137,10 +173,11 @@ class TokenData:
 
     def summary(self) -> str:
         """A table, one line a language: what was kept, left out and cut, and what a character costs in tokens."""
-        lines = [f"{'language':<22}{'kept':>10}{'too long':>10}{'empty':>8}{'truncated':>10}{'tokens/character':>18}"]
+        lines = [f"{'language':<22}{'kept':>10}{'too long':>10}{'empty':>8}{'equal':>8}{'truncated':>11}"
+                 f"{'tokens/character':>18}"]
         for language, counts in sorted(self.report.items()):
             lines.append(f"{language:<22}{counts.kept:>10,}{counts.too_long:>10,}{counts.empty:>8,}"
-                         f"{counts.truncated:>10,}{counts.tokens_per_character:>18.3f}")
+                         f"{counts.equal:>8,}{counts.truncated:>11,}{counts.tokens_per_character:>18.3f}")
         return "\n".join(lines)
 
 
@@ -151,6 +188,8 @@ class SFTData(TokenData):
     train_on_prompt: the paper's way, in which every token but the first is learnt; otherwise answers and their EOS are.
     Raises UserError for files that cannot be read, and when no record is left.
     """
+
+    blank = 1
 
     def __init__(self, paths, tokenizer, max_length: int, cache_dir, too_long: str = "drop",
                  train_on_prompt: bool = False, workers: int | None = None):
@@ -175,6 +214,36 @@ class SFTData(TokenData):
     def count(self, records) -> int:
         """What the loss of these records is divided by: their supervised tokens."""
         return int(self.supervised[records].sum(dtype=np.int64))
+
+
+class PreferenceData(TokenData):
+    """Pairs of answers, from files as `records.read_preferences` takes them.
+
+    A pair is one document of two branches. Its trunk is the prompt but for the last token; the branches are that last
+    token followed by the chosen answer, and by the rejected one. What is left out or cut: see encode_preference.
+    """
+
+    blank = (0, [1, 1])
+
+    def __init__(self, paths, tokenizer, max_length: int, cache_dir, too_long: str = "drop", workers: int | None = None):
+        settings = {"max_length": max_length, "too_long": too_long}
+        super().__init__(paths, tokenizer, cache_dir, read_preferences, encode_preference, settings, workers)
+        self.lengths = self.segments.sum(1, dtype=np.int32) - 1
+        self.supervised = self.segments[:, 1:].sum(1, dtype=np.int32)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(input_ids, labels), int64 of the pair's length: trunk, chosen branch, rejected branch."""
+        prompt, chosen, rejected = self.read(index)
+        ids = np.concatenate([prompt, chosen[:-1], prompt[-1:], rejected[:-1]])
+        return ids, np.concatenate([np.full(len(prompt) - 1, IGNORE), chosen, rejected])
+
+    def document(self, index: int) -> tuple[int, list[int]]:
+        prompt, *answers = self.segments[index].tolist()
+        return prompt - 1, answers
+
+    def count(self, records) -> int:
+        """What the loss of these records is divided by: the number of pairs."""
+        return len(records)
 
 
 _ARRAYS = ("segments", "offsets", "languages", "lines", "files")
@@ -208,7 +277,7 @@ def _build(directory: Path, paths, tokenizer, read, encode, workers):
     try:
         with (tqdm(desc="Tokenising", total=size, unit="B", unit_scale=True, mininterval=0.5) as bar,
               open(unfinished / "tokens.bin", "wb") as file):
-            records = ((number, record) for number, path in enumerate(paths) for record in read(path, bar.update))
+            records = ((number, path, record) for number, path in enumerate(paths) for record in read(path, bar.update))
             for tokens, segments, names, lines, files, chunk_counts in _encoded(records, encode, size, workers):
                 tokens.astype(dtype).tofile(file)
                 ids = [languages.setdefault(name, len(languages)) for name in names]
@@ -221,7 +290,7 @@ def _build(directory: Path, paths, tokenizer, read, encode, workers):
             for each in counts.values():
                 total.add(each)
             raise UserError(f"{', '.join(map(str, paths))}: nothing left to learn from: of {total.records:,} records "
-                            f"{total.too_long:,} are too long and {total.empty:,} are empty")
+                            f"{total.too_long:,} are too long, {total.empty:,} empty, {total.equal:,} pairs of equals")
         offsets = np.concatenate([[0], np.cumsum(segments.sum(1, dtype=np.int64))])
         for name, array in zip(_ARRAYS, (segments, offsets, ids, lines, files), strict=True):
             np.save(unfinished / f"{name}.npy", array)
@@ -235,7 +304,7 @@ def _build(directory: Path, paths, tokenizer, read, encode, workers):
 
 
 def _encoded(records, encode, size: int, workers: int | None):
-    """Yield the encoded chunks of (file number, record) pairs in order, by worker processes if there is much to do."""
+    """Yield the encoded chunks of (file number, path, record) in order, by worker processes if there is much to do."""
     chunks = iter(lambda: list(itertools.islice(records, CHUNK)), [])
     workers = workers or (len(os.sched_getaffinity(0)) if size >= PARALLEL_FROM else 1)
     if workers == 1:
@@ -262,8 +331,11 @@ def _start_worker(encode):
 def _encode_chunk(chunk):
     """-> (tokens, segments (k, S), language names, lines (k,), file numbers (k,), {language: Counts}) of those kept."""
     tokens, segments, names, lines, files, counts = [], [], [], [], [], defaultdict(Counts)
-    for number, record in chunk:
-        language, encoded, each = _encode(record)
+    for number, path, record in chunk:
+        try:
+            language, encoded, each = _encode(record)
+        except UserError as error:
+            raise UserError(f"{path}, line {record.line}: {error}") from None
         counts[language].add(each)
         if encoded is not None:
             for segment in encoded:
@@ -283,13 +355,23 @@ class Batch:
     """Documents laid end to end: input_ids (N,), labels (N,) long, `documents` as `attention.Packed` takes them.
 
     records: the id of each document's record. An empty batch, which a rank with nothing left runs so that all ranks
-    take part in every collective, has no records and one token without a label.
+    take part in every collective, has no records and one document whose tokens have no label.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     documents: list
     records: list[int]
+
+    @property
+    def answers(self) -> torch.Tensor:
+        """(N,) long: the answer each token belongs to, to sum by; i for the i-th document, 2i and 2i + 1 for a pair's.
+
+        (A trunk, in which nothing is supervised, counts as the first of its answers.)
+        """
+        lengths = [length for document in self.documents for length in (
+            [document] if isinstance(document, int) else [document[0] + document[1][0], *document[1][1:]])]
+        return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
 
 
 @dataclass
@@ -301,12 +383,33 @@ class Step:
 
 
 def collate(data, records) -> Batch:
+    """The batch of these record ids, in this order."""
     if not len(records):
-        return Batch(torch.zeros(1, dtype=torch.long), torch.full((1,), IGNORE), [1], [])
+        size = 1 if isinstance(data.blank, int) else sum(data.blank[1])
+        return Batch(torch.zeros(size, dtype=torch.long), torch.full((size,), IGNORE), [data.blank], [])
     records = [int(record) for record in records]
     input_ids, labels = zip(*(data[record] for record in records))
     return Batch(torch.from_numpy(np.concatenate(input_ids)), torch.from_numpy(np.concatenate(labels)),
                  [data.document(record) for record in records], records)
+
+
+def hold_out(data, per_language: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(the ids to train on, the ids held out): of each language `per_language` records, but never over a tenth."""
+    order = np.random.default_rng(seed).permutation(len(data))
+    languages = data.languages[order]
+    held = [order[languages == language] for language in range(len(data.language_names))]
+    held = np.sort(np.concatenate([each[:min(per_language, len(each) // 10)] for each in held]))
+    return np.setdiff1d(np.arange(len(data)), held), held
+
+
+def in_order(data, records, max_tokens: int, rank: int = 0, world: int = 1):
+    """Yield this rank's batches of the given records, each once over all ranks, of up to max_tokens tokens (at least
+    one record): for held-out losses. All ranks get equally many batches, the last perhaps empty.
+    """
+    order, bounds = pack(data.lengths[records], max(max_tokens, data.lengths[records].max(initial=1)))
+    rows = np.split(records[order], bounds[1:-1])
+    for start in range(0, len(rows), world):
+        yield collate(data, rows[start + rank] if start + rank < len(rows) else [])
 
 
 class Stream:
@@ -351,9 +454,8 @@ class Stream:
         order = rng.permutation(self._draw(rng))
         if self.max_length is None:
             return order, np.arange(len(order) + 1)
-        row = pack(self.data.lengths[order], self.max_length)
-        by_row = np.argsort(row, kind="stable")
-        return order[by_row], np.concatenate([[0], np.cumsum(np.bincount(row))])
+        by_row, bounds = pack(self.data.lengths[order], self.max_length)
+        return order[by_row], bounds
 
     def _draw(self, rng) -> np.ndarray:
         if self.temperature is None:
@@ -369,8 +471,8 @@ class Stream:
         return np.concatenate(drawn)
 
 
-def pack(lengths: np.ndarray, capacity: int, open_rows: int = 32, window: int = 2**14) -> np.ndarray:
-    """The row of each document (n,), numbered from 0, no row holding more than `capacity` tokens.
+def pack(lengths: np.ndarray, capacity: int, open_rows: int = 32, window: int = 2**14) -> tuple[np.ndarray, np.ndarray]:
+    """Lay documents (n,) out in rows of at most `capacity` tokens: (their order (n,), where each row begins (rows + 1,)).
 
     Best fit in the given order among a few open rows; where a document fits none, the fullest is closed. Windows of
     documents are packed independently, which lets numpy pack all of them at once.
@@ -397,4 +499,6 @@ def pack(lengths: np.ndarray, capacity: int, open_rows: int = 32, window: int = 
         room[every, place] -= need
         result[:, t] = row[every, place]
     result += window * every[:, None]                         # rows of a window are fewer than its documents
-    return np.unique(result.reshape(-1)[:n], return_inverse=True)[1]
+    result = result.reshape(-1)[:n]
+    sizes = np.unique(result, return_counts=True)[1]
+    return np.argsort(result, kind="stable"), np.concatenate([[0], np.cumsum(sizes)])

@@ -49,6 +49,16 @@ def cross_lingual(instruction: str, target_language: str, instruction_language: 
     return instruction if instruction.rstrip().endswith(asked) else f"{instruction} {asked}"
 
 
+def preference(record) -> str:
+    """The prompt of a `records.Preference`: with the request where its two languages are given and differ."""
+    if record.prompt is not None:
+        return record.prompt
+    instruction, source, target = record.instruction, record.language, record.response_language
+    if source and target and languages.find(source) != languages.find(target):
+        instruction = cross_lingual(instruction, target, source)
+    return alpaca(instruction, record.input)
+
+
 @functools.cache
 def _requests() -> dict[str, tuple[str, dict[str, str]]]:
     """For each instruction language, its sentence and the names it has for the languages that can be asked for."""

@@ -38,6 +38,40 @@ def read_instructions(path, progress: Callable[[int], None] | None = None) -> It
                           take("language", optional=True), take.left, line)
 
 
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """One instruction with a preferred and a rejected answer.
+
+    language is the instruction's, response_language that of both answers. prompt: the whole prompt as it stands, for
+    records in TRL's spelling, which have no instruction.
+    """
+
+    instruction: str
+    input: str
+    chosen: str
+    rejected: str
+    language: str | None = None
+    response_language: str | None = None
+    prompt: str | None = None
+    extra: dict = field(default_factory=dict)
+    line: int = 0
+
+
+def read_preferences(path, progress: Callable[[int], None] | None = None) -> Iterator[Preference]:
+    """Yield the pairs of a file: `instruction`, `chosen`, `rejected`, optionally `input`, `language`, `response_language`.
+
+    Also read are the spelling of the paper's released scripts (`prefered_output`, `rejected_output`) and TRL's standard
+    one (`prompt`, `chosen`, `rejected`, all text). Raises UserError naming file and line.
+    """
+    for line, entry in read_objects(path, progress):
+        take = _Fields(path, line, entry)
+        prompt = None if "instruction" in entry else take("prompt", optional=True)
+        yield Preference(take("instruction") if prompt is None else "", take("input", optional=True) or "",
+                         take("chosen", "prefered_output"), take("rejected", "rejected_output"),
+                         take("language", optional=True), take("response_language", optional=True),
+                         prompt, take.left, line)
+
+
 class _Fields:
     """Takes text fields out of one JSON object, and says what is wrong with them."""
 
