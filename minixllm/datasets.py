@@ -1,6 +1,5 @@
-"""Records -> token ids on disk -> batches.
+"""Records -> token ids -> batches.
 
-Tokenised once, in parallel, into files that are memory-mapped from then on: five million records never sit in memory.
 Which records make up step k of a run is a pure function of the seed and k. The global batch is formed first and then
 dealt to ranks and micro-batches, so that every split of it covers each of its records exactly once.
 
@@ -8,61 +7,22 @@ A document of L tokens is read as L - 1 inputs and the L - 1 tokens they predict
 where nothing is to be learnt. Documents are laid end to end, without padding (`attention.Packed` keeps them apart).
 """
 
-import concurrent.futures
-import contextlib
-import fcntl
 import functools
-import hashlib
-import itertools
-import json
-import multiprocessing
-import os
-import shutil
-from collections import defaultdict
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from minixllm import prompts
 from minixllm.errors import UserError
 from minixllm.records import Instruction, Preference, read_instructions, read_preferences
+from minixllm.tokencache import Counts, TokenCache
 
-FORMAT = 1                  # part of every cache's key: to be raised when what is written changes
-IGNORE = -100               # the label of a token that nobody has to predict
-CHUNK = 1000                # records a worker tokenises at a time
-PARALLEL_FROM = 32 * 2**20  # bytes of records from which starting worker processes pays
-UNKNOWN = "und"             # BCP-47's "undetermined": the language of records that name none
+IGNORE = -100      # the label of a token that nobody has to predict
+UNKNOWN = "und"    # BCP-47's "undetermined": the language of records that name none
 
 
 # Tokenising one record
-
-@dataclass
-class Counts:
-    """What became of the records of one language. Tokens and characters are those of the answers, before any cut."""
-
-    records: int = 0
-    too_long: int = 0      # left out
-    empty: int = 0         # left out: an answer without text
-    equal: int = 0         # left out: a pair of equal answers
-    truncated: int = 0     # kept, cut short: these do not teach where to stop
-    tokens: int = 0
-    characters: int = 0
-
-    def add(self, other: "Counts"):
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
-
-    @property
-    def kept(self) -> int:
-        return self.records - self.too_long - self.empty - self.equal
-
-    @property
-    def tokens_per_character(self) -> float:
-        return self.tokens / max(self.characters, 1)
-
 
 def encode_instruction(record: Instruction, tokenizer, max_length: int, too_long: str):
     """-> (language, [prompt ids, answer ids with EOS] or None where left out, Counts of this record).
@@ -128,60 +88,9 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_id else ids
 
 
-# The token cache
+# Data sets
 
-class TokenData:
-    """What SFTData and PreferenceData share: a directory of memory-mapped arrays, built where there is none.
-
-    tokens (all segments of all records, end to end), segments (n, S) int32: how many tokens each segment of a record
-    has, and offsets (n + 1,) int64: where a record's tokens begin.
-    len(data), data.lengths (n,): tokens a record lays in a batch; data.supervised (n,): those with a label;
-    data.languages (n,) indexes data.language_names; data.report: {language: Counts}; data.key names the contents.
-    """
-
-    def __init__(self, paths, tokenizer, cache_dir, read, encode, settings: dict, workers: int | None):
-        paths = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
-        if tokenizer.eos_id is None:
-            raise UserError("the tokenizer has no end-of-sequence token: answers could not be closed")
-        inputs = {"format": FORMAT, "tokenizer": tokenizer.fingerprint, "files": [_digest(path) for path in paths],
-                  "template": [prompts.WITH_INPUT, prompts.WITHOUT_INPUT], **settings}
-        self.key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
-        directory = Path(cache_dir) / self.key
-        with _locked(directory.with_suffix(".lock")):    # one process builds, all others on this machine wait here
-            if not directory.exists():
-                _build(directory, paths, tokenizer, read, functools.partial(encode, tokenizer=tokenizer, **settings),
-                       workers)
-        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-        self.paths, self.language_names = paths, meta["languages"]
-        self.report = {language: Counts(**counts) for language, counts in meta["counts"].items()}
-        # plain views of the maps: slicing an np.memmap costs microseconds each time
-        self.tokens = np.asarray(np.memmap(directory / "tokens.bin", dtype=meta["dtype"], mode="r"))
-        arrays = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
-        self.segments, self.offsets, self.languages, self.lines, self.files = map(np.asarray, arrays)
-
-    def __len__(self) -> int:
-        return len(self.segments)
-
-    def read(self, index: int) -> list[np.ndarray]:
-        """The segments of a record, as int64 arrays."""
-        tokens = self.tokens[self.offsets[index]:self.offsets[index + 1]].astype(np.int64)
-        return np.split(tokens, np.cumsum(self.segments[index])[:-1])
-
-    def where(self, index: int) -> str:
-        """File and line of a record."""
-        return f"{self.paths[self.files[index]]}, line {self.lines[index]}"
-
-    def summary(self) -> str:
-        """A table, one line a language: what was kept, left out and cut, and what a character costs in tokens."""
-        lines = [f"{'language':<22}{'kept':>10}{'too long':>10}{'empty':>8}{'equal':>8}{'truncated':>11}"
-                 f"{'tokens/character':>18}"]
-        for language, counts in sorted(self.report.items()):
-            lines.append(f"{language:<22}{counts.kept:>10,}{counts.too_long:>10,}{counts.empty:>8,}"
-                         f"{counts.equal:>8,}{counts.truncated:>11,}{counts.tokens_per_character:>18.3f}")
-        return "\n".join(lines)
-
-
-class SFTData(TokenData):
+class SFTData(TokenCache):
     """Instructions with their answers, from Alpaca-format files (`records.read_instructions`).
 
     too_long: what happens to a record of more than max_length tokens, "drop" or "truncate" (see encode_instruction).
@@ -216,7 +125,7 @@ class SFTData(TokenData):
         return int(self.supervised[records].sum(dtype=np.int64))
 
 
-class PreferenceData(TokenData):
+class PreferenceData(TokenCache):
     """Pairs of answers, from files as `records.read_preferences` takes them.
 
     A pair is one document of two branches. Its trunk is the prompt but for the last token; the branches are that last
@@ -244,108 +153,6 @@ class PreferenceData(TokenData):
     def count(self, records) -> int:
         """What the loss of these records is divided by: the number of pairs."""
         return len(records)
-
-
-_ARRAYS = ("segments", "offsets", "languages", "lines", "files")
-
-
-def _digest(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a .json or .jsonl file") from None
-
-
-@contextlib.contextmanager
-def _locked(path: Path):
-    """Hold the lock of this name. The kernel drops it when its holder dies, so nobody waits for the dead."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _build(directory: Path, paths, tokenizer, read, encode, workers):
-    """Tokenise every record into `directory`, which appears whole or not at all."""
-    unfinished = directory.with_suffix(".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    languages, counts, parts = {}, defaultdict(Counts), []
-    size = sum(path.stat().st_size for path in paths)
-    try:
-        with (tqdm(desc="Tokenising", total=size, unit="B", unit_scale=True, mininterval=0.5) as bar,
-              open(unfinished / "tokens.bin", "wb") as file):
-            records = ((number, path, record) for number, path in enumerate(paths) for record in read(path, bar.update))
-            for tokens, segments, names, lines, files, chunk_counts in _encoded(records, encode, size, workers):
-                tokens.astype(dtype).tofile(file)
-                ids = [languages.setdefault(name, len(languages)) for name in names]
-                parts.append((segments, np.array(ids, np.int16), lines, files))
-                for language, each in chunk_counts.items():
-                    counts[language].add(each)
-        segments, ids, lines, files = (np.concatenate(part) for part in zip(*parts))
-        if not len(segments):
-            total = Counts()
-            for each in counts.values():
-                total.add(each)
-            raise UserError(f"{', '.join(map(str, paths))}: nothing left to learn from: of {total.records:,} records "
-                            f"{total.too_long:,} are too long, {total.empty:,} empty, {total.equal:,} pairs of equals")
-        offsets = np.concatenate([[0], np.cumsum(segments.sum(1, dtype=np.int64))])
-        for name, array in zip(_ARRAYS, (segments, offsets, ids, lines, files), strict=True):
-            np.save(unfinished / f"{name}.npy", array)
-        meta = {"dtype": dtype.name, "languages": list(languages), "counts": {k: asdict(v) for k, v in counts.items()}}
-        (unfinished / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
-        os.replace(unfinished, directory)
-    except OSError as error:
-        raise UserError(f"{directory}: the token cache cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _encoded(records, encode, size: int, workers: int | None):
-    """Yield the encoded chunks of (file number, path, record) in order, by worker processes if there is much to do."""
-    chunks = iter(lambda: list(itertools.islice(records, CHUNK)), [])
-    workers = workers or (len(os.sched_getaffinity(0)) if size >= PARALLEL_FROM else 1)
-    if workers == 1:
-        _start_worker(encode)
-        yield from map(_encode_chunk, chunks)
-        return
-    # not forked: this process may have threads (PyTorch's, a process group's) whose locks a fork would copy as held
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, spawn, _start_worker, (encode,)) as pool:
-        try:
-            waiting = [pool.submit(_encode_chunk, chunk) for chunk in itertools.islice(chunks, 4 * workers)]
-            while waiting:
-                yield waiting.pop(0).result()
-                waiting += [pool.submit(_encode_chunk, chunk) for chunk in itertools.islice(chunks, 1)]
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(encode):
-    global _encode
-    _encode = encode
-
-
-def _encode_chunk(chunk):
-    """-> (tokens, segments (k, S), language names, lines (k,), file numbers (k,), {language: Counts}) of those kept."""
-    tokens, segments, names, lines, files, counts = [], [], [], [], [], defaultdict(Counts)
-    for number, path, record in chunk:
-        try:
-            language, encoded, each = _encode(record)
-        except UserError as error:
-            raise UserError(f"{path}, line {record.line}: {error}") from None
-        counts[language].add(each)
-        if encoded is not None:
-            for segment in encoded:
-                tokens += segment
-            segments.append([len(segment) for segment in encoded])
-            names.append(language)
-            lines.append(record.line)
-            files.append(number)
-    return (np.array(tokens, np.int32), np.array(segments, np.int32).reshape(len(segments), -1), names,
-            np.array(lines, np.int64), np.array(files, np.int32), dict(counts))
 
 
 # Batches

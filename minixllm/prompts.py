@@ -6,6 +6,8 @@ from pathlib import Path
 from minixllm import languages
 from minixllm.errors import UserError
 
+REQUESTS = Path(__file__).with_name("requests.tsv")
+
 # Stanford Alpaca (Taori et al. 2023), word for word. The answer follows "### Response:" directly.
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -62,6 +64,6 @@ def preference(record) -> str:
 @functools.cache
 def _requests() -> dict[str, tuple[str, dict[str, str]]]:
     """For each instruction language, its sentence and the names it has for the languages that can be asked for."""
-    text = Path(__file__).with_name("requests.tsv").read_text(encoding="utf-8")
+    text = REQUESTS.read_text(encoding="utf-8")
     (_, _, *targets), *rows = (line.split("\t") for line in text.splitlines() if not line.startswith("#"))
     return {code: (sentence, dict(zip(targets, names, strict=True))) for code, sentence, *names in rows}

@@ -1,0 +1,221 @@
+"""Token ids on disk: built once from record files, by several processes, and memory-mapped from then on.
+
+Five million records never sit in memory: they are read one at a time, tokenised in chunks, and appended to a file. A
+cache is named by all that its contents depend on (the bytes of the record files, the tokenizer, the prompt template,
+the settings), so it is rebuilt exactly when one of these changes.
+"""
+
+import concurrent.futures
+import contextlib
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+from collections import defaultdict
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from minixllm import prompts
+from minixllm.errors import UserError
+
+FORMAT = 1                  # part of every cache's key: to be raised when what is written changes
+CHUNK = 1000                # records a worker tokenises at a time
+PARALLEL_FROM = 32 * 2**20  # bytes of records from which starting worker processes pays
+ARRAYS = ("segments", "offsets", "languages", "lines", "files")
+
+
+@dataclass
+class Counts:
+    """What became of the records of one language. Tokens and characters are those of the answers, before any cut."""
+
+    records: int = 0
+    too_long: int = 0      # left out
+    empty: int = 0         # left out: an answer without text
+    equal: int = 0         # left out: a pair of equal answers
+    truncated: int = 0     # kept, cut short: these do not teach where to stop
+    tokens: int = 0
+    characters: int = 0
+
+    def add(self, other: "Counts"):
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    @property
+    def kept(self) -> int:
+        return self.records - self.too_long - self.empty - self.equal
+
+    @property
+    def tokens_per_character(self) -> float:
+        return self.tokens / max(self.characters, 1)
+
+
+class TokenCache:
+    """What SFTData and PreferenceData share: a directory of memory-mapped arrays, built where there is none.
+
+    tokens: those of all records, end to end; offsets (n + 1,) int64: where each record's begin; segments (n, S) int32:
+    how many belong to its prompt and its answers; languages (n,): indices into language_names; lines, files (n,): where
+    the record was read; report: {language: Counts}; key: a hash of all this depends on.
+    Subclasses add lengths (n,): the tokens a record takes in a batch, supervised (n,): those of them that have a label,
+    data[i], data.document(i) and data.count(records).
+    Raises UserError for records that cannot be read or encoded, when none is left, and where the cache cannot be kept.
+    """
+
+    def __init__(self, paths, tokenizer, cache_dir, read, encode, settings: dict, workers: int | None):
+        paths = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+        if tokenizer.eos_id is None:
+            raise UserError("the tokenizer has no end-of-sequence token: answers could not be closed")
+        wording = [Path(prompts.__file__), prompts.REQUESTS]
+        inputs = {"format": FORMAT, "kind": encode.__name__, "tokenizer": tokenizer.fingerprint, **settings,
+                  "files": [_digest(path) for path in paths + wording]}
+        self.key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
+        directory = Path(cache_dir) / self.key
+        with _locked(directory.with_suffix(".lock")):    # one process builds, all others on this machine wait here
+            if not directory.exists():
+                _build(directory, paths, tokenizer, read, functools.partial(encode, tokenizer=tokenizer, **settings),
+                       workers)
+        self.paths = paths
+        try:
+            self._map(directory)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{directory}: a damaged token cache ({error}); remove it to have it built anew") from None
+
+    def _map(self, directory: Path):
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        self.language_names = meta["languages"]
+        self.report = {language: Counts(**counts) for language, counts in meta["counts"].items()}
+        # plain views of the maps: slicing an np.memmap costs microseconds each time
+        self.tokens = np.asarray(np.memmap(directory / "tokens.bin", dtype=meta["dtype"], mode="r"))
+        arrays = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
+        self.segments, self.offsets, self.languages, self.lines, self.files = map(np.asarray, arrays)
+        if len(self.tokens) != self.offsets[-1]:
+            raise ValueError(f"{len(self.tokens)} tokens, expected {self.offsets[-1]}")
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+    def read(self, index: int) -> list[np.ndarray]:
+        """The segments of a record, as int64 arrays."""
+        tokens = self.tokens[self.offsets[index]:self.offsets[index + 1]].astype(np.int64)
+        return np.split(tokens, np.cumsum(self.segments[index])[:-1])
+
+    def where(self, index: int) -> str:
+        """File and line of a record."""
+        return f"{self.paths[self.files[index]]}, line {self.lines[index]}"
+
+    def summary(self) -> str:
+        """A table, one line a language: what was kept, left out and cut, and what a character costs in tokens."""
+        lines = [f"{'language':<22}{'kept':>10}{'too long':>10}{'empty':>8}{'equal':>8}{'truncated':>11}"
+                 f"{'tokens/character':>18}"]
+        for language, counts in sorted(self.report.items()):
+            lines.append(f"{language:<22}{counts.kept:>10,}{counts.too_long:>10,}{counts.empty:>8,}"
+                         f"{counts.equal:>8,}{counts.truncated:>11,}{counts.tokens_per_character:>18.3f}")
+        return "\n".join(lines)
+
+
+def _digest(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a .json or .jsonl file") from None
+
+
+@contextlib.contextmanager
+def _locked(path: Path):
+    """Hold the lock of this name. The kernel drops it when its holder dies, so nobody waits for the dead."""
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(open(path, "w")), fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(f"{path.parent}: no place for a token cache ({error.strerror})") from None
+        yield
+
+
+def _build(directory: Path, paths, tokenizer, read, encode, workers):
+    """Tokenise every record into `directory`, which appears whole or not at all."""
+    unfinished = directory.with_suffix(".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    languages, counts, parts = {}, defaultdict(Counts), []
+    size = sum(path.stat().st_size for path in paths)
+    try:
+        with (tqdm(desc="Tokenising", total=size, unit="B", unit_scale=True, mininterval=0.5) as bar,
+              open(unfinished / "tokens.bin", "wb") as file):
+            records = ((number, path, record) for number, path in enumerate(paths) for record in read(path, bar.update))
+            for tokens, segments, names, lines, files, chunk_counts in _encoded(records, encode, size, workers):
+                file.write(tokens.astype(dtype).tobytes())
+                ids = [languages.setdefault(name, len(languages)) for name in names]
+                parts.append((segments, np.array(ids, np.int16), lines, files))
+                for language, each in chunk_counts.items():
+                    counts[language].add(each)
+        segments, ids, lines, files = (np.concatenate(part) for part in zip(*parts))
+        if not len(segments):
+            total = Counts()
+            for each in counts.values():
+                total.add(each)
+            raise UserError(f"{', '.join(map(str, paths))}: nothing left to learn from: of {total.records:,} records "
+                            f"{total.too_long:,} are too long, {total.empty:,} empty, {total.equal:,} pairs of equals")
+        offsets = np.concatenate([[0], np.cumsum(segments.sum(1, dtype=np.int64))])
+        for name, array in zip(ARRAYS, (segments, offsets, ids, lines, files), strict=True):
+            np.save(unfinished / f"{name}.npy", array)
+        meta = {"dtype": dtype.name, "languages": list(languages), "counts": {k: asdict(v) for k, v in counts.items()}}
+        (unfinished / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+        os.replace(unfinished, directory)
+    except OSError as error:
+        raise UserError(f"{directory}: the token cache cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _encoded(records, encode, size: int, workers: int | None):
+    """Yield the encoded chunks of (file number, path, record) in order, by worker processes if there is much to do."""
+    chunks = iter(lambda: list(itertools.islice(records, CHUNK)), [])
+    workers = workers or (len(os.sched_getaffinity(0)) if size >= PARALLEL_FROM else 1)
+    if workers == 1:
+        _start_worker(encode)
+        yield from map(_encode_chunk, chunks)
+        return
+    # not forked: this process may have threads (PyTorch's, a process group's) whose locks a fork would copy as held
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, spawn, _start_worker, (encode,)) as pool:
+        try:
+            waiting = [pool.submit(_encode_chunk, chunk) for chunk in itertools.islice(chunks, 2 * workers)]
+            while waiting:
+                yield waiting.pop(0).result()
+                waiting += [pool.submit(_encode_chunk, chunk) for chunk in itertools.islice(chunks, 1)]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(encode):
+    global _encode
+    _encode = encode
+
+
+def _encode_chunk(chunk):
+    """-> (tokens, segments (k, S), language names, lines (k,), file numbers (k,), {language: Counts}) of those kept."""
+    tokens, segments, names, lines, files, counts = [], [], [], [], [], defaultdict(Counts)
+    for number, path, record in chunk:
+        try:
+            language, encoded, each = _encode(record)
+        except UserError as error:
+            raise UserError(f"{path}, line {record.line}: {error}") from None
+        counts[language].add(each)
+        if encoded is not None:
+            for segment in encoded:
+                tokens += segment
+            segments.append([len(segment) for segment in encoded])
+            names.append(language)
+            lines.append(record.line)
+            files.append(number)
+    return (np.array(tokens, np.int32), np.array(segments, np.int32).reshape(len(segments), -1), names,
+            np.array(lines, np.int64), np.array(files, np.int32), dict(counts))
