@@ -3,13 +3,14 @@
 import contextlib
 import os
 import socket
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from minixllm.errors import UserError
 
@@ -43,26 +44,7 @@ class World:
         return values
 
     def barrier(self) -> None:
-        if self.size > 1:
-            dist.all_reduce(torch.zeros(1, device=self.device))
-
-    @contextlib.contextmanager
-    def one_by_one(self):
-        """The first process runs the block alone, then the others: for files that one process makes and all read.
-
-        The others wait as long as it takes (a token cache of millions of records takes hours).
-        """
-        if self.size == 1:
-            yield
-            return
-        patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-        if not self.first:
-            dist.barrier(patient)
-        yield
-        if self.first:
-            dist.barrier(patient)
-        dist.barrier(patient)
-        dist.destroy_process_group(patient)
+        self.sum(torch.zeros(1, device=self.device)).item()  # the host waits too
 
 
 def setup(device: str | None = None) -> World:
@@ -104,11 +86,44 @@ def shard(model, world: World, dtype: torch.dtype):
     # Inputs are not cast: blocks receive fp32 rotary angles and integer positions that must stay what they are.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*model.blocks, model):
-        # A world of one has nothing to free by resharding after the forward; it would only copy the weights again.
+        # A world of one frees nothing by resharding between forward and backward; it would only copy the weights again.
         fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=world.size > 1)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # without it a factor of 1 asks for an operation only NCCL has
+        if world.size > 1:
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # or a factor of 1 asks for an operation only NCCL has
+    model.register_forward_hook(_reshard_without_backward)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # a loss never changes it in place
     return model
+
+
+def _reshard_without_backward(model, inputs, output) -> None:
+    """Put the sharded weights back where no backward will: a save would otherwise see the computing copy."""
+    if not torch.is_grad_enabled() and not getattr(model, "is_gathered", False):
+        for module in _sharded(model):
+            module.reshard()
+
+
+def _sharded(model) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """Hold the whole weights (in the computing type) on every process: forwards then need no communication.
+
+    So each process may run its own number of them, as generation does. Without gradients only.
+    """
+    for module in _sharded(model):
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    model.is_gathered = True
+    try:
+        yield model
+    finally:
+        model.is_gathered = False
+        for module in _sharded(model):
+            module.set_reshard_after_forward(dist.get_world_size() > 1, recurse=False)
+            module.reshard()
 
 
 def native_bf16(device) -> bool:

@@ -1,0 +1,101 @@
+"""What a run needs beforehand, and how fast it goes: memory, disk, tokens a second, model FLOP/s utilisation."""
+
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from minixllm.errors import UserError
+from minixllm.parallel import compute_dtype
+
+# Dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets; the first that fits counts.
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+              "A100": 312e12, "A10G": 70e12, "A10": 125e12, "A40": 150e12, "L40S": 362e12, "L4": 121e12,
+              "RTX 4090": 165e12, "RTX 3090": 71e12, "MI300X": 1307e12}
+
+
+class Meter:
+    """Tokens a second and model FLOP/s utilisation (Chowdhery et al. 2022, PaLM, appendix B) from step to step."""
+
+    def __init__(self, model, world, settings):
+        config, head = model.config, model.head.weight
+        # A weight costs 2 FLOPs a token in the forward, 2 in the backward for the activations, and 2 if it is trained.
+        self.per_token = sum((6 if p.requires_grad else 4) * p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+        self.per_label = (6 if head.requires_grad else 4) * head.numel()
+        self.per_pair = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+        name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
+        peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+        bf16 = compute_dtype(settings.dtype, world.device) == torch.bfloat16
+        self.peak = peak * world.size if peak and bf16 else None  # the table knows bf16 alone
+        self.restart()
+
+    def flops(self, micro_batches) -> float:
+        """What the model's arithmetic needs for these micro-batches; recomputation is not counted."""
+        return sum(self.per_token * len(m.input_ids) + self.per_label * int((m.labels >= 0).sum())
+                   + self.per_pair * sum(map(attending_pairs, m.documents)) for m in micro_batches)
+
+    def restart(self):
+        self.start = time.perf_counter()
+
+    def lap(self, flops: float, tokens: int) -> dict:
+        """Timings since the last lap or restart; mfu is None on hardware whose peak is not known."""
+        now = time.perf_counter()
+        seconds, self.start = now - self.start, now
+        return {"seconds": seconds, "tokens_per_second": tokens / seconds,
+                "mfu": flops / seconds / self.peak if self.peak else None}
+
+
+def attending_pairs(document) -> float:
+    """Pairs of a token and one that it attends to, in a document as `Packed` takes it."""
+    trunk, branches = (document, []) if isinstance(document, int) else document
+    return trunk * (trunk + 1) / 2 + sum(branch * trunk + branch * (branch + 1) / 2 for branch in branches)
+
+
+def announce(model, world, settings, steps: int, tokens_per_step: float):
+    """Print the steps, tokens, memory and disk a run will need; UserError when the disk is clearly too small."""
+    everything = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    output = Path(settings.output)
+    checkpoints = output / "checkpoints"
+    written = sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file())
+    # weights and two moments in fp32; while one checkpoint is written the last `keep` are still there
+    disk = (settings.keep + 1) * 12 * trained + 4 * everything - written
+    free = shutil.disk_usage(next(path for path in (output, *output.absolute().parents) if path.exists())).free
+    if world.first:
+        memory, available = memory_needed(model, world, settings), memory_available(world.device)
+        print(f"{everything:,} parameters, {trained:,} trained, over {world.size} process{'es' * (world.size > 1)} on "
+              f"{world.device.type} in {str(compute_dtype(settings.dtype, world.device)).removeprefix('torch.')}\n"
+              f"{steps:,} steps of about {tokens_per_step:,.0f} tokens: {steps * tokens_per_step:,.0f} tokens\n"
+              f"memory: about {gigabytes(memory)} a process ({gigabytes(available)} available); "
+              f"disk: about {gigabytes(max(disk, 0))} ({gigabytes(free)} free)", flush=True)
+    if disk > free:
+        raise UserError(f"{output}: {gigabytes(free)} free on its disk, expected {gigabytes(disk)} for {settings.keep} "
+                        "checkpoints, the one being written and the model: --keep fewer, or another --output")
+
+
+def memory_needed(model, world, settings) -> float:
+    """Bytes a process will hold at its peak, estimated: weights, gradients, moments, and what the backward keeps."""
+    config = model.config
+    dtype = compute_dtype(settings.dtype, world.device)
+    state = sum((16 if p.requires_grad else 4) * p.numel() for p in model.parameters()) / world.size
+    gathered = dtype.itemsize * sum(p.numel() for p in (model if world.size == 1 else model.blocks[0]).parameters())
+    gathered += 4 * model.head.weight.numel()  # its gradient before it is reduced
+    tokens = settings.micro_batch_size * settings.max_length
+    # Each linear layer keeps its input, and what stands between two of them keeps about as much again, in fp32.
+    widths = sum(m.in_features * dtype.itemsize + m.out_features * 4
+                 for m in model.blocks[0].modules() if isinstance(m, nn.Linear))
+    kept = config.hidden_size * dtype.itemsize if settings.gradient_checkpointing else widths
+    return state + gathered + tokens * (kept * config.num_hidden_layers + widths)
+
+
+def memory_available(device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return 1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,85 @@
+"""Checkpoints of a training run: sharded, whole or absent, readable at another world size.
+
+`checkpoints/step-00000100/` holds what PyTorch's distributed checkpoint writes (every process its own shards of the
+trained weights and of Adam's two moments) and run.json (the step and the settings). Nothing else is state: the order of
+the data and every random number follow from the seed and the step.
+
+PyTorch pickles the metadata of a distributed checkpoint, so only the run's own output directory is ever read.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from minixllm.errors import UserError, atomic_write
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def latest(folder) -> Path | None:
+    """The newest whole checkpoint of a run; one being written has another name."""
+    return max(Path(folder).glob("step-*"), default=None)
+
+
+def save(folder, model, optimizer, world, step: int, settings: dict, keep: int) -> None:
+    """Write `folder`/step-N and remove all but the last `keep`. A collective. UserError when the disk does not take it."""
+    folder = Path(folder)
+    final, partial = folder / f"step-{step:08}", folder / f".step-{step:08}.partial"
+    if world.first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    world.barrier()
+    failure = None
+    try:
+        dcp.save(_state(model, optimizer), checkpoint_id=partial)
+        if world.first:
+            with atomic_write(partial / "run.json") as file:
+                json.dump({"step": step, "settings": settings}, file, indent=1)
+            if final.exists():  # a resumed run that saves where it started
+                shutil.rmtree(final)
+            os.rename(partial, final)
+            for old in sorted(folder.glob("step-*"))[:-keep]:
+                shutil.rmtree(old)
+    except CheckpointException as error:  # raised on every rank, with what went wrong on each
+        failure = "; ".join(str(reason) for reason, _ in error.failures.values())
+    except OSError as error:
+        failure = str(error)
+    failure = next(filter(None, world.gather(failure)), None)
+    if failure:
+        if world.first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{final}: checkpoint not written: {failure.splitlines()[0]}. "
+                        f"The last whole one is {latest(folder) or 'none'}; --resume continues from it")
+
+
+def load(path, model, optimizer) -> tuple[int, dict]:
+    """Fill model and optimizer from a checkpoint; (step, settings it was saved under). A collective."""
+    try:
+        run = json.loads((path / "run.json").read_text())
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                on = parameter.device if optimizer.defaults["fused"] else "cpu"
+                optimizer.state[parameter] = {"step": torch.tensor(float(run["step"]), device=on),
+                                              **{moment: torch.zeros_like(parameter) for moment in MOMENTS}}
+        dcp.load(_state(model, optimizer), checkpoint_id=path)
+    except CheckpointException as error:
+        reason = next(str(reason) for reason, _ in error.failures.values())
+        raise UserError(f"{path}: does not fit this model: {reason.splitlines()[0]}") from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a whole checkpoint: {error}") from None
+    return run["step"], run["settings"]
+
+
+def _state(model, optimizer) -> dict:
+    """The trained tensors by name, and the moments of each: DTensors, which the checkpoint slices as it needs."""
+    state = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            state[name] = parameter.detach()
+            state |= {f"{moment}.{name}": optimizer.state[parameter][moment] for moment in MOMENTS}
+    return state

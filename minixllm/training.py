@@ -1,0 +1,259 @@
+"""The one training loop that instruction tuning and preference optimisation share.
+
+A step is a function from a micro-batch to a *sum* of losses. Each sum is divided by the count of the whole global batch,
+known beforehand, so that any split of the batch over micro-batches and processes gives the same gradient.
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minixllm import resume
+from minixllm.attention import Packed
+from minixllm.datasets import in_order
+from minixllm.errors import UserError, atomic_write
+from minixllm.meter import Meter
+from minixllm.parallel import World, explain_lost_peers
+from minixllm.settings import setting
+
+TIMINGS = ("seconds", "tokens_per_second", "mfu")  # the fields of metrics.jsonl that differ between two equal runs
+
+
+@dataclass
+class TrainingSettings:
+    """What every training run has; the scripts add their own."""
+
+    output: str = setting("runs/run", "directory of the run: checkpoints, metrics.jsonl and the trained model")
+    resume: bool = setting(False, "continue from the latest checkpoint in --output, or start where there is none")
+    epochs: float = setting(3.0, "passes over the data")
+    steps: int | None = setting(None, "optimiser steps, instead of --epochs")
+    batch_size: int = setting(256, "rows of --max-length tokens a step, over all processes")
+    micro_batch_size: int = setting(8, "rows a process computes at once; more memory, fewer passes")
+    max_length: int = setting(1024, "tokens of a row, and of the longest record")
+    learning_rate: float = setting(1e-4, "peak learning rate")
+    warmup_steps: int = setting(100, "steps over which the learning rate rises linearly")
+    final_learning_rate: float = setting(0.0, "where the cosine ends, as a share of the peak")
+    weight_decay: float = setting(0.05, "decoupled weight decay; matrices only, no biases or norms")
+    beta2: float = setting(0.999, "AdamW's decay of squared gradients (beta1 is 0.9)")
+    clip: float = setting(1.0, "largest global gradient norm")
+    seed: int = setting(0, "of initial weights, data order and dropout")
+    dtype: str = setting("auto", "what the forward and backward compute in, over fp32 weights; "
+                                 "auto is bfloat16 where the processor has it", ("auto", "bfloat16", "float32"))
+    gradient_checkpointing: bool = setting(False, "recompute each block in the backward: less memory, a third more work")
+    eval_every: int = setting(500, "steps between held-out losses; 0 for only the last")
+    save_every: int = setting(500, "steps between checkpoints")
+    keep: int = setting(2, "checkpoints kept")
+
+    def __post_init__(self):
+        for name in ("batch_size", "micro_batch_size", "max_length", "save_every", "keep", "clip", "learning_rate",
+                     "epochs"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name}: found {getattr(self, name)}, expected more than 0")
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"steps: found {self.steps}, expected at least 1")
+
+
+def train(model, world: World, settings: TrainingSettings, stream, loss_fn, evaluate=None) -> bool:
+    """Train `model` (sharded, weights loaded) to the last step; False when a signal ended it earlier.
+
+    stream.batch(step) -> Step(micro_batches of this process, count of the global batch), a pure function of the step.
+    loss_fn(model, micro_batch) -> (summed loss, {name: summed quantity}); both are logged divided by the count.
+    evaluate() -> {name: value} is logged every `eval_every` steps and at the end.
+
+    Writes metrics.jsonl and checkpoints below settings.output. After SIGTERM or Ctrl-C saves at the next step boundary
+    and returns. Raises UserError on a loss or gradient that is not finite, a full disk, a lost process.
+    """
+    output = Path(settings.output)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": settings.weight_decay},
+                                   {"params": vectors, "weight_decay": 0.0}],
+                                  lr=settings.learning_rate, betas=(0.9, settings.beta2), fused=True)
+    steps = total_steps(settings, stream)
+    first = start_or_resume(output, model, optimizer, world, settings)
+    model.gradient_checkpointing = settings.gradient_checkpointing
+    model.train()
+    meter, average = Meter(model, world, settings), None
+    metrics = (output / "metrics.jsonl").open("a", encoding="utf-8") if world.first else None
+    bar = tqdm(total=steps, initial=first, unit="step", disable=not world.first, mininterval=0.5, dynamic_ncols=True)
+    with bar, contextlib.closing(metrics) if metrics else contextlib.nullcontext(), stop_signals() as stopped:
+        for step in range(first + 1, steps + 1):
+            with explain_lost_peers(world, f"step {step}"):
+                rate = learning_rate(step, steps, settings)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                row = train_step(model, world, settings, stream, loss_fn, optimizer, meter, step, stopped)
+                stop = row.pop("stopped") > 0
+                row = {"step": step, **row, "learning_rate": rate} | meter.lap(row.pop("flops"), row["tokens"])
+                log(metrics, row)
+                average = row["loss"] if average is None else 0.95 * average + 0.05 * row["loss"]
+                mfu = "unknown" if row["mfu"] is None else f"{row['mfu']:.1%}"
+                bar.set_postfix_str(f"loss {average:.3f}, {row['tokens_per_second']:,.0f} tokens/s, MFU {mfu}", False)
+                bar.update()
+                if evaluate and (step == steps or settings.eval_every and step % settings.eval_every == 0):
+                    model.eval()
+                    held_out = evaluate()
+                    model.train()
+                    log(metrics, {"step": step, "held_out": held_out})
+                    bar.write(f"step {step}: held-out " + ", ".join(
+                        f"{name} {value:.4f}" for name, value in held_out.items() if "/" not in name))
+                    meter.restart()
+                if stop or step == steps or step % settings.save_every == 0:
+                    if metrics:
+                        os.fsync(metrics.fileno())
+                    resume.save(output / "checkpoints", model, optimizer, world, step, asdict(settings), settings.keep)
+                    meter.restart()
+            if stop and step < steps:
+                bar.write(f"stopped by a signal: step {step} is saved, --resume continues from it")
+                return False
+    return True
+
+
+def train_step(model, world, settings, stream, loss_fn, optimizer, meter, step, stopped) -> dict:
+    """One optimiser step. Returns the global batch's mean loss and other means, gradient norm, tokens, FLOPs."""
+    batch = stream.batch(step - 1)
+    if batch.count == 0:
+        raise UserError(f"step {step}: every token of the batch is masked, there is nothing to learn from; its records: "
+                        + first_few(where(stream, batch.micro_batches)))
+    torch.manual_seed(settings.seed + (step * world.size + world.rank << 16))  # dropout, the same after a resume
+    losses, sums = [], {}
+    for i, micro_batch in enumerate(batch.micro_batches):
+        if len(batch.micro_batches) > 1:
+            model.set_requires_gradient_sync(i == len(batch.micro_batches) - 1)  # reduce once, after the last
+        loss, extras = loss_fn(model, micro_batch)
+        (loss / batch.count).backward()
+        losses.append(loss.detach())
+        for name, value in extras.items():
+            sums[name] = sums.get(name, 0.0) + value.detach()
+
+    # Clipping works on the local shards: their squares are added over processes along with everything else that is
+    # summed, so that a step has one small collective and one wait for the device.
+    gradients = [p.grad.to_local() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    squares = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+    tokens = sum(len(m.input_ids) for m in batch.micro_batches)
+    totals = torch.stack([torch.stack(losses).double().sum(), squares, *(sums[name].double() for name in sorted(sums))])
+    totals = torch.cat([totals, totals.new_tensor([tokens, meter.flops(batch.micro_batches), bool(stopped)])])
+    loss, squares, *values, tokens, flops, stop = world.sum(totals).tolist()
+    norm = math.sqrt(squares)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        report_not_finite(world, settings, step, loss / batch.count, norm, stream, batch, losses)
+    torch._foreach_mul_(gradients, min(1.0, settings.clip / (norm + 1e-6)))
+    optimizer.step()
+    optimizer.zero_grad()
+    means = {name: value / batch.count for name, value in zip(sorted(sums), values)}
+    return {"loss": loss / batch.count, **means, "gradient_norm": norm, "tokens": int(tokens), "flops": flops,
+            "stopped": stop}
+
+
+def report_not_finite(world, settings, step, loss, norm, stream, batch, losses):
+    """Write which records were in the batch, and stop. Nothing is saved: the last checkpoint is from before."""
+    mine = [{"loss": float(loss), "records": where(stream, [m])} for m, loss in zip(batch.micro_batches, losses)]
+    micro_batches = sum(world.gather(mine), [])
+    path = Path(settings.output) / f"not-finite-step-{step}.json"
+    if world.first:
+        with atomic_write(path) as file:
+            json.dump(micro_batches, file, indent=1)
+    bad = [m for m in micro_batches if not math.isfinite(m["loss"])] or micro_batches
+    raise UserError(f"step {step}: loss {loss} and gradient norm {norm}, expected finite numbers; its records: "
+                    f"{first_few(sum((m['records'] for m in bad), []))} (all in {path}). Nothing was saved: "
+                    f"the last checkpoint is {resume.latest(Path(settings.output) / 'checkpoints') or 'none'}")
+
+
+def where(stream, micro_batches) -> list[str]:
+    return [stream.data.where(record) for m in micro_batches for record in m.records]
+
+
+def first_few(records, few=8) -> str:
+    return "; ".join(records[:few]) + (f" and {len(records) - few} more" if len(records) > few else "")
+
+
+def learning_rate(step: int, steps: int, settings) -> float:
+    """Linear warm-up to the peak, then half a cosine down to `final_learning_rate` of it at the last step."""
+    peak, floor = settings.learning_rate, settings.final_learning_rate
+    warmup = min(settings.warmup_steps, steps)
+    if step <= warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / (steps - warmup)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def total_steps(settings, stream) -> int:
+    return settings.steps or max(1, round(settings.epochs * stream.steps_per_epoch))
+
+
+def start_or_resume(output: Path, model, optimizer, world, settings) -> int:
+    """The step to continue after: 0, or that of the latest checkpoint, past which metrics.jsonl is cut."""
+    checkpoint, metrics = resume.latest(output / "checkpoints"), output / "metrics.jsonl"
+    if not settings.resume and (checkpoint or metrics.exists()):
+        raise UserError(f"{output}: holds a run already, expected a new directory; "
+                        "--resume continues it, --output names another")
+    step = 0
+    if checkpoint:
+        step, before = resume.load(checkpoint, model, optimizer)
+        changed = [f"{name} {before[name]} -> {value}" for name, value in asdict(settings).items()
+                   if name != "resume" and name in before and before[name] != value]
+        if world.first:
+            print(f"resuming after step {step} from {checkpoint}" + (f" with {', '.join(changed)}" if changed else ""))
+    world.barrier()  # nobody writes before all have looked
+    if world.first:
+        output.mkdir(parents=True, exist_ok=True)
+        kept = []
+        for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):  # the last line may be half written
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        with atomic_write(metrics) as file:
+            file.writelines(kept)
+    return step
+
+
+def log(metrics, row: dict) -> None:
+    if metrics:
+        metrics.write(json.dumps(row) + "\n")
+        metrics.flush()
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that is empty until SIGTERM or Ctrl-C; the loop looks at it between two steps."""
+    stopped = []
+    before = {number: signal.signal(number, lambda number, _: stopped.append(number))
+              for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def sft_loss(model, batch):
+    """The summed negative log-likelihood of a micro-batch's labels; nothing else to log."""
+    device = model.embedding.weight.device
+    return -model(batch.input_ids.to(device), Packed(batch.documents, device), batch.labels.to(device)).sum(), {}
+
+
+@torch.no_grad()
+def held_out_loss(model, world: World, data, records, tokens: int) -> dict[str, float]:
+    """Mean loss per supervised token: {"loss": of all `records`, "loss/deu": of one language, ...}. A collective.
+
+    tokens: how many are computed at a time.
+    """
+    totals = torch.zeros(2, len(data.language_names), dtype=torch.float64, device=world.device)
+    for batch in in_order(data, records, tokens, world.rank, world.size):
+        labels = batch.labels.to(world.device)
+        logps = model(batch.input_ids.to(world.device), Packed(batch.documents, world.device), labels)
+        if batch.records:
+            languages = torch.as_tensor(data.languages[batch.records], dtype=torch.long)[batch.answers].to(world.device)
+            totals.index_add_(1, languages, torch.stack([-logps.double(), (labels >= 0).double()]))  # languages (N,)
+    losses, counts = world.sum(totals).tolist()
+    languages = sorted(zip(data.language_names, losses, counts))
+    return {"loss": sum(losses) / max(sum(counts), 1)} | {
+        f"loss/{name}": loss / count for name, loss, count in languages if count}
