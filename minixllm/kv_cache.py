@@ -1,0 +1,119 @@
+"""The KV cache: keys and values of the tokens that running sequences have seen, in rows of different lengths.
+
+`cache.extend(lengths)` takes new tokens for each row, none to many, laid end to end with no padding, and returns the
+context with which a model attends to them and to their past. One forward can so start some rows (prefill) and move
+others on by a token (decode): the weights are then read once for both.
+"""
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+
+from minixllm.attention import causal_attention
+
+
+class KVCache:
+    """Room for `rows` sequences of at most `capacity` tokens; `lengths[row]` of them are filled.
+
+    A layer's keys and values (rows, KV, capacity, D) are made when it first attends, in the type it computes in.
+    """
+
+    def __init__(self, rows: int, capacity: int):
+        self.rows, self.capacity = rows, capacity
+        self.lengths = [0] * rows
+        self.layers = {}  # layer_idx -> (keys, values)
+
+    def extend(self, lengths: list[int], device="cpu") -> "Extension":
+        """The context of a forward over sum(lengths) tokens: lengths[0] that continue row 0, then those of row 1, ...
+
+        Rows beyond the list get none. Raises ValueError when a row would exceed the capacity.
+        """
+        past = self.lengths[:len(lengths)]
+        total = [p + n for p, n in zip(past, lengths, strict=True)]
+        if max(total) > self.capacity:
+            raise ValueError(f"row {total.index(max(total))} would hold {max(total)} tokens, the cache {self.capacity}")
+        self.lengths[:len(lengths)] = total
+        return Extension(self, past, lengths, device)
+
+    def keep(self, rows: list[int]) -> list[int]:
+        """Drop all rows but these and close the gaps. Returns where the row now at 0, 1, ... was before.
+
+        Rows that lie beyond the new end fill the gaps, the others stay: no more is copied than must be.
+        """
+        gaps = [row for row in range(len(rows)) if row not in rows]
+        order = list(range(len(rows)))
+        for gap, row in zip(gaps, (row for row in rows if row >= len(rows))):
+            order[gap] = row
+            for tensor in itertools.chain.from_iterable(self.layers.values()):
+                tensor[gap, :, :self.lengths[row]] = tensor[row, :, :self.lengths[row]]
+        self.lengths = [self.lengths[row] for row in order] + [0] * (self.rows - len(rows))
+        return order
+
+    def layer(self, layer_idx: int, key: torch.Tensor):
+        """Keys and values of a layer; zeros at first, for what is masked must still be finite (0 * nan is nan)."""
+        if layer_idx not in self.layers:
+            shape = (self.rows, key.shape[1], self.capacity, key.shape[2])
+            self.layers[layer_idx] = key.new_zeros(shape), key.new_zeros(shape)
+        return self.layers[layer_idx]
+
+
+class Extension:
+    """New tokens that continue the rows of a cache: a context, as `attention.Packed` is one.
+
+    position_ids (N,): each token's place in its row. last (rows,): where the last new token of each row lies.
+    """
+
+    def __init__(self, cache: KVCache, past: list[int], lengths: list[int], device):
+        self.cache = cache
+        self.position_ids = torch.cat([torch.arange(p, p + n) for p, n in zip(past, lengths)]).to(device)
+        self.last = torch.tensor(lengths).cumsum(0).sub(1).to(device)
+        self.rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)  # (N,)
+        # Neighbouring rows with one new token each are attended to together, the others one by one.
+        self.parts, start = [], 0
+        for single, run in itertools.groupby(range(len(lengths)), key=lambda row: lengths[row] == 1):
+            run = list(run)
+            for rows in [run] if single else [[row] for row in run if lengths[row]]:
+                seen = [past[row] + lengths[row] for row in rows]
+                end = start + sum(lengths[row] for row in rows)
+                self.parts.append((slice(start, end), slice(rows[0], rows[-1] + 1), max(seen),
+                                   _distances(seen).to(device) if single else None))
+                start = end
+
+    def attend(self, layer_idx, query, key, value, slopes=None) -> torch.Tensor:
+        """query (N, H, D), key and value (N, KV, D) of the new tokens -> (N, H, D); `slopes` (H,) adds ALiBi."""
+        keys, values = self.cache.layer(layer_idx, key)
+        keys[self.rows, :, self.position_ids] = key
+        values[self.rows, :, self.position_ids] = value
+        outputs = []
+        for tokens, rows, longest, distances in self.parts:
+            k, v = keys[rows, :, :longest], values[rows, :, :longest]  # (rows, KV, longest, D)
+            if distances is None:
+                outputs.append(causal_attention(query[tokens], k[0].transpose(0, 1), v[0].transpose(0, 1), slopes))
+            else:
+                outputs.append(_attend_one(query[tokens], k, v, distances, slopes))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _distances(seen: list[int]) -> torch.Tensor:
+    """How far each key lies behind the newest token of its row, as a number <= 0, (rows, 1, 1, longest).
+
+    seen: tokens of each row. -inf beyond a row's end.
+    """
+    seen = torch.tensor(seen)[:, None]
+    distances = torch.arange(seen.max()) - (seen - 1)
+    return distances.float().masked_fill(distances > 0, -math.inf)[:, None, None]
+
+
+def _attend_one(query, keys, values, distances, slopes) -> torch.Tensor:
+    """One query a row: query (rows, H, D), keys and values (rows, KV, longest, D) -> (rows, H, D)."""
+    B, H, D = query.shape
+    KV = keys.shape[1]
+    if slopes is None:
+        mask = distances.masked_fill(distances > -math.inf, 0)
+    else:
+        mask = slopes.view(KV, H // KV, 1) * distances  # (rows, KV, H / KV, longest)
+    # The heads that share a key head become its queries, so that the keys are read once and never repeated.
+    output = F.scaled_dot_product_attention(query.view(B, KV, H // KV, D), keys, values, attn_mask=mask.to(query.dtype))
+    return output.view(B, H, D)
