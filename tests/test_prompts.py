@@ -1,0 +1,62 @@
+"""The Alpaca template word for word, and the request for a language in 31 languages."""
+
+import pytest
+
+from minixllm import prompts
+from minixllm.errors import UserError
+from minixllm.languages import FEEDBACK_LANGUAGES, LANGUAGES, find
+from minixllm.records import Preference
+
+
+def test_alpaca_word_for_word():
+    assert prompts.alpaca("Add.", "1 and 2") == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n"
+        "### Response:")
+    assert prompts.alpaca("Add {instruction} {0}.") == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd {instruction} {0}.\n\n### Response:")
+
+
+def test_english_requests_name_every_language():
+    assert prompts.request("zho_simpl") == "Please return the results in Chinese."
+    assert prompts.request("Swahili", "English") == prompts.request("sw", "en") == "Please return the results in Swahili."
+    assert len({prompts.request(code) for code in LANGUAGES}) == 100
+
+
+def test_all_870_pairs_are_distinct_and_in_the_instructions_language():
+    babel = pytest.importorskip("babel")
+    for source in FEEDBACK_LANGUAGES:
+        names = babel.Locale.parse(LANGUAGES[source].tag).languages
+        requests = {target: prompts.request(target, source) for target in ["eng", *FEEDBACK_LANGUAGES]}
+        assert len(set(requests.values())) == 31
+        for target, request in requests.items():
+            if (source, target) != ("yor", "zho_simpl"):      # where CLDR has lost an accent
+                assert names[find(target).tag].casefold() in request.casefold()
+            assert "{" not in request and request == request.strip()
+
+
+def test_requests_nobody_wrote():
+    with pytest.raises(UserError, match="no request is written in Wolof"):
+        prompts.request("deu", "wol")
+    with pytest.raises(UserError, match="no German request names Wolof"):
+        prompts.request("wol", "deu")
+    with pytest.raises(UserError, match="unknown language 'Germann'.*german"):
+        prompts.request("Germann")
+
+
+def test_the_request_is_put_into_the_prompt_once():
+    asked = "Nenne drei Farben. Bitte gib die Ergebnisse auf Chinesisch zurück."
+    assert prompts.cross_lingual("Nenne drei Farben.", "zho_simpl", "deu") == asked
+    assert prompts.cross_lingual(asked, "zho_simpl", "deu") == asked
+
+
+def test_preference_prompts():
+    def of(**fields):
+        return prompts.preference(Preference(**{"instruction": "Nenne.", "input": "x", "chosen": "", "rejected": ""} | fields))
+
+    plain = prompts.alpaca("Nenne.", "x")
+    assert of() == of(language="deu") == of(response_language="deu") == of(language="deu", response_language="de") == plain
+    crossed = of(language="deu", response_language="fra")
+    assert crossed == prompts.alpaca("Nenne. Bitte gib die Ergebnisse auf Französisch zurück.", "x")
+    assert of(prompt="as it stands", language="deu", response_language="fra") == "as it stands"

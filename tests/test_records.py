@@ -1,0 +1,144 @@
+"""Record files: what is read, and every complaint with its file and line."""
+
+import json
+import tracemalloc
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from minixllm import records
+from minixllm.errors import UserError
+from minixllm.records import Instruction, read_instructions, read_objects, read_preferences
+
+GOOD = '{"instruction": "Say hi", "output": "hi"}'
+
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_fields_languages_and_extras(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"instruction": "Grüß", "input": null, "output": "ہیلو", "language": "deu", '
+                 '"source": "me", "score": 3}\n\n' + GOOD + "\n")
+    first, second = read_instructions(path)
+    assert first == Instruction("Grüß", "", "ہیلو", "deu", {"source": "me", "score": 3}, 1)
+    assert second == Instruction("Say hi", "", "hi", None, {}, 3)
+
+
+def test_array_and_lines_are_told_apart_by_content(tmp_path):
+    entries = [{"instruction": f"i{k}", "input": "x", "output": "o"} for k in range(3)]
+    array = write(tmp_path / "a.jsonl", "\ufeff" + json.dumps(entries, indent=1))
+    lines = write(tmp_path / "a.json", "\ufeff" + "\r\n".join(map(json.dumps, entries)))
+    assert [r.line for r in read_instructions(array)] == [2, 7, 12]
+    assert [(r.instruction, r.input) for r in read_instructions(array)] == \
+           [(r.instruction, r.input) for r in read_instructions(lines)] == [("i0", "x"), ("i1", "x"), ("i2", "x")]
+
+
+json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x, max_size=3) |
+                           st.dictionaries(st.text(max_size=5), x, max_size=3), max_leaves=5)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.dictionaries(st.text(max_size=8), json_values, max_size=4), min_size=1, max_size=5),
+       st.sampled_from([None, 0, 2]), st.booleans())
+def test_any_json_reads_as_json_reads_it(tmp_path, entries, indent, ascii):
+    array = write(tmp_path / "a.json", json.dumps(entries, indent=indent, ensure_ascii=ascii).encode("utf-8", "replace"))
+    lines = write(tmp_path / "b.json", "\n".join(json.dumps(e, ensure_ascii=ascii) for e in entries).encode("utf-8", "replace"))
+    assert [entry for _, entry in read_objects(array)] == json.loads(array.read_bytes())
+    assert list(read_objects(lines)) == [(k + 1, json.loads(line)) for k, line in
+                                         enumerate(lines.read_bytes().split(b"\n"))]
+
+
+@pytest.mark.parametrize("text, complaint", [
+    (GOOD + "\n{not json}\n", r"a.jsonl, line 2: not JSON \(.*column 2\), in '{not json}'"),
+    (GOOD + "\n" + GOOD[:-5], r"line 2: not JSON"),
+    (GOOD + "\n[1]", r"line 2: found a list, expected an object"),
+    (GOOD + "\n{}", r"line 2: no field 'instruction', found only \[\]"),
+    ('{"instruction": "a", "answer": "b"}', r"line 1: no field 'output', found only \['answer', 'instruction'\]"),
+    ('{"instruction": "a", "output": 7}', r"line 1: field 'output' holds a number, expected text"),
+    ('{"instruction": "a", "output": null}', r"line 1: field 'output' holds null, expected text"),
+    ('{"instruction": ["a"], "output": "b"}', r"line 1: field 'instruction' holds a list, expected text"),
+    ('{"instruction": "a", "input": 1, "output": "b"}', r"line 1: field 'input' holds a number"),
+    ('{"instruction": "a", "language": {}, "output": "b"}', r"line 1: field 'language' holds an object"),
+    ('{"instruction": "\\ud800", "output": "b"}', r"line 1: field 'instruction' holds half of a surrogate pair"),
+    (GOOD.encode() + b"\n" + '{"instruction": "é"}'.encode("latin-1"), r"line 2: not UTF-8 \(byte 0xe9\)"),
+    (GOOD + "\n" + "[" * 100_000, r"line 2: not JSON \(nested too deeply\)"),
+    ("", r"a.jsonl: holds no records"),
+    ("\n  \n", r"a.jsonl: holds no records"),
+    ("[]", r"a.jsonl: holds no records"),
+    (f"[\n{GOOD},\n{GOOD[:-1]}\n]", r"line 4: not JSON"),
+    (f"[\n{GOOD}\n{GOOD}]", r"line 3: the array of records ends in .*expected ',' or '\]'"),
+    (f"[{GOOD}\n", r"line 2: the array of records ends in nothing"),
+    (f"[{GOOD},]", r"line 1: not JSON"),
+    (f"[{GOOD}]\n{GOOD}", r"the array of records ends in .*nothing after"),
+    ("[\n1]", r"line 2: found a number, expected an object"),
+    (f"[\n{GOOD},\n{{}}]", r"line 3: no field 'instruction'"),
+    (b"[\n\xff]", r"line 2: not UTF-8"),
+])
+def test_complaints(tmp_path, text, complaint):
+    with pytest.raises(UserError, match=complaint):
+        list(read_instructions(write(tmp_path / "a.jsonl", text)))
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="absent.jsonl: cannot be read"):
+        list(read_instructions(tmp_path / "absent.jsonl"))
+    with pytest.raises(UserError, match="cannot be read"):
+        list(read_instructions(tmp_path))
+
+
+def test_lines_are_streamed(tmp_path):
+    """The first record comes before a broken second line is looked at."""
+    path = write(tmp_path / "a.jsonl", GOOD + "\nbroken")
+    assert next(read_instructions(path)).output == "hi"
+
+
+def test_a_line_of_100_megabytes_is_one_error_and_little_memory(tmp_path):
+    with open(tmp_path / "a.jsonl", "wb") as file:
+        file.write(GOOD.encode() + b'\n{"instruction": "')
+        for _ in range(100):
+            file.write(b"x" * 2**20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="a.jsonl, line 2: longer than 16,777,216 bytes"):
+            list(read_instructions(tmp_path / "a.jsonl"))
+        assert tracemalloc.get_traced_memory()[1] < 4 * records.LONGEST_LINE
+    finally:
+        tracemalloc.stop()
+
+
+def test_progress_adds_up_to_the_file(tmp_path):
+    for text in ("\n".join([GOOD] * 5), json.dumps([json.loads(GOOD)] * 5)):
+        path, sizes = write(tmp_path / "a.json", text), []
+        list(read_instructions(path, sizes.append))
+        assert 0.8 * len(text) < sum(sizes) <= len(text)
+
+
+# Preferences
+
+def preference(tmp_path, **entry):
+    return next(read_preferences(write(tmp_path / "p.jsonl", json.dumps(entry))))
+
+
+def test_three_spellings(tmp_path):
+    ours = preference(tmp_path, instruction="i", input="x", chosen="c", rejected="r", language="deu",
+                      response_language="fra", judge="j")
+    assert (ours.instruction, ours.input, ours.chosen, ours.rejected) == ("i", "x", "c", "r")
+    assert (ours.language, ours.response_language, ours.prompt, ours.extra) == ("deu", "fra", None, {"judge": "j"})
+    theirs = preference(tmp_path, instruction="i", input="x", prefered_output="c", rejected_output="r")
+    assert (theirs.instruction, theirs.input, theirs.chosen, theirs.rejected) == ("i", "x", "c", "r")
+    trl = preference(tmp_path, prompt="p", chosen="c", rejected="r")
+    assert (trl.prompt, trl.instruction, trl.chosen, trl.rejected) == ("p", "", "c", "r")
+
+
+@pytest.mark.parametrize("entry, complaint", [
+    (dict(instruction="i", chosen="c"), r"p.jsonl, line 1: no field 'rejected', found only \['chosen', 'instruction'\]"),
+    (dict(instruction="i", rejected="c"), r"line 1: no field 'chosen'"),
+    (dict(chosen="c", rejected="r"), r"line 1: no field 'instruction'"),
+    (dict(prompt=[{"role": "user", "content": "p"}], chosen="c", rejected="r"), r"field 'prompt' holds a list"),
+])
+def test_preference_complaints(tmp_path, entry, complaint):
+    with pytest.raises(UserError, match=complaint):
+        preference(tmp_path, **entry)
