@@ -214,7 +214,7 @@ def in_order(data, records, max_tokens: int, rank: int = 0, world: int = 1):
     one record): for held-out losses. All ranks get equally many batches, the last perhaps empty.
     """
     order, bounds = pack(data.lengths[records], max(max_tokens, data.lengths[records].max(initial=1)))
-    rows = np.split(records[order], bounds[1:-1])
+    rows = [records[order[start:end]] for start, end in zip(bounds, bounds[1:])]
     for start in range(0, len(rows), world):
         yield collate(data, rows[start + rank] if start + rank < len(rows) else [])
 

@@ -1,0 +1,407 @@
+"""Tokenised once, packed, dealt out: every record of a global batch exactly once, whatever the split."""
+
+import json
+import multiprocessing
+import os
+import random
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minixllm import datasets, prompts, tokencache
+from minixllm.datasets import IGNORE, PreferenceData, SFTData, Stream, collate, hold_out, in_order, pack
+from minixllm.errors import UserError
+from minixllm.tokenizers import load_tokenizer, train_sentencepiece
+
+
+class Bytes:
+    """A tokenizer of bytes, ids 3 to 258; pad is eos, as with many a model."""
+
+    vocab_size, bos_id, eos_id, pad_id = 259, 1, 2, 2
+
+    def __init__(self, prefix=(1,), suffix=(), fingerprint="bytes"):
+        self.prefix, self.suffix, self.fingerprint = list(prefix), list(suffix), fingerprint
+
+    def encode(self, text, add_special_tokens=False):
+        ids = [byte + 3 for byte in text.encode()]
+        return self.prefix + ids + self.suffix if add_special_tokens else ids
+
+    def decode(self, ids):
+        return bytes(i - 3 for i in ids if i > 2).decode()
+
+
+def write(path, entries):
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def some_records(n, seed=0):
+    rng = random.Random(seed)
+    return [{"instruction": f"Say {k}" + "?" * rng.randint(0, 60), "output": "yes " * rng.randint(1, 40),
+             "language": rng.choice(["deu", "deu", "deu", "deu", "amh", "kam"])} for k in range(n)]
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sft")
+    return SFTData(write(folder / "a.jsonl", some_records(300)), Bytes(), 512, folder / "cache")
+
+
+# One record
+
+def one(tmp_path, tokenizer=None, max_length=512, kind=SFTData, entry=None, **options):
+    entry = entry or {"instruction": "Say ü", "input": "x", "output": "üü"}
+    return kind(write(tmp_path / "one.jsonl", [entry]), tokenizer or Bytes(), max_length, tmp_path / "cache", **options)
+
+
+def test_labels_are_the_answer_and_its_end(tmp_path):
+    """Trap 2: the end of the answer is learnt although the padding token is the same."""
+    prompt = Bytes().encode(prompts.alpaca("Say ü", "x"), add_special_tokens=True)
+    answer = Bytes().encode("üü") + [2]
+    inputs, labels = one(tmp_path)[0]
+    assert inputs.tolist() == (prompt + answer)[:-1]
+    assert labels.tolist() == [IGNORE] * (len(prompt) - 1) + answer
+    data = one(tmp_path, train_on_prompt=True)
+    inputs, labels = data[0]
+    assert inputs.tolist() == (prompt + answer)[:-1] and labels.tolist() == (prompt + answer)[1:]
+    assert data.supervised[0] == data.lengths[0] == len(labels)
+
+
+@pytest.mark.parametrize("prefix, suffix", [((1,), ()), ((), ()), ((1,), (2,))])
+def test_bos_exactly_when_the_tokenizer_adds_it(tmp_path, prefix, suffix):
+    """Trap 18; and an EOS that a tokenizer puts after every text does not part prompt and answer."""
+    inputs, labels = one(tmp_path, Bytes(prefix, suffix, f"{prefix}{suffix}"))[0]
+    assert (inputs == 1).sum() == len(prefix) and list(inputs[:len(prefix)]) == list(prefix)
+    assert (inputs == 2).sum() == 0 and (labels == 2).sum() == 1
+
+
+def test_prompt_and_answer_are_tokenised_apart(tmp_path):
+    """Trap 15, with a real tokenizer whose merges would cross the boundary."""
+    train_sentencepiece([f"Response:yes {k}" for k in range(300)], tmp_path / "tokenizer.model", 400)
+    tokenizer = load_tokenizer(tmp_path)
+    data = one(tmp_path, tokenizer, entry={"instruction": "a", "output": "yes 12"})
+    prompt, answer = data.read(0)
+    assert prompt.tolist() == tokenizer.encode(prompts.alpaca("a"), add_special_tokens=True)
+    assert answer.tolist() == tokenizer.encode("yes 12") + [tokenizer.eos_id]
+    together = tokenizer.encode(prompts.alpaca("a") + "yes 12", add_special_tokens=True)
+    assert together != [*prompt, *answer[:-1]]      # or the test would show nothing
+
+
+def test_too_long_is_dropped_or_cut_and_counted(tmp_path):
+    room = len(Bytes().encode(prompts.alpaca("a"), True))
+    path = write(tmp_path / "a.jsonl", [
+        {"instruction": "a", "output": "x" * 9, "language": "deu"},        # fits exactly, with EOS
+        {"instruction": "a", "output": "é" * 5, "language": "deu"},        # one byte too long
+        {"instruction": "a" * 11, "output": "x", "language": "deu"},       # its prompt alone leaves no room
+        {"instruction": "a", "output": " ", "language": "fra"}])
+    data = SFTData(path, Bytes(), room + 10, tmp_path, too_long="drop")
+    assert len(data) == 1 and data.read(0)[1].tolist() == [123] * 9 + [2]
+    assert vars(data.report["deu"]) == dict(records=3, too_long=2, empty=0, equal=0, truncated=0, tokens=20, characters=15)
+    assert (data.report["fra"].empty, data.report["fra"].kept) == (1, 0)
+    data = SFTData(path, Bytes(), room + 10, tmp_path, too_long="truncate")
+    assert len(data) == 2 and data.read(1)[1].tolist() == Bytes().encode("é" * 5)      # whole prompt, no EOS
+    assert (data.report["deu"].too_long, data.report["deu"].truncated, data.report["deu"].kept) == (1, 1, 2)
+    assert data.report["deu"].tokens_per_character == 20 / 15
+    assert [data.where(k) for k in range(2)] == [f"{path}, line 1", f"{path}, line 2"]
+    assert "deu" in data.summary() and "1.333" in data.summary()
+
+
+def test_nothing_left_is_an_error_and_leaves_nothing(tmp_path):
+    """Trap 4: there is no data set in which every token is masked."""
+    for entry in ({"instruction": "a", "output": ""}, {"instruction": "a" * 600, "output": "b"}):
+        with pytest.raises(UserError, match="one.jsonl: nothing left to learn from: of 1 records"):
+            one(tmp_path, entry=entry)
+    with pytest.raises(UserError, match="one.jsonl, line 1: no field 'output'"):
+        one(tmp_path, entry={"instruction": "a"})
+    assert all(path.suffix == ".lock" for path in (tmp_path / "cache").iterdir())
+    no_eos = Bytes()
+    no_eos.eos_id = None
+    with pytest.raises(UserError, match="no end-of-sequence"):
+        one(tmp_path, no_eos)
+
+
+# The cache
+
+def test_rebuilt_exactly_when_its_inputs_change(tmp_path, monkeypatch):
+    built = []
+    build = tokencache._build
+    monkeypatch.setattr(tokencache, "_build", lambda *args: (built.append(1), build(*args)))
+
+    def builds(**changes):
+        before = len(built)
+        one(tmp_path, **changes)
+        return len(built) - before
+
+    assert builds() == 1 and builds() == 0
+    assert builds(train_on_prompt=True) == 0                      # only read otherwise
+    os.utime(tmp_path / "one.jsonl", (0, 0))
+    assert builds() == 0                                          # same bytes
+    assert builds(max_length=511) == 1
+    assert builds(too_long="truncate") == 1
+    assert builds(tokenizer=Bytes(fingerprint="other")) == 1
+    assert builds(entry={"instruction": "Say ö", "input": "x", "output": "üü"}) == 1
+    assert builds() == 0                                          # the first is still there
+    pair = {"instruction": "a", "output": "b", "chosen": "b", "rejected": "c"}
+    assert builds(entry=pair) == 1 and builds(entry=pair, kind=PreferenceData) == 1
+    monkeypatch.setattr(prompts, "REQUESTS", tmp_path / "one.jsonl")
+    assert builds(entry=pair) == 1
+
+
+def test_several_processes_give_what_one_gives(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokencache, "CHUNK", 7)
+    paths = [write(tmp_path / "a.jsonl", some_records(40)), write(tmp_path / "b.jsonl", some_records(30, seed=1))]
+    alone = SFTData(paths, Bytes(), 400, tmp_path / "alone", workers=1)
+    pooled = SFTData(paths, Bytes(), 400, tmp_path / "pooled", workers=2)
+    for name in ("tokens", *tokencache.ARRAYS):
+        np.testing.assert_array_equal(getattr(alone, name), getattr(pooled, name))
+    assert alone.report == pooled.report and alone.language_names == pooled.language_names
+    assert pooled.where(45) == f"{paths[1]}, line 6" and sum(c.too_long for c in pooled.report.values()) == 0
+
+
+class Slow(Bytes):
+    def encode(self, text, add_special_tokens=False):
+        time.sleep(0.05)
+        return super().encode(text, add_special_tokens)
+
+
+def _open_in_child(path, cache, log):
+    build = tokencache._build
+
+    def counted(*args):
+        with open(log, "a") as file:
+            file.write("built\n")
+        build(*args)
+
+    tokencache._build = counted
+    assert len(SFTData(path, Slow(), 400, cache)) == 10
+
+
+def test_of_many_processes_one_builds(tmp_path):
+    path = write(tmp_path / "a.jsonl", some_records(10))
+    fork = multiprocessing.get_context("fork")
+    children = [fork.Process(target=_open_in_child, args=(path, tmp_path / "cache", tmp_path / "log")) for _ in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0, 0, 0]
+    assert (tmp_path / "log").read_text() == "built\n"
+
+
+def test_a_builder_that_was_killed_leaves_no_cache(tmp_path):
+    path = write(tmp_path / "a.jsonl", some_records(200))
+    child = multiprocessing.get_context("fork").Process(target=SFTData, args=(path, Slow(), 400, tmp_path / "cache"))
+    child.start()
+    while not list(tmp_path.glob("cache/*.unfinished/tokens.bin")):
+        time.sleep(0.01)
+    child.kill()
+    child.join(60)
+    assert len(SFTData(path, Bytes(), 400, tmp_path / "cache")) == 200
+    assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == ["", ".lock"]
+
+
+def test_damage_and_a_full_disk_are_named(tmp_path, monkeypatch):
+    data = one(tmp_path)
+    with open(tmp_path / "cache" / data.key / "tokens.bin", "ab") as file:
+        file.truncate(20)
+    with pytest.raises(UserError, match=f"{data.key}: a damaged token cache .*remove it"):
+        one(tmp_path)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(UserError, match="cannot be written: No space left on device"):
+        one(tmp_path, max_length=300)
+    assert not list((tmp_path / "cache").glob("*.unfinished"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="no place for a token cache"):
+        SFTData(tmp_path / "one.jsonl", Bytes(), 512, tmp_path / "file" / "cache")
+
+
+def test_ids_beyond_16_bits(tmp_path):
+    class Large(Bytes):
+        vocab_size, eos_id = 250_880, 250_000
+
+    assert one(tmp_path, Large())[0][1][-1] == 250_000
+
+
+# Batches
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 30), max_size=80), st.integers(1, 6), st.integers(1, 50))
+def test_packing_keeps_every_document_and_the_capacity(lengths, open_rows, window):
+    lengths = np.array(lengths, int)
+    order, bounds = pack(lengths, 30, open_rows, window)
+    assert sorted(order) == list(range(len(lengths))) and bounds[0] == 0 and bounds[-1] == len(lengths)
+    rows = [lengths[order[a:b]].sum() for a, b in zip(bounds, bounds[1:])]
+    assert all(0 < row <= 30 for row in rows)
+
+
+def test_packing_fills_rows():
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(120) - 0.32, 0.8, 40_000), 8, 512).astype(int)
+    order, bounds = pack(lengths, 512)
+    assert lengths.sum() / (512 * (len(bounds) - 1)) > 0.97
+
+
+def all_ranks(data, step, world, micro_batch_size=2, **options):
+    options = {"seed": 3, "batch_size": 8, "max_length": 512} | options
+    return [Stream(data, micro_batch_size=micro_batch_size, rank=rank, world=world, **options).batch(step)
+            for rank in range(world)]
+
+
+def test_every_split_covers_the_same_global_batch_once(sft):
+    """Trap 1: the count is the global batch's, whatever the number of ranks and micro-batches."""
+    for step in (0, 5, 1000):
+        reference = None
+        for world, micro_batch_size in [(1, 8), (1, 3), (2, 2), (4, 1), (3, 4)]:
+            shares = all_ranks(sft, step, world, micro_batch_size)
+            batches = [batch for share in shares for batch in share.micro_batches]
+            assert len({len(share.micro_batches) for share in shares}) == 1      # or a collective would hang
+            records = sorted(record for batch in batches for record in batch.records)
+            count = sum((batch.labels != IGNORE).sum().item() for batch in batches)
+            assert {share.count for share in shares} == {count}
+            reference = reference or (records, count)
+            assert (records, count) == reference
+
+
+def test_an_epoch_is_every_record_once_in_steps_of_even_size(sft):
+    for max_length in (512, None):
+        stream = Stream(sft, 0, 8, 8, max_length)
+        for epoch in (0, 1):
+            steps = [stream.batch(epoch * stream.steps_per_epoch + k) for k in range(stream.steps_per_epoch)]
+            records = [record for step in steps for batch in step.micro_batches for record in batch.records]
+            assert sorted(records) == list(range(len(sft)))
+        if max_length is None:
+            sizes = [len(step.micro_batches[0].records) for step in steps]
+            assert stream.steps_per_epoch == 38 and set(sizes) == {7, 8}
+
+
+def test_order_is_a_function_of_seed_and_step_alone(sft):
+    def order(seed, step):
+        return [batch.records for batch in Stream(sft, seed, 8, 2, 512).batch(step).micro_batches]
+
+    stream = Stream(sft, 3, 8, 2, 512)
+    for step in (40, 2, 3, 41, 0):      # back and forth over epochs
+        assert [batch.records for batch in stream.batch(step).micro_batches] == order(3, step)
+    assert order(3, 0) != order(4, 0) and order(3, 0) != order(3, stream.steps_per_epoch)
+
+
+def test_batches_are_documents_end_to_end(sft):
+    for share in all_ranks(sft, 1, 2):
+        for batch in share.micro_batches:
+            assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+            assert sum(batch.documents) == len(batch.input_ids) == len(batch.labels) <= 2 * 512
+            start = 0
+            for number, (record, length) in enumerate(zip(batch.records, batch.documents, strict=True)):
+                inputs, labels = sft[record]
+                np.testing.assert_array_equal(batch.input_ids[start:start + length], inputs)
+                np.testing.assert_array_equal(batch.labels[start:start + length], labels)
+                assert (batch.answers[start:start + length] == number).all()
+                start += length
+
+
+def test_a_rank_with_nothing_left_takes_its_turn(sft):
+    shares = all_ranks(sft, 0, 3, batch_size=1, max_length=None)
+    assert [len(share.micro_batches) for share in shares] == [1, 1, 1]
+    empty = shares[2].micro_batches[0]
+    assert empty.records == [] and empty.documents == [1] and empty.labels.tolist() == [IGNORE]
+    assert shares[2].count == shares[0].count > 0
+
+
+def test_rows_too_short_for_a_record_are_refused(sft):
+    with pytest.raises(UserError, match="rows of 100 tokens cannot hold the longest record, of"):
+        Stream(sft, 0, 8, 2, 100)
+
+
+def test_temperature_evens_languages_out(sft):
+    n = {language: (sft.languages == k).sum() for k, language in enumerate(sft.language_names)}
+    for temperature in (1.0, 2.0, 1e9):
+        stream = Stream(sft, 0, 8, 8, 512, temperature=temperature)
+        drawn = Counter(record for k in range(stream.steps_per_epoch) for batch in stream.batch(k).micro_batches
+                        for record in batch.records)
+        assert drawn.total() == len(sft)
+        weights = {language: size ** (1 / temperature) for language, size in n.items()}
+        for k, language in enumerate(sft.language_names):
+            times = [drawn[record] for record in np.flatnonzero(sft.languages == k)]
+            assert abs(sum(times) - len(sft) * weights[language] / sum(weights.values())) <= 1
+            assert max(times) - min(times) <= 1
+
+
+def test_held_out_records_are_never_trained_on(sft):
+    train, held = hold_out(sft, per_language=5)
+    assert sorted([*train, *held]) == list(range(len(sft)))
+    sizes = np.bincount(sft.languages)
+    assert np.bincount(sft.languages[held]).tolist() == [min(5, size // 10) for size in sizes]
+    stream = Stream(sft, 0, 8, 8, 512, records=train)
+    seen = {r for k in range(stream.steps_per_epoch) for b in stream.batch(k).micro_batches for r in b.records}
+    assert seen == set(train.tolist())
+    for world in (1, 2, 3):
+        shares = [list(in_order(sft, held, 600, rank, world)) for rank in range(world)]
+        assert len({len(share) for share in shares}) == 1
+        assert sorted(r for share in shares for b in share for r in b.records) == held.tolist()
+        assert all(len(b.input_ids) <= 600 for share in shares for b in share)
+    assert list(in_order(sft, held[:0], 600)) == []
+
+
+# Preferences
+
+PAIR = {"instruction": "Say", "chosen": "oui", "rejected": "yes!", "language": "eng", "response_language": "fra"}
+
+
+def test_a_pair_is_one_document_of_two_branches(tmp_path):
+    data = one(tmp_path, kind=PreferenceData, entry=PAIR)
+    text = prompts.alpaca("Say Please return the results in French.")
+    prompt, chosen, rejected = Bytes().encode(text, True), Bytes().encode("oui") + [2], Bytes().encode("yes!") + [2]
+    batch = collate(data, [0, 0])
+    trunk = len(prompt) - 1
+    assert batch.documents == [(trunk, [4, 5])] * 2 and data.lengths[0] == trunk + 9 and data.supervised[0] == 9
+    inputs, labels = batch.input_ids[:trunk + 9].tolist(), batch.labels[:trunk + 9].tolist()
+    assert inputs == prompt + chosen[:-1] + prompt[-1:] + rejected[:-1]
+    assert labels == [IGNORE] * trunk + chosen + rejected
+    labelled = batch.labels != IGNORE
+    assert torch.bincount(batch.answers[labelled]).tolist() == [4, 5, 4, 5]
+    assert data.language_names == ["eng>fra"]
+    assert Stream(data, 0, 4, 2).batch(0).count == 1
+    empty = collate(data, [])
+    assert empty.documents == [(0, [1, 1])] and len(empty.input_ids) == 2 and (empty.labels == IGNORE).all()
+
+
+def test_pairs_without_a_difference_are_left_out_and_counted(tmp_path):
+    room = len(Bytes().encode(prompts.alpaca("a"), True))
+    entries = [{"instruction": "a", "chosen": c, "rejected": r} for c, r in
+               [("b", "c"), ("b", "b "), ("", "c"), ("b", " "), ("x" * 200 + "1", "x" * 200 + "2"),
+                ("1" + "x" * 200, "2" + "x" * 200)]]
+    entries.append({"prompt": " ", "chosen": "b", "rejected": "c"})
+    path = write(tmp_path / "a.jsonl", entries)
+    data = PreferenceData(path, Bytes(), room + 30, tmp_path / "cache")
+    report = data.report["und"]
+    assert (len(data), report.records, report.equal, report.empty, report.too_long, report.truncated) == (1, 7, 1, 3, 2, 0)
+    data = PreferenceData(path, Bytes(), room + 30, tmp_path / "cache", too_long="truncate")
+    report = data.report["und"]
+    assert (len(data), report.equal, report.empty, report.too_long, report.truncated) == (2, 1, 3, 1, 1)
+    prompt, chosen, rejected = data.read(1)
+    half = (room + 30) // 2
+    whole = Bytes().encode(prompts.alpaca("a"), True)
+    assert prompt.tolist() == [1] + whole[-(half - 1):] and len(prompt) == half      # BOS and the end, to half
+    assert len(prompt) + len(chosen) == len(prompt) + len(rejected) <= room + 30 and chosen[0] != rejected[0]
+
+
+def test_a_request_nobody_wrote_names_the_line(tmp_path):
+    with pytest.raises(UserError, match="one.jsonl, line 1: no German request names Wolof"):
+        one(tmp_path, kind=PreferenceData, entry=PAIR | {"language": "deu", "response_language": "wol"})
+
+
+def test_pairs_are_dealt_once_over_any_split(tmp_path):
+    entries = [{"instruction": f"Say {k}", "chosen": "a" * (k % 7 + 1), "rejected": "b" * (k % 5 + 1)} for k in range(30)]
+    data = PreferenceData(write(tmp_path / "a.jsonl", entries), Bytes(), 400, tmp_path / "cache")
+    shares = {world: all_ranks(data, 2, world, max_length=None) for world in (1, 2, 4)}
+    records = {world: sorted(r for share in each for b in share.micro_batches for r in b.records)
+               for world, each in shares.items()}
+    assert records[1] == records[2] == records[4] and len(records[1]) == shares[1][0].count == shares[4][3].count == 7
