@@ -19,7 +19,7 @@ from minixllm import resume
 from minixllm.attention import Packed
 from minixllm.datasets import in_order
 from minixllm.errors import UserError, atomic_write
-from minixllm.meter import Meter
+from minixllm.meter import Meter, announce
 from minixllm.parallel import World, explain_lost_peers
 from minixllm.settings import setting
 
@@ -71,13 +71,14 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
     and returns. Raises UserError on a loss or gradient that is not finite, a full disk, a lost process.
     """
     output = Path(settings.output)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim >= 2]
-    vectors = [p for p in parameters if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": settings.weight_decay},
-                                   {"params": vectors, "weight_decay": 0.0}],
-                                  lr=settings.learning_rate, betas=(0.9, settings.beta2), fused=True)
-    steps = total_steps(settings, stream)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ], lr=settings.learning_rate, betas=(0.9, settings.beta2), fused=True)
+    steps = settings.steps or max(1, round(settings.epochs * stream.steps_per_epoch))
+    tokens_per_step = stream.data.lengths[stream.records].sum() / stream.steps_per_epoch
+    announce(model, world, settings, steps, tokens_per_step)
     first = start_or_resume(output, model, optimizer, world, settings)
     model.gradient_checkpointing = settings.gradient_checkpointing
     model.train()
@@ -103,8 +104,9 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
                     held_out = evaluate()
                     model.train()
                     log(metrics, {"step": step, "held_out": held_out})
-                    bar.write(f"step {step}: held-out " + ", ".join(
-                        f"{name} {value:.4f}" for name, value in held_out.items() if "/" not in name))
+                    if world.first:
+                        bar.write(f"step {step}: held-out " + ", ".join(
+                            f"{name} {value:.4f}" for name, value in held_out.items() if "/" not in name))
                     meter.restart()
                 if stop or step == steps or step % settings.save_every == 0:
                     if metrics:
@@ -112,7 +114,8 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
                     resume.save(output / "checkpoints", model, optimizer, world, step, asdict(settings), settings.keep)
                     meter.restart()
             if stop and step < steps:
-                bar.write(f"stopped by a signal: step {step} is saved, --resume continues from it")
+                if world.first:
+                    bar.write(f"stopped by a signal: step {step} is saved, --resume continues from it")
                 return False
     return True
 
@@ -138,7 +141,7 @@ def train_step(model, world, settings, stream, loss_fn, optimizer, meter, step, 
     # summed, so that a step has one small collective and one wait for the device.
     gradients = [p.grad.to_local() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     squares = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-    tokens = sum(len(m.input_ids) for m in batch.micro_batches)
+    tokens = sum(len(m.input_ids) for m in batch.micro_batches if m.records)
     totals = torch.stack([torch.stack(losses).double().sum(), squares, *(sums[name].double() for name in sorted(sums))])
     totals = torch.cat([totals, totals.new_tensor([tokens, meter.flops(batch.micro_batches), bool(stopped)])])
     loss, squares, *values, tokens, flops, stop = world.sum(totals).tolist()
@@ -183,10 +186,6 @@ def learning_rate(step: int, steps: int, settings) -> float:
         return peak * step / warmup
     progress = (step - warmup) / (steps - warmup)
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def total_steps(settings, stream) -> int:
-    return settings.steps or max(1, round(settings.epochs * stream.steps_per_epoch))
 
 
 def start_or_resume(output: Path, model, optimizer, world, settings) -> int:

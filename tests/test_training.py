@@ -3,10 +3,13 @@
 Run by torchrun this file is a tiny training run of its own (see `main`).
 """
 
+import copy
 import json
 import math
 import os
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,16 +20,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+from conftest import free_port
 from minixllm import parallel, resume
-from minixllm.attention import Packed
 from minixllm.checkpoint import build, initialise
-from minixllm.datasets import Stream, collate
+from minixllm.datasets import Stream
 from minixllm.errors import UserError
 from minixllm.llama import Llama, LlamaConfig
+from minixllm.meter import Meter
 from minixllm.settings import parse, run, setting
-from minixllm.training import TIMINGS, TrainingSettings, held_out_loss, learning_rate, sft_loss, train
+from minixllm.training import TIMINGS, TrainingSettings, held_out_loss, learning_rate, sft_loss, train, train_step
 
+ROOT = Path(__file__).resolve().parent.parent
 CONFIG = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                      num_key_value_heads=2, tie_word_embeddings=True)
 
@@ -64,9 +70,9 @@ class Records:
 
 @dataclass
 class Settings(TrainingSettings):
-    pause: float = setting(0.0, "seconds between steps, so that a test can hit one")
-    gradients: str | None = setting(None, "file for the loss and gradients of one step")
-    fault: str | None = setting(None, "what goes wrong at step 3: die, hang, nan, gradient, masked, disk")
+    pause: float = setting(0.0, "seconds a micro-batch takes, so that a test can hit a step")
+    gradients: str | None = setting(None, "file for the loss and gradients of the first batch")
+    fault: str | None = setting(None, "what goes wrong at step 5: die, nan, disk")
     batch_size: int = setting(6, "")
     micro_batch_size: int = setting(2, "")
     max_length: int = setting(32, "")
@@ -80,54 +86,307 @@ class Settings(TrainingSettings):
 
 def main(argv):
     settings = parse(Settings, argv)
-    world = parallel.setup("cpu")
-    model = parallel.shard(build(CONFIG, Llama), world, torch.float32)
-    initialise(model, seed=1)
-    data, held_out = Records(100), Records(9, seed=1)
-    stream = Stream(data, settings.seed, settings.batch_size, settings.micro_batch_size, settings.max_length,
-                    world.rank, world.size)
+    torch.set_num_threads(1)
+    world, model = setup(settings)
+    stream = make_stream(settings, world)
+    if settings.gradients:
+        save_gradients(model, world, stream, settings.gradients)
+    held_out = Records(9, seed=1)
     calls = 0
 
     def loss_fn(model, batch):
         nonlocal calls
         calls += 1
         time.sleep(settings.pause)
-        if calls == 7 and settings.fault == "die" and world.rank == world.size - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
         loss, _ = sft_loss(model, batch)
-        if calls == 7 and settings.fault == "nan" and world.rank == world.size - 1:
-            loss = loss * math.nan
+        if settings.fault and calls == 1 + 4 * len(stream.batch(0).micro_batches) and world.rank == world.size - 1:
+            if settings.fault == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if settings.fault == "nan":
+                loss = loss * math.nan
+            if settings.fault == "disk":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         return loss, {"twice": 2 * loss}
 
-    if settings.gradients:
-        return save_gradients(model, world, stream, settings.gradients)
-    finished = train(model, world, settings, stream, loss_fn, lambda: held_out_loss(model, world, held_out, range(9), tokens=40))
+    finished = train(model, world, settings, stream, loss_fn,
+                     lambda: held_out_loss(model, world, held_out, np.arange(9), tokens=40))
     weights = {name: p.full_tensor() for name, p in model.named_parameters()}
     if world.first and finished:
         torch.save(weights, Path(settings.output) / "weights.pt")
-    parallel.close()
+
+def setup(settings):
+    world = parallel.setup("cpu")
+    model = build(CONFIG, Llama)
+    parallel.shard(model, world, parallel.compute_dtype(settings.dtype, world.device))
+    initialise(model, seed=1)
+    return world, model
+
+
+def make_stream(settings, world):
+    return Stream(Records(100), settings.seed, settings.batch_size, settings.micro_batch_size, settings.max_length,
+                  world.rank, world.size)
+
+
+class Grab:
+    """An optimiser that keeps the gradients and changes nothing."""
+
+    def __init__(self, model):
+        self.model, self.param_groups = model, [{"params": list(model.parameters())}]
+
+    def step(self):
+        self.gradients = {name: p.grad.full_tensor() for name, p in self.model.named_parameters()}
+
+    def zero_grad(self):
+        self.model.zero_grad()
 
 
 def save_gradients(model, world, stream, path):
-    """The global batch's mean loss and summed gradients, by the very step that trains, short of the optimiser."""
-    from minixllm import training
-    from minixllm.meter import Meter
-
-    grabbed = {}
-
-    class Grab:  # an optimiser that keeps gradients and changes nothing
-        param_groups = [{"params": list(model.parameters())}]
-
-        def step(self):
-            grabbed.update({name: p.grad.full_tensor() for name, p in model.named_parameters()})
-
-        def zero_grad(self):
-            pass
-
-    settings = TrainingSettings(clip=1e9)
-    row = training.train_step(model, world, settings, stream, sft_loss, Grab(), Meter(model, world, settings), 1, [])
+    """What the loop's own step makes of the first batch, short of the update."""
+    settings, grab = TrainingSettings(clip=1e9), Grab(model)
+    row = train_step(model, world, settings, stream, sft_loss, grab, Meter(model, world, settings), 1, [])
     if world.first:
-        torch.save({"loss": torch.tensor(row["loss"]), **grabbed}, path)
+        torch.save({"loss": torch.tensor(row["loss"]), **grab.gradients}, path)
+
+
+# ------------------------------------------------------------------------------------------------------ the tests
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """A plain model, no FSDP, with the weights that `setup` gives."""
+    model = build(CONFIG, Llama)
+    initialise(model, seed=1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The run of one process that was never interrupted."""
+    return run_here(tmp_path_factory.mktemp("reference"))
+
+
+def run_here(folder, *flags):
+    main(["--output", str(folder), *map(str, flags)])
+    return folder
+
+
+def metrics(folder, timings=False):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if timings or name not in TIMINGS} for row in rows]
+
+
+def weights(folder):
+    return torch.load(folder / "weights.pt")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def start(command, folder, *flags):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *command, __file__, "--output", folder, *map(str, flags)], cwd=ROOT, text=True,
+                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def wait_for_steps(process, folder, lines):
+    path = folder / "metrics.jsonl"
+    deadline = time.time() + 120
+    while not path.exists() or path.read_text().count("\n") < lines:
+        assert process.poll() is None and time.time() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def mean_loss_and_gradients(model, stream):
+    """The oracle: every record of the first batch by itself, through the logits and PyTorch's cross-entropy."""
+    model.zero_grad()
+    records = [record for m in stream.batch(0).micro_batches for record in m.records]
+    count = sum((stream.data[record][1] != -100).sum() for record in records)
+    total = 0
+    for record in records:
+        ids, labels = map(torch.from_numpy, stream.data[record])
+        total = total + F.cross_entropy(model(ids[None])[0], labels, reduction="sum")
+    loss = total / count
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
+
+
+def check_gradients(found, expected):
+    assert found.keys() == expected.keys()
+    assert abs(found["loss"] - expected["loss"]) < 1e-5
+    for name in expected:
+        assert (found[name] - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
+
+
+@pytest.mark.parametrize("micro_batch_size", [6, 4, 2])
+def test_gradients_do_not_depend_on_packing_or_micro_batches(plain, tmp_path, micro_batch_size):
+    settings = Settings(micro_batch_size=micro_batch_size)
+    world, model = setup(settings)
+    stream = make_stream(settings, world)
+    assert len(stream.batch(0).micro_batches) == -(-6 // micro_batch_size)
+    save_gradients(model, world, stream, tmp_path / "gradients.pt")
+    check_gradients(torch.load(tmp_path / "gradients.pt"), mean_loss_and_gradients(plain, stream))
+
+
+def test_equals_a_plain_loop(plain, reference):
+    """AdamW, clipping, schedule and decay, against PyTorch's own on an unsharded model."""
+    settings = Settings()
+    model = copy.deepcopy(plain)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}])
+    stream = make_stream(settings, parallel.setup("cpu"))
+    for step in range(1, 13):
+        peak = 1e-2 * min(1, step / 3)
+        rate = peak * 0.5 * (1 + math.cos(math.pi * max(0, step - 3) / 9))
+        batch = stream.batch(step - 1)
+        loss = sum(sft_loss(model, m)[0] for m in batch.micro_batches) / batch.count
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        row = next(row for row in metrics(reference) if row["step"] == step)
+        assert (row["loss"], row["gradient_norm"], row["learning_rate"], row["twice"]) == pytest.approx(
+            (loss.item(), norm.item(), rate, 2 * loss.item()), rel=1e-5)
+    for name, value in weights(reference).items():
+        assert torch.allclose(value, model.state_dict()[name], atol=1e-5), name
+
+
+def test_killed_at_any_moment_and_resumed(reference, tmp_path):
+    process = start([], tmp_path, "--resume", "--pause", 0.01)
+    wait_for_steps(process, tmp_path, random.randint(1, 14))
+    process.kill()
+    process.communicate()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')  # as if killed while writing
+    run_here(tmp_path, "--resume")
+    assert metrics(tmp_path) == metrics(reference)
+    assert same(weights(tmp_path), weights(reference))
+
+
+def test_two_processes(plain, reference, torchrun, tmp_path):
+    """Two processes give what one gives; one that dies takes the other along, a signal saves, and both resume."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    torchrun(2, __file__, "--output", whole, "--gradients", tmp_path / "gradients.pt", "--keep", 9)
+    check_gradients(torch.load(tmp_path / "gradients.pt"),
+                    mean_loss_and_gradients(plain, make_stream(Settings(), parallel.setup("cpu"))))
+    for one, two in zip(metrics(reference), metrics(whole), strict=True):
+        assert one.get("loss", one.get("held_out")) == pytest.approx(two.get("loss", two.get("held_out")), abs=1e-5)
+
+    began = time.time()
+    dead = torchrun(2, __file__, "--output", broken, "--fault", "die", check=False)
+    assert dead.returncode != 0 and time.time() - began < 60
+    assert "(rank 0): error: step 5: another process died" in dead.stderr and "--resume continues" in dead.stderr
+    assert [path.name for path in (broken / "checkpoints").iterdir()] == ["step-00000003"]
+
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    process = start(launcher, broken, "--resume", "--pause", 0.02)
+    wait_for_steps(process, broken, 6)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert "stopped by a signal: step" in said
+    stopped = resume.latest(broken / "checkpoints")
+    assert int(stopped.name.split("-")[1]) == metrics(broken)[-1]["step"] < 12, said
+    torchrun(2, __file__, "--output", broken, "--resume")
+    assert metrics(broken) == metrics(whole)
+    assert same(weights(broken), weights(whole))
+
+    for checkpoint in sorted((whole / "checkpoints").iterdir())[1:]:  # go on from step 3, now in one process
+        shutil.rmtree(checkpoint)
+    two = metrics(whole)
+    run_here(whole, "--resume")
+    for mine, theirs in zip(metrics(whole), two, strict=True):
+        assert mine.get("loss") == pytest.approx(theirs.get("loss"), abs=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(UserError) as error:
+        run_here(tmp_path, "--fault", "nan")
+    said = str(error.value)
+    assert said.startswith("step 5: loss nan") and "tiny.jsonl, line " in said and "step-00000003" in said
+    bad = json.loads((tmp_path / "not-finite-step-5.json").read_text())
+    micro_batches = make_stream(Settings(), parallel.setup("cpu")).batch(4).micro_batches
+    assert [m["records"] for m in bad] == [[f"tiny.jsonl, line {record + 1}" for record in m.records]
+                                           for m in micro_batches]
+    assert math.isnan(bad[0]["loss"]) and math.isfinite(bad[1]["loss"])
+    assert resume.latest(tmp_path / "checkpoints").name == "step-00000003"
+    assert metrics(tmp_path)[-1]["step"] == 4
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(reference, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(UserError, match="step-00000006: checkpoint not written: .*last whole one is .*step-00000003"):
+            run_here(tmp_path, "--fault", "disk")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+    run_here(tmp_path, "--resume")
+    assert same(weights(tmp_path), weights(reference))
+
+
+def test_a_batch_that_is_all_masked():
+    settings = Settings()
+    world, model = setup(settings)
+    stream = make_stream(settings, world)
+    stream.data.supervised = np.zeros(100, int)
+    with pytest.raises(UserError, match="step 1: every token of the batch is masked.*tiny.jsonl, line"):
+        save_gradients(model, world, stream, None)
+
+
+def test_weights_stay_fp32_under_bf16(tmp_path):
+    """After a held-out loss, which has no backward to put them back, the weights are still the fp32 ones."""
+    run_here(tmp_path, "--dtype", "bfloat16", "--steps", 4)
+    for name, value in weights(tmp_path).items():
+        assert value.dtype == torch.float32
+        assert "norm" in name or not torch.equal(value, value.bfloat16().float()), name
+
+
+def test_gradient_checkpointing_changes_nothing(reference, tmp_path):
+    run_here(tmp_path, "--gradient-checkpointing")
+    assert same(weights(tmp_path), weights(reference))
+
+
+def test_refusals(reference, tmp_path):
+    with pytest.raises(UserError, match="holds a run already.*--resume"):
+        run_here(reference)
+    with pytest.raises(UserError, match="batch_size: found 0"):
+        run_here(tmp_path, "--batch-size", 0)
+    with pytest.raises(UserError, match="free on its disk, expected"):
+        run_here(tmp_path, "--keep", 10**9)
+    (tmp_path / "checkpoints/step-00000007").mkdir(parents=True)
+    with pytest.raises(UserError, match="step-00000007: not a whole checkpoint"):
+        run_here(tmp_path, "--resume")
+
+
+def test_resuming_says_what_changed(reference, tmp_path, capsys):
+    shutil.copytree(reference, tmp_path / "run")
+    run_here(tmp_path / "run", "--resume", "--steps", 13, "--learning-rate", 0.5)
+    assert "resuming after step 12" in (said := capsys.readouterr().out)
+    assert "learning_rate 0.01 -> 0.5" in said and "steps 12 -> 13" in said
+
+
+def test_held_out_loss_by_language(plain):
+    data = Records(9, seed=1)
+    expected = {}
+    for record in range(9):
+        ids, labels = map(torch.from_numpy, data[record])
+        with torch.no_grad():
+            losses = F.cross_entropy(plain(ids[None])[0], labels, reduction="none")[labels >= 0]
+        for name in ("loss", f"loss/{data.language_names[data.languages[record]]}"):
+            expected.setdefault(name, []).append(losses)
+    found = held_out_loss(plain, parallel.setup("cpu"), data, np.arange(9), tokens=30)
+    assert found == pytest.approx({name: torch.cat(losses).mean().item() for name, losses in expected.items()}, rel=1e-5)
+
+
+def test_learning_rate():
+    settings = TrainingSettings(learning_rate=2.0, warmup_steps=4, final_learning_rate=0.1)
+    rates = [learning_rate(step, 24, settings) for step in range(1, 25)]
+    assert rates[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 0.2 + 0.9 * (1 + math.cos(math.pi / 20))])
+    assert rates[13] == pytest.approx(1.1) and rates[-1] == pytest.approx(0.2)
+    assert learning_rate(3, 3, settings) == 2.0  # all warm-up
 
 
 if __name__ == "__main__":
