@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 
-from minixllm import lora
 from minixllm.errors import UserError
 from minixllm.llama import Llama, LlamaConfig
+from minixllm.lora import is_adapter
 from minixllm.tensor_files import Stored, find_tensors, what_instead, what_kind, write_json, write_tensors
 from minixllm.tokenizers import load_tokenizer, read_json
 
@@ -107,7 +107,7 @@ def load_weights(model, directory, device="cpu"):
     """Fill a model (plain, or sharded by FSDP2: each rank then reads only its slices) with a directory's tensors.
 
     A model on the meta device gets its storage on `device`, once the directory is known to fit. Each tensor is
-    converted to the model's dtype as it is read. LoRA's parameters are left for `initialise` or the adapter's file.
+    converted to the model's dtype as it is read. LoRA's parameters are left for `lora.initialise` or the adapter's file.
     Raises UserError when a tensor is missing, unexpected or of another shape.
     """
     tensors = _named_as(model, find_tensors(directory))
@@ -116,7 +116,7 @@ def load_weights(model, directory, device="cpu"):
         tensors.pop(_name(model, model.head.weight, last=True), None)
         if embedding or head:  # read_config found them equal, or one alone
             tensors[_name(model, model.embedding.weight)] = embedding or head
-    wanted = {name: parameter for name, parameter in model.named_parameters() if not lora.is_adapter(name)}
+    wanted = {name: parameter for name, parameter in model.named_parameters() if not is_adapter(name)}
     shapes = {name: tuple(parameter.shape) for name, parameter in wanted.items()}
     problems = {
         "missing": [name for name in wanted if name not in tensors],
@@ -134,17 +134,17 @@ def load_weights(model, directory, device="cpu"):
 
 
 @torch.no_grad()
-def initialise(model, seed: int, device="cpu", only=lambda name: True):
+def initialise(model, seed: int, device="cpu"):
     """Random weights, the same at any world size: every rank draws the full tensors from one seed and keeps its slices.
 
-    only: which parameters, by name (lora.is_adapter beside a loaded base).
+    LoRA's parameters are left for `lora.initialise`.
     """
     _materialise(model, device)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if only(name):
+        if not is_adapter(name):
             full = torch.empty(parameter.shape)
-            (lora if lora.is_adapter(name) else model).init_weights(name, full, generator)
+            model.init_weights(name, full, generator)
             _fill(parameter, full.__getitem__)
 
 
@@ -252,7 +252,7 @@ def check_target(directory):
 def _gather(model, dtype):
     """The full tensors one at a time, a tied head not repeated; a collective where the model is sharded."""
     for name, parameter in model.named_parameters():
-        assert not lora.is_adapter(name), "merge the adapters before the model is saved"
+        assert not is_adapter(name), "merge the adapters before the model is saved"
         tensor = parameter.to(dtype)
         yield tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
