@@ -134,7 +134,8 @@ class PreferenceData(TokenCache):
 
     blank = (0, [1, 1])
 
-    def __init__(self, paths, tokenizer, max_length: int, cache_dir, too_long: str = "drop", workers: int | None = None):
+    def __init__(self, paths, tokenizer, max_length: int, cache_dir, too_long: str = "drop",
+                 workers: int | None = None):
         settings = {"max_length": max_length, "too_long": too_long}
         super().__init__(paths, tokenizer, cache_dir, read_preferences, encode_preference, settings, workers)
         self.lengths = self.segments.sum(1, dtype=np.int32) - 1
@@ -278,8 +279,10 @@ class Stream:
         return np.concatenate(drawn)
 
 
-def pack(lengths: np.ndarray, capacity: int, open_rows: int = 32, window: int = 2**14) -> tuple[np.ndarray, np.ndarray]:
-    """Lay documents (n,) out in rows of at most `capacity` tokens: (their order (n,), where each row begins (rows + 1,)).
+def pack(lengths, capacity: int, open_rows: int = 32, window: int = 2**14) -> tuple[np.ndarray, np.ndarray]:
+    """Lay documents of these lengths (n,) out in rows of at most `capacity` tokens.
+
+    -> (the documents, row after row (n,); where each row begins (rows + 1,)).
 
     Best fit in the given order among a few open rows; where a document fits none, the fullest is closed. Windows of
     documents are packed independently, which lets numpy pack all of them at once.

@@ -58,7 +58,8 @@ class Preference:
 
 
 def read_preferences(path, progress: Callable[[int], None] | None = None) -> Iterator[Preference]:
-    """Yield the pairs of a file: `instruction`, `chosen`, `rejected`, optionally `input`, `language`, `response_language`.
+    """Yield the pairs of a file: `instruction`, `chosen`, `rejected`, and optionally `input`, `language` and
+    `response_language`.
 
     Also read are the spelling of the paper's released scripts (`prefered_output`, `rejected_output`) and TRL's standard
     one (`prompt`, `chosen`, `rejected`, all text). Raises UserError naming file and line.
@@ -119,7 +120,7 @@ def _lines(path: Path, progress) -> Iterator[tuple[int, object]]:
         while raw := file.readline(LONGEST_LINE + 1):
             number += 1
             if len(raw) > LONGEST_LINE:
-                raise UserError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes, expected one record a line")
+                raise UserError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes, expected a record a line")
             progress(len(raw))
             text = _decode(path, number, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw)
             if not text.strip(WHITESPACE):
@@ -148,8 +149,8 @@ def _array(path: Path, progress) -> Iterator[tuple[int, object]]:
         try:
             entry, position = parse(text, position)
         except (json.JSONDecodeError, RecursionError) as error:
-            line = getattr(error, "lineno", line)
-            raise UserError(f"{path}, line {line}: not JSON ({_reason(error)}), in {_excerpt(text[start:start + 99])}") from None
+            line, found = getattr(error, "lineno", line), _excerpt(text[start:start + 99])
+            raise UserError(f"{path}, line {line}: not JSON ({_reason(error)}), in {found}") from None
         yield line, entry
         progress(size * (position - start) // max(len(text), 1))
         position = skip(position)

@@ -154,16 +154,16 @@ def _build(directory: Path, paths, tokenizer, read, encode, workers):
             for tokens, segments, names, lines, files, chunk_counts in _encoded(records, encode, size, workers):
                 file.write(tokens.astype(dtype).tobytes())
                 ids = [languages.setdefault(name, len(languages)) for name in names]
-                parts.append((segments, np.array(ids, np.int16), lines, files))
+                parts += [(np.array(segments, np.int32), np.array(ids, np.int32), lines, files)] if segments else []
                 for language, each in chunk_counts.items():
                     counts[language].add(each)
-        segments, ids, lines, files = (np.concatenate(part) for part in zip(*parts))
-        if not len(segments):
+        if not parts:
             total = Counts()
             for each in counts.values():
                 total.add(each)
             raise UserError(f"{', '.join(map(str, paths))}: nothing left to learn from: of {total.records:,} records "
                             f"{total.too_long:,} are too long, {total.empty:,} empty, {total.equal:,} pairs of equals")
+        segments, ids, lines, files = (np.concatenate(part) for part in zip(*parts))
         offsets = np.concatenate([[0], np.cumsum(segments.sum(1, dtype=np.int64))])
         for name, array in zip(ARRAYS, (segments, offsets, ids, lines, files), strict=True):
             np.save(unfinished / f"{name}.npy", array)
@@ -202,7 +202,7 @@ def _start_worker(encode):
 
 
 def _encode_chunk(chunk):
-    """-> (tokens, segments (k, S), language names, lines (k,), file numbers (k,), {language: Counts}) of those kept."""
+    """Of the k records kept: tokens, segments (k lists), language names, lines (k,), files (k,); and {language: Counts}."""
     tokens, segments, names, lines, files, counts = [], [], [], [], [], defaultdict(Counts)
     for number, path, record in chunk:
         try:
@@ -217,5 +217,5 @@ def _encode_chunk(chunk):
             names.append(language)
             lines.append(record.line)
             files.append(number)
-    return (np.array(tokens, np.int32), np.array(segments, np.int32).reshape(len(segments), -1), names,
-            np.array(lines, np.int64), np.array(files, np.int32), dict(counts))
+    return (np.array(tokens, np.int32), segments, names, np.array(lines, np.int64), np.array(files, np.int32),
+            dict(counts))

@@ -20,7 +20,7 @@ def test_alpaca_word_for_word():
 
 def test_english_requests_name_every_language():
     assert prompts.request("zho_simpl") == "Please return the results in Chinese."
-    assert prompts.request("Swahili", "English") == prompts.request("sw", "en") == "Please return the results in Swahili."
+    assert prompts.request("Swahili", "English") == prompts.request("sw") == "Please return the results in Swahili."
     assert len({prompts.request(code) for code in LANGUAGES}) == 100
 
 
@@ -53,10 +53,12 @@ def test_the_request_is_put_into_the_prompt_once():
 
 def test_preference_prompts():
     def of(**fields):
-        return prompts.preference(Preference(**{"instruction": "Nenne.", "input": "x", "chosen": "", "rejected": ""} | fields))
+        defaults = {"instruction": "Nenne.", "input": "x", "chosen": "", "rejected": ""}
+        return prompts.preference(Preference(**defaults | fields))
 
     plain = prompts.alpaca("Nenne.", "x")
-    assert of() == of(language="deu") == of(response_language="deu") == of(language="deu", response_language="de") == plain
+    assert of() == of(language="deu") == of(response_language="deu") == plain
+    assert of(language="deu", response_language="de") == plain
     crossed = of(language="deu", response_language="fra")
     assert crossed == prompts.alpaca("Nenne. Bitte gib die Ergebnisse auf Französisch zurück.", "x")
     assert of(prompt="as it stands", language="deu", response_language="fra") == "as it stands"
