@@ -1,0 +1,169 @@
+"""LoRA against peft, and the invariants that make it safe to train and to merge."""
+
+import json
+
+import pytest
+import torch
+
+from minixllm import lora
+from minixllm.adapters import load_adapter, read_adapter_config, save_adapter
+from minixllm.checkpoint import load_model
+from minixllm.errors import UserError
+from minixllm.lora import LoraConfig, LoraLinear, add_lora
+
+TARGETS = {"llama": ("q_proj", "v_proj"), "bloom": ("query_key_value",)}
+IDS = torch.randint(0, 90, (2, 11), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", params=["llama"])
+def arch(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def base(arch, tmp_path_factory):
+    """A tiny random model saved by transformers."""
+    import transformers
+
+    torch.manual_seed(1)
+    if arch == "llama":
+        config = transformers.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                          num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
+        model = transformers.LlamaForCausalLM(config)
+    else:
+        config = transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2)
+        model = transformers.BloomForCausalLM(config)
+    directory = tmp_path_factory.mktemp(arch)
+    model.save_pretrained(directory)
+    return directory
+
+
+def adapted(base, arch, r=4, dropout=0.0, trained=True):
+    """Our model with adapters, B filled as training would, so that they matter."""
+    model = load_model(base)
+    config = LoraConfig(r, 2 * r, dropout, TARGETS[arch])
+    add_lora(model, config)
+    lora.initialise(model, seed=3)
+    if trained:
+        for layer in lora.lora_layers(model).values():
+            torch.nn.init.normal_(layer.lora_B.weight, std=0.5)
+    return model.eval(), config
+
+
+def test_an_untrained_adapter_changes_nothing_and_only_adapters_train(base, arch):
+    model, _ = adapted(base, arch, trained=False)
+    assert torch.equal(model(IDS), load_model(base)(IDS))
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {name for name, _ in model.named_parameters() if lora.is_adapter(name)} and trainable
+
+
+def test_peft_opens_our_adapter(base, arch, tmp_path):
+    import peft
+    import transformers
+
+    model, config = adapted(base, arch)
+    save_adapter(model, tmp_path, config, base=str(base))
+    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path).eval()
+    torch.testing.assert_close(model(IDS), theirs(IDS).logits, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(model(IDS), load_model(base)(IDS), atol=1e-2)
+
+
+def test_we_open_an_adapter_of_peft_merged_and_unmerged(base, arch, tmp_path):
+    import peft
+    import transformers
+
+    torch.manual_seed(5)
+    theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(
+        r=3, lora_alpha=7, target_modules=list(TARGETS[arch]), init_lora_weights=False, task_type="CAUSAL_LM")).eval()
+    theirs.save_pretrained(tmp_path)
+    config = read_adapter_config(tmp_path)
+    assert (config.r, config.lora_alpha) == (3, 7)
+    model = load_model(base)
+    add_lora(model, config)
+    load_adapter(model, tmp_path)
+    torch.testing.assert_close(model(IDS), theirs(IDS).logits, rtol=1e-5, atol=1e-5)
+    lora.merge(model)
+    assert not lora.lora_layers(model)
+    torch.testing.assert_close(model(IDS), theirs.merge_and_unload()(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_merged_equals_unmerged(base, arch):
+    model, _ = adapted(base, arch)
+    unmerged = model(IDS)
+    names = [name for name, _ in load_model(base).named_parameters()]
+    lora.merge(model)
+    torch.testing.assert_close(model(IDS), unmerged, rtol=1e-5, atol=1e-5)
+    assert [name for name, _ in model.named_parameters()] == names
+
+
+def test_merging_adds_in_fp32_and_rounds_once(base, arch):
+    """In bf16 an update far below a weight's own rounding would otherwise be rounded before it is added."""
+    model, _ = adapted(base, arch)
+    layers = {name: (layer.weight.detach().bfloat16(), layer.lora_A.weight, layer.lora_B.weight, layer.scaling)
+              for name, layer in lora.lora_layers(model).items()}
+    for name, (weight, *_) in layers.items():
+        model.get_submodule(name).weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    lora.merge(model)
+    for name, (weight, A, B, scaling) in layers.items():
+        assert torch.equal(model.get_submodule(name).weight, (weight.float() + B @ A * scaling).bfloat16())
+
+
+def test_disabled_adapters_leave_the_base_model(base, arch):
+    model, _ = adapted(base, arch)
+    with lora.disabled(model):
+        assert torch.equal(model(IDS), load_model(base)(IDS))
+    assert not torch.equal(model(IDS), load_model(base)(IDS))
+
+
+def test_dropout_acts_on_the_adapter_alone_and_only_in_training(base, arch):
+    model, _ = adapted(base, arch, dropout=0.5)
+    assert torch.equal(model(IDS), model(IDS))
+    model.train()
+    assert not torch.equal(model(IDS), model(IDS))
+    with lora.disabled(model):
+        assert torch.equal(model(IDS), load_model(base)(IDS))
+
+
+def test_a_target_that_is_no_layer_is_named(base):
+    with pytest.raises(UserError, match="'q_prj' names no linear layer of this model; it has .*"):
+        add_lora(load_model(base), LoraConfig(4, 8, 0.0, ("q_prj",)))
+    with pytest.raises(UserError, match="head"):
+        add_lora(load_model(base), LoraConfig(4, 8, 0.0, ("lm_head",)))
+    with pytest.raises(UserError, match="rank 0"):
+        add_lora(load_model(base), LoraConfig(0, 8, 0.0, ("q_proj",)))
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"peft_type": "IA3"}, "peft_type: found 'IA3'"),
+    ({"use_dora": True}, "use_dora"),
+    ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
+    ({"bias": "all"}, "bias: found 'all'"),
+    ({"r": "8"}, "r: found '8', expected a number"),
+    ({"target_modules": "all-linear"}, "target_modules"),
+])
+def test_an_adapter_that_is_not_plain_lora_is_refused_by_name(change, message, base, arch, tmp_path):
+    model, config = adapted(base, arch)
+    save_adapter(model, tmp_path, config)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match="adapter_config.json: " + message):
+        read_adapter_config(tmp_path)
+
+
+def test_adapter_tensors_that_do_not_fit_are_named(base, arch, tmp_path):
+    model, config = adapted(base, arch)
+    save_adapter(model, tmp_path, config)
+    other, _ = adapted(base, arch, r=5)
+    with pytest.raises(UserError, match=r"lora_A.weight: found shape \[4, 32\], expected \[5, 32\]"):
+        load_adapter(other, tmp_path)
+    with pytest.raises(UserError, match="unexpected"):
+        load_adapter(load_model(base), tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="adapter_model.safetensors"):
+        load_adapter(model, tmp_path)
+
+
+def test_layers_keep_their_type(base, arch):
+    model, _ = adapted(base, arch)
+    assert all(isinstance(layer, LoraLinear) for layer in lora.lora_layers(model).values())
+    assert len(lora.lora_layers(model)) == 2 * len(TARGETS[arch])
