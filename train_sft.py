@@ -8,24 +8,25 @@ With neither --model nor --data a small model is trained from scratch on instruc
 Plain `python train_sft.py` is a run of one process.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from minixllm import parallel
 from minixllm.build import demo
 from minixllm.checkpoint import (ARCHITECTURES, build, check_target, check_vocabulary, initialise, load_weights,
                                  read_config, read_generation_config, save_model)
-from minixllm.datasets import SFTData, Stream, hold_out
-from minixllm.errors import UserError
+from minixllm.datasets import SFTData, Stream, encode_prompt, hold_out
+from minixllm.errors import UserError, atomic_write
+from minixllm.exact_match import describe, exact_match
 from minixllm.generation import generate
+from minixllm.prompts import alpaca
+from minixllm.records import read_instructions
 from minixllm.settings import parse, run, setting
 from minixllm.tokenizers import load_tokenizer
 from minixllm.training import TrainingSettings, held_out_loss, sft_loss, train
-
-# What replaces the defaults, which are the paper's, in the embedded default run.
-EMBEDDED = dict(steps=2600, batch_size=64, micro_batch_size=64, packing=False, max_length=512, learning_rate=3e-3,
-                weight_decay=0.05, beta2=0.98, eval_every=500, save_every=1000)
-
 
 @dataclass
 class Settings(TrainingSettings):
@@ -40,26 +41,32 @@ class Settings(TrainingSettings):
     too_long: str = setting("drop", "what becomes of a record longer than --max-length", choices=("drop", "truncate"))
     train_on_prompt: bool = setting(False, "learn every token, as the paper did, and not the answers alone")
     temperature: float | None = setting(None, "sample languages by (their records)^(1/temperature); none: as they come")
+    max_new_tokens: int = setting(64, "longest of the answers printed at the end")
     cache: str = setting("runs/cache", "where tokenised records and the embedded data are kept between runs")
 
 
 def main(argv=None):
-    settings = parse(Settings, argv, EMBEDDED, description=__doc__)
+    settings = parse(Settings, argv, demo.SETTINGS, description=__doc__)
     world = parallel.setup()
     output = Path(settings.output)
     check_target(output / "model")
 
     # The model: on no device yet, then sharded, then each process fills its own slices.
+    if settings.model and not settings.data or settings.data and not settings.model:
+        given, lacking = ("--model", "--data") if settings.model else ("--data", "--model")
+        raise UserError(f"{given} without {lacking}: expected both, or neither for the embedded default")
     if settings.model:
         tokenizer, (config, model_class) = load_tokenizer(settings.model), read_config(settings.model)
         check_vocabulary(tokenizer, config, settings.model)
         train_files, held_out_files = record_files(settings.data), record_files(settings.held_out)
-    elif settings.data:
-        raise UserError("--data without --model: expected the Hugging Face directory of the model to train on it")
     else:
-        embedded = demo.prepare(settings.cache, settings.arch, world)
-        tokenizer, config, model_class = embedded.tokenizer, embedded.config, ARCHITECTURES[settings.arch][1]
-        train_files, held_out_files = [embedded.train], [embedded.valid]
+        folder = Path(settings.cache) / "demo"
+        if world.first:
+            demo.build(folder)
+        world.barrier()
+        tokenizer = load_tokenizer(folder)
+        config, model_class = demo.config(settings.arch, tokenizer), ARCHITECTURES[settings.arch][1]
+        train_files, held_out_files = [folder / "train.jsonl"], [folder / "valid.jsonl"]
     model = parallel.shard(build(config, model_class), world, parallel.compute_dtype(settings.dtype, world.device))
     if settings.model:
         load_weights(model, settings.model, world.device)
@@ -72,10 +79,11 @@ def main(argv=None):
 
     data = tokenised(train_files)
     if held_out_files:
-        held_out_data, records, held_out = tokenised(held_out_files), None, None
+        held_out_data, records = tokenised(held_out_files), None
+        held_out = np.arange(len(held_out_data))
     else:
         held_out_data, (records, held_out) = data, hold_out(data, settings.held_out_per_language, settings.seed)
-    if world.first:
+    if world.first and settings.model:
         print(data.summary())
     stream = Stream(data, settings.seed, settings.batch_size, settings.micro_batch_size,
                     settings.max_length if settings.packing else None, world.rank, world.size, settings.temperature, records)
@@ -87,8 +95,27 @@ def main(argv=None):
     if not train(model, world, settings, stream, sft_loss, evaluate):
         return
     save_model(model, output / "model", tokenizer, read_generation_config(settings.model) if settings.model else None)
+    if settings.model:
+        some = held_out[::max(1, len(held_out) // 12)]
+        prompts, expected = zip(*((prompt.tolist(), tokenizer.decode(text.tolist()))
+                                  for prompt, text in map(held_out_data.read, some)))
+    else:
+        test = list(read_instructions(folder / "test.jsonl"))
+        prompts = [encode_prompt(tokenizer, alpaca(record.instruction, record.input)) for record in test]
+        expected = [record.output for record in test]
+    with parallel.gathered(model):
+        answers = [tokenizer.decode(ids) for ids in generate(model, tokenizer, prompts, settings.max_new_tokens, 128)]
     if world.first:
-        print(f"saved {output / 'model'}")
+        print(f"\nsaved {output / 'model'}; some of its answers to held-out prompts:")
+        for i in range(0, len(answers), max(1, len(answers) // 12)):
+            asked = tokenizer.decode(prompts[i]).partition("### Instruction:\n")[2].removesuffix("\n\n### Response:")
+            print(f"\n{asked}\n-> {answers[i]}{'' if answers[i] == expected[i] else f'   (expected {expected[i]})'}")
+        if not settings.model:
+            result = exact_match(test, answers)
+            print("\n" + describe(result))
+            with atomic_write(output / "exact_match.json") as file:
+                json.dump(result, file, indent=1)
+    parallel.close()
 
 
 def record_files(paths: list[str]) -> list[Path]:

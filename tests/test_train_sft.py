@@ -1,0 +1,76 @@
+"""train_sft.py as a user runs it: on a model directory and files of records, and what it says to mistakes."""
+
+import json
+import random
+
+import pytest
+import torch
+
+import train_sft
+from minixllm.checkpoint import build, initialise, load, save_model
+from minixllm.errors import UserError
+from minixllm.exact_match import describe, exact_match
+from minixllm.llama import Llama, LlamaConfig
+from minixllm.records import Instruction
+from minixllm.tokenizers import train_sentencepiece
+
+ANSWERS = {"deu": "Das ist die Zahl {}.", "fra": "Voici le nombre {}."}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A tiny model directory and a file of records that it can learn."""
+    folder = tmp_path_factory.mktemp("files")
+    rng = random.Random(0)
+    records = [{"instruction": "Say the number.", "input": str(number), "output": answer.format(number), "language": language}
+               for language, answer in ANSWERS.items() for number in rng.sample(range(1000), 60)]
+    (folder / "data").mkdir()
+    (folder / "data/records.jsonl").write_text("\n".join(map(json.dumps, records)))
+    texts = [text for record in records for text in record.values()] + [train_sft.alpaca("", "x"), train_sft.alpaca("")]
+    tokenizer = train_sentencepiece(texts, folder / "tokenizer.model", vocab_size=400)
+    model = build(LlamaConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                              num_attention_heads=2), Llama)
+    initialise(model, seed=0)
+    save_model(model, folder / "model", tokenizer)
+    return folder
+
+
+def test_a_model_directory_and_records(files, tmp_path, capsys):
+    train_sft.main(["--model", str(files / "model"), "--data", str(files / "data"), "--output", str(tmp_path / "run"),
+                    "--cache", str(tmp_path / "cache"), "--max-length", "256", "--batch-size", "4", "--micro-batch-size", "2",
+                    "--epochs", "2", "--learning-rate", "0.01", "--warmup-steps", "2", "--eval-every", "4"])
+    said = capsys.readouterr().out
+    assert "memory: about" in said and "Say the number." in said and "deu" in said
+    model, tokenizer = load(tmp_path / "run/model")
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    held_out = [row["held_out"] for row in rows if "held_out" in row]
+    assert {"loss", "loss/deu", "loss/fra"} == held_out[0].keys()
+    assert held_out[-1]["loss"] < held_out[0]["loss"] - 0.5
+    start, _ = load(files / "model")
+    assert not torch.equal(model.embedding.weight, start.embedding.weight)
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["--data", "x.json"], "--data without --model"),
+    (["--model", "/nowhere", "--data", "x.json"], "/nowhere"),
+    (["--model", "{files}/model"], "--model without --data"),
+    (["--model", "{files}/model", "--data", "{files}"], "without .json or .jsonl files"),
+    (["--model", "{files}/model", "--data", "/nowhere.json"], "/nowhere.json"),
+    (["--bach-size", "3"], "did you mean --batch-size?"),
+])
+def test_mistakes(files, tmp_path, argv, said):
+    with pytest.raises(UserError) as error:
+        train_sft.main([*(word.format(files=files) for word in argv), "--output", str(tmp_path)])
+    assert said in str(error.value)
+
+
+def test_exact_match_is_a_mean_of_means():
+    def record(language, kind, output):
+        return Instruction("", "", output, language, {"kind": kind})
+
+    records = [record("deu", "date", "a"), record("deu", "date", "b"), record("deu", "list", "c"), record("fra", "date", "d")]
+    result = exact_match(records, ["a", "x", " c", "x"])
+    assert result["by_language"] == {"deu": 75.0, "fra": 0.0}
+    assert result["by_kind"] == {"date": 25.0, "list": 100.0}
+    assert result["exact_match"] == 37.5 and result["languages"] == 2
+    assert "37.5 % averaged over 2 languages (1 at 0)" in describe(result)
