@@ -85,9 +85,11 @@ def shard(model, world: World, dtype: torch.dtype):
     """
     # Inputs are not cast: blocks receive fp32 rotary angles and integer positions that must stay what they are.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # A world of one frees nothing by resharding between forward and backward, it would only copy the weights again; but
+    # beside a frozen base in bf16 (LoRA) the computing copies of all blocks together would be what takes most memory.
+    reshard = world.size > 1 or not all(parameter.requires_grad for parameter in model.parameters())
     for module in (*model.blocks, model):
-        # A world of one frees nothing by resharding between forward and backward; it would only copy the weights again.
-        fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=world.size > 1)
+        fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
         if world.size > 1:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # or a factor of 1 asks for an operation only NCCL has
