@@ -202,7 +202,7 @@ def _start_worker(encode):
 
 
 def _encode_chunk(chunk):
-    """Of the k records kept: tokens, segments (k lists), language names, lines (k,), files (k,); and {language: Counts}."""
+    """Of the k records kept: tokens, segments (k lists), languages, lines (k,), files (k,); and {language: Counts}."""
     tokens, segments, names, lines, files, counts = [], [], [], [], [], defaultdict(Counts)
     for number, path, record in chunk:
         try:
