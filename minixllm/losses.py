@@ -3,53 +3,85 @@
 import torch
 import torch.nn.functional as F
 
-CHUNK_BYTES = 2**26  # fp32 logits held at once
+CHUNK_BYTES, CHUNK_TOKENS = 2**25, 128  # logits held at once: this many bytes, but never fewer tokens
 
 
 def token_logps(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of the labels: hidden (N, d), weight (V, d), labels (N,) -> (N,) fp32, 0 where a label is -100.
 
     labels[i] is the token that hidden[i] predicts. The logits (N, V) are never held whole: they are made a chunk of
-    tokens at a time, only for tokens that have a label, and made again in the backward.
+    tokens at a time, and only for tokens that have a label.
+
+    The forward also takes the gradients of the plain sum, while a chunk's logits are at hand: a token's part in the
+    gradient of `hidden` only has to be scaled by what arrives in the backward, and so has the gradient of `weight`
+    where the same arrives for every token (any loss that sums tokens). Otherwise `weight` costs a second pass.
     """
-    return _TokenLogps.apply(hidden, weight, labels)
+    return _TokenLogps.apply(hidden, weight, labels, torch.is_grad_enabled())
 
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels):
-        supervised = (labels != -100).nonzero().squeeze(1)  # (M,)
-        logps = torch.zeros(len(labels), dtype=torch.float32, device=hidden.device)
-        log_normalisers = torch.empty(len(supervised), dtype=torch.float32, device=hidden.device)
-        for rows, chunk in _chunks(supervised, weight):
-            logits = F.linear(hidden[rows], weight).float()  # (chunk, V)
-            log_normalisers[chunk] = logits.logsumexp(-1)
-            logps[rows] = logits.gather(1, labels[rows, None]).squeeze(1) - log_normalisers[chunk]
-        ctx.save_for_backward(hidden, weight, labels, supervised, log_normalisers)
-        return logps
+    def forward(ctx, hidden, weight, labels, grad_enabled):
+        wants_hidden, wants_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+        rows = (labels != -100).nonzero().squeeze(1)
+        supervised, labels = hidden[rows], labels[rows]  # (M, d), (M,)
+        logps = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(supervised) if wants_hidden else None
+        grad_weight = _zeros(weight) if wants_weight else None
+        for chunk, exps, totals, chosen in _chunks(supervised, weight, labels):
+            logps[chunk] = chosen - totals.log()
+            # d logp / d logits = onehot(label) - softmax(logits), and softmax(logits) = exps / totals
+            if wants_hidden:
+                grad_hidden[chunk] = weight[labels[chunk]] - (exps @ weight) / totals[:, None]
+            if wants_weight:
+                _add_weight_grad(grad_weight, exps, supervised[chunk], labels[chunk], 1 / totals, torch.ones_like(totals))
+        ctx.save_for_backward(rows, labels, supervised, weight, grad_hidden, grad_weight)
+        ctx.shape = hidden.shape
+        return torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device).index_copy_(0, rows, logps)
 
     @staticmethod
     def backward(ctx, grad_logps):
-        hidden, weight, labels, supervised, log_normalisers = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for rows, chunk in _chunks(supervised, weight):
-            logits = F.linear(hidden[rows], weight).float()
-            # d logp / d logits = onehot(label) - softmax(logits)
-            grad_logits = logits.sub_(log_normalisers[chunk, None]).exp_().mul_(-grad_logps[rows, None])
-            grad_logits.scatter_add_(1, labels[rows, None], grad_logps[rows, None])
-            grad_logits = grad_logits.to(hidden.dtype)
-            grad_hidden[rows] = grad_logits @ weight
-            if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[rows]
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None
+        rows, labels, supervised, weight, grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grad_logps[rows]  # (M,)
+        if grad_hidden is not None:
+            scaled = grad_hidden * scale[:, None].to(grad_hidden.dtype)
+            grad_hidden = scaled.new_zeros(ctx.shape).index_copy_(0, rows, scaled)
+        if grad_weight is not None and len(rows):
+            if bool((scale == scale[0]).all()):
+                grad_weight = grad_weight * scale[0]
+            else:
+                grad_weight = _zeros(weight)
+                for chunk, exps, totals, _ in _chunks(supervised, weight, labels):
+                    _add_weight_grad(grad_weight, exps, supervised[chunk], labels[chunk], scale[chunk] / totals, scale[chunk])
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
-def _chunks(supervised, weight):
-    """Yields (row numbers of a chunk of supervised tokens, their slice among the supervised)."""
-    size = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-    for start in range(0, len(supervised), size):
-        yield supervised[start:start + size], slice(start, start + size)
+def _chunks(hidden, weight, labels):
+    """Yields (slice, exp(logits - top) (chunk, V), their sums (chunk,), logit of the label - top (chunk,))."""
+    size = max(CHUNK_TOKENS, CHUNK_BYTES // (4 * len(weight)))
+    # one buffer for all chunks: fresh memory for each would cost as much as a third of its product in page faults
+    buffer = torch.empty(min(size, len(hidden)), len(weight), dtype=weight.dtype, device=weight.device)
+    for start in range(0, len(hidden), size):
+        chunk = slice(start, min(start + size, len(hidden)))
+        logits = torch.mm(hidden[chunk], weight.T, out=buffer[:chunk.stop - start]).float()
+        top = logits.amax(dim=-1, keepdim=True)
+        chosen = (logits.gather(1, labels[chunk, None]) - top).squeeze(1)
+        exps = logits.sub_(top).exp_()
+        yield chunk, exps.to(weight.dtype), exps.sum(dim=-1), chosen
+
+
+def _zeros(weight):
+    return torch.zeros_like(weight, dtype=torch.float32)  # bf16 would lose what many chunks add
+
+
+def _add_weight_grad(grad, exps, hidden, labels, over_totals, scale):
+    """Adds sum_i scale_i (onehot(label_i) - softmax_i) hidden_i^T to grad (V, d); over_totals is scale / totals."""
+    shares = (hidden * over_totals[:, None]).to(exps.dtype)  # (chunk, d)
+    if exps.dtype == grad.dtype:
+        grad.addmm_(exps.T, shares, alpha=-1)
+    else:
+        grad.sub_(exps.T @ shares)
+    grad.index_add_(0, labels, hidden.float() * scale[:, None])
 
 
 def dpo_loss(policy_logps, reference_logps, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
