@@ -1,0 +1,247 @@
+"""The embedded default: instructions in 99 languages whose right answers Unicode CLDR gives exactly.
+
+Three separate steps, each a pure function, so that other data sets can be built from the same held-out material:
+
+- *content*, what is said, in no language: ("date", 2031, 3, 5), ("when", -5, "day"), ("list", "Anna", "Ben"), ...;
+  `draw` samples one, `split` says which of train, valid and test it belongs to, in every language and every kind;
+- *rendering*, how language L says it: `render(content, tag)`, through the `babel` package (Unicode CLDR 47);
+- *instruction*, what is asked in English: `record` puts the three together.
+
+A locale that lacks an entry falls back to CLDR's root, which is no language ("+5 d"), or repeats English:
+`speaks(tag, subject)` finds these, and they are left out of that task.
+"""
+
+import datetime
+import functools
+import json
+import math
+import random
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from minixllm import prompts
+from minixllm.errors import UserError, atomic_write
+from minixllm.languages import LANGUAGES
+
+# kind of task -> (what its content is about, the instruction)
+KINDS = {
+    "date": ("date", "Write this date in full."),
+    "when": ("when", "Say when this is."),
+    "quantity": ("quantity", "Write this quantity in full."),
+    "money": ("money", "Write this amount in full."),
+    "list": ("list", "Join these names."),
+    "read": ("date", "Write this date as YYYY-MM-DD."),
+    "language": ("date", "Name the language of this text."),
+}
+SHARES = {"date": 2, "when": 2, "quantity": 2, "money": 2, "list": 1, "read": 1.5, "language": 1.5}  # of the records
+TRANSLATED = ("date", "when", "quantity", "money", "list")  # answered in the language the request names
+PERIODS = ("day", "week", "month", "year")
+UNITS = ("length-kilometer", "length-meter", "length-centimeter", "area-square-meter", "mass-kilogram", "volume-liter")
+CURRENCIES = ("USD", "GBP", "JPY", "CNY", "INR", "CHF")
+# No name begins with an I sound: Spanish "y" and Italian "e" would change before it, which CLDR's pattern cannot say.
+NAMES = ("Adam Anna Boris Carla Clara David Diana Fatima Felix Gita Hana Hugo Jana John Jonas Julia Karim Laura Leila "
+         "Lena Linda Lucas Maria Marta Max Mei Mona Nadia Nina Noah Omar Paula Peter Rosa Ruth Samir Sara Sofia Tara "
+         "Thomas Vera Victor").split()
+
+
+def _cldr():
+    try:
+        import babel.dates
+        import babel.lists
+        import babel.localedata
+        import babel.numbers
+        import babel.units
+    except ImportError:
+        raise UserError(
+            "the embedded data set needs the package babel, which is not installed: pip install 'minixllm[demo]', "
+            "or give your own records with --data"
+        ) from None
+    return babel
+
+
+# -- content: what is said ------------------------------------------------------------------------------------------
+
+
+def draw(subject: str, rng: random.Random) -> tuple:
+    """One content, (subject, ...). Numbers and years stay in bounded ranges: a small model can then copy them whole."""
+    if subject == "date":
+        day = datetime.date(1950, 1, 1) + datetime.timedelta(days=rng.randrange(36524))  # up to the end of 2049
+        return ("date", day.year, day.month, day.day)
+    if subject == "list":
+        return ("list", *rng.sample(NAMES, rng.choice((2, 3))))
+    number = rng.randrange(2, 100)
+    if subject == "when":
+        return ("when", number * rng.choice((-1, 1)), rng.choice(PERIODS))
+    return (subject, number, rng.choice(UNITS if subject == "quantity" else CURRENCIES))
+
+
+def split(content: tuple) -> str:
+    """"train", "valid" or "test", from the content alone: the same in every language, kind of task, seed and data set."""
+    bucket = zlib.crc32(repr(content).encode()) % 20
+    return "test" if bucket < 2 else "valid" if bucket == 2 else "train"
+
+
+# -- rendering: how a language says it ------------------------------------------------------------------------------
+
+
+@functools.cache
+def _locale(tag: str):
+    return _cldr().Locale.parse(tag)
+
+
+def render(content: tuple, tag: str) -> str:
+    """`content` in the language of the BCP-47 `tag`, as CLDR writes it (with digits 0-9 and the Gregorian calendar)."""
+    babel, locale = _cldr(), _locale(tag)
+    subject, *rest = content
+    if subject == "date":
+        return babel.dates.format_date(datetime.date(*rest), "long", locale)
+    if subject == "when":
+        number, period = rest
+        forms = locale._data["date_fields"][period]["future" if number > 0 else "past"]
+        form = locale.plural_form(abs(number))
+        return forms.get(form, forms["other"]).replace("{0}", str(abs(number)))
+    if subject == "quantity":
+        return babel.units.format_unit(rest[0], rest[1], "long", locale=locale)
+    if subject == "money":
+        return babel.numbers.format_currency(
+            *rest, format="#,##0", locale=locale, currency_digits=False, format_type="name"
+        )
+    return babel.lists.format_list(rest, locale=locale)
+
+
+@functools.cache
+def speaks(tag: str, subject: str) -> bool:
+    """Whether CLDR has `subject` in this language itself, not by falling back to root nor by repeating English."""
+    babel = _cldr()
+    if not babel.localedata.exists(tag.replace("-", "_")):
+        return False
+    own, root, english = (babel.localedata.load(name) for name in (tag.replace("-", "_"), "root", "en"))
+
+    def differs(*path) -> bool:
+        """Whether the entry at `path` is the locale's own."""
+        entries = []
+        for data in (own, root, english):
+            for key in path:
+                data = data.get(key) if data is not None else None
+            entries.append(dict(data.items()) if hasattr(data, "items") else data)
+        return entries[0] is not None and entries[0] not in entries[1:]
+
+    if subject == "date":
+        return differs("months", "format", "wide")
+    if subject == "when":
+        return all(differs("date_fields", period, way) for period in PERIODS for way in ("past", "future"))
+    if subject == "quantity":
+        return all(differs("unit_patterns", unit, "long") for unit in UNITS)
+    if subject == "money":
+        return all(differs("currency_names", code) for code in CURRENCIES)
+    return differs("list_patterns", "standard")
+
+
+# -- records: what is asked -----------------------------------------------------------------------------------------
+
+
+_request = functools.cache(prompts.request)
+
+
+def record(kind: str, content: tuple, code: str) -> dict | None:
+    """One record of the task `kind` about `content` in the language with this FLORES-101 code.
+
+    None where CLDR has no answer of that language's own, or where the question has more than one right answer (the
+    same text in two languages).
+    """
+    language = LANGUAGES[code]
+    subject, instruction = KINDS[kind]
+    if not speaks(language.tag, subject):
+        return None
+    text = render(content, language.tag)
+    if kind in TRANSLATED:
+        instruction += " " + _request(language.name)
+        given = datetime.date(*content[1:]).isoformat() if subject == "date" else render(content, "en")
+        if subject == "list":
+            given = ", ".join(content[1:])
+        answer = text
+    else:
+        given = text
+        answer = datetime.date(*content[1:]).isoformat() if kind == "read" else language.name
+        if kind == "language" and _date_is_shared(content[2], language.tag):
+            return None
+    return {"instruction": instruction, "input": given, "output": answer, "language": code, "kind": kind}
+
+
+@functools.cache
+def _date_is_shared(month: int, tag: str) -> bool:
+    """Whether another language writes the dates of this month just as `tag` does."""
+    content = ("date", 2031, month, 15)  # day and year are the same digits everywhere
+    return any(render(content, language.tag) == render(content, tag) for language in LANGUAGES.values()
+               if language.tag != tag and speaks(language.tag, "date"))
+
+
+# -- the data set ---------------------------------------------------------------------------------------------------
+
+
+def build(directory, seed: int = 0, records_per_language: int = 600):
+    """Write train.jsonl, valid.jsonl and test.jsonl into `directory`: the same bytes for the same seed.
+
+    train: about records_per_language records a language, its kinds in the proportions of SHARES; valid: 2 and test: 10
+    a language and kind. Nothing that one file says is said in another, in whatever language.
+    Raises UserError when babel is not installed.
+    """
+    rng = random.Random(seed)
+    for name, each in (("train", None), ("valid", 2), ("test", 10)):
+        records = []
+        for code, language in LANGUAGES.items():
+            kinds = [kind for kind, (subject, _) in KINDS.items() if speaks(language.tag, subject)]
+            total = sum(SHARES[kind] for kind in kinds)
+            for kind in kinds:
+                records += _sample(kind, code, name, each or round(records_per_language * SHARES[kind] / total), rng)
+        rng.shuffle(records)
+        with atomic_write(Path(directory) / f"{name}.jsonl") as file:
+            file.writelines(json.dumps(made, ensure_ascii=False) + "\n" for made in records)
+
+
+def _sample(kind: str, code: str, name: str, wanted: int, rng: random.Random) -> list[dict]:
+    """`wanted` different records of one kind, language and split, or as many as are found in 100 times as many draws."""
+    found: dict[tuple, dict] = {}
+    for _ in range(100 * wanted):
+        if len(found) == wanted:
+            break
+        content = draw(KINDS[kind][0], rng)
+        if content not in found and split(content) == name and (made := record(kind, content, code)) is not None:
+            found[content] = made
+    return list(found.values())
+
+
+# -- its tokenizer --------------------------------------------------------------------------------------------------
+
+# Settings of SentencePiece under which each part of a record that recurs, a whole sentence of the template, a number,
+# a month with its prepositions, can become one piece: what lets a small model read short prompts and copy numbers.
+BOUNDARY = "\x01"
+TOKENIZER = {
+    "split_by_whitespace": False, "split_by_unicode_script": False, "split_by_number": False, "split_digits": False,
+    "add_dummy_prefix": False, "max_sentencepiece_length": 256, "character_coverage": 1.0,
+    "pretokenization_delimiter": BOUNDARY,
+}
+
+
+def texts(path) -> Iterator[str]:
+    """What to train the tokenizer on: the parts that the records of the file consist of, each about as often as the
+    square root of its count, from 2 to 50 times, so that rare words get into the vocabulary too.
+    """
+    with open(path, encoding="utf-8") as file:
+        counts = Counter(part for line in file for part in _parts(json.loads(line)))
+    for part, count in counts.items():
+        for _ in range(min(50, max(2, math.isqrt(count)))):
+            yield part + BOUNDARY
+
+
+def _parts(made: dict) -> Iterable[str]:
+    """A record cut into template, sentences, the name in the request, numbers and names, and what is between them."""
+    template = prompts.alpaca("\0", "\0").split("\0")
+    language = LANGUAGES[made["language"]].name
+    instruction = re.split(rf"(?<=\.)(?= )|( {language})(?=\.$)", made["instruction"])
+    values = re.split(r"(\d+|,|(?: ?[A-Z][a-z]+))" if made["kind"] == "list" else r"(\d+)", made["input"] + BOUNDARY + made["output"])
+    return (part for text in (*template, *instruction, *values) if text for part in text.split(BOUNDARY) if part)
+
