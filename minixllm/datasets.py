@@ -234,6 +234,10 @@ class Stream:
 
     def __init__(self, data, seed: int, batch_size: int, micro_batch_size: int, max_length: int | None = None,
                  rank: int = 0, world: int = 1, temperature: float | None = None, records=None):
+        for name, value in (("batch_size", batch_size), ("micro_batch_size", micro_batch_size),
+                            ("temperature", temperature)):
+            if value is not None and value <= 0:
+                raise UserError(f"{name} is {value}, expected more than 0")
         self.data, self.seed, self.temperature, self.max_length = data, seed, temperature, max_length
         self.micro_batch_size, self.rank, self.world = micro_batch_size, rank, world
         self.records = np.arange(len(data)) if records is None else np.asarray(records)
@@ -282,10 +286,9 @@ class Stream:
 def pack(lengths, capacity: int, open_rows: int = 32, window: int = 2**14) -> tuple[np.ndarray, np.ndarray]:
     """Lay documents of these lengths (n,) out in rows of at most `capacity` tokens.
 
-    -> (the documents, row after row (n,); where each row begins (rows + 1,)).
-
-    Best fit in the given order among a few open rows; where a document fits none, the fullest is closed. Windows of
-    documents are packed independently, which lets numpy pack all of them at once.
+    -> (the documents, row after row (n,); where each row begins (rows + 1,)). Best fit in the given order among a few
+    open rows; where a document fits none, the fullest is closed. Windows of documents are packed independently, which
+    lets numpy pack all of them at once.
     """
     n = len(lengths)
     windows = -(-n // window)

@@ -13,9 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minixllm import datasets, prompts, tokencache
+from minixllm import prompts, tokencache
+from minixllm.attention import Packed
 from minixllm.datasets import IGNORE, PreferenceData, SFTData, Stream, collate, hold_out, in_order, pack
 from minixllm.errors import UserError
+from minixllm.llama import Llama, LlamaConfig
 from minixllm.tokenizers import load_tokenizer, train_sentencepiece
 
 
@@ -322,6 +324,12 @@ def test_rows_too_short_for_a_record_are_refused(sft):
         Stream(sft, 0, 8, 2, 100)
 
 
+def test_absurd_numbers_are_refused(sft):
+    for wrong in ({"batch_size": 0}, {"micro_batch_size": -1}, {"temperature": 0.0}):
+        with pytest.raises(UserError, match=f"{next(iter(wrong))} is .*, expected more than 0"):
+            Stream(**{"data": sft, "seed": 0, "batch_size": 8, "micro_batch_size": 2} | wrong)
+
+
 def test_temperature_evens_languages_out(sft):
     n = {language: (sft.languages == k).sum() for k, language in enumerate(sft.language_names)}
     for temperature in (1.0, 2.0, 1e9):
@@ -350,6 +358,46 @@ def test_held_out_records_are_never_trained_on(sft):
         assert sorted(r for share in shares for b in share for r in b.records) == held.tolist()
         assert all(len(b.input_ids) <= 600 for share in shares for b in share)
     assert list(in_order(sft, held[:0], 600)) == []
+
+
+# What a model makes of them
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = dict(model_type="llama", vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                  num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048)
+    model = Llama(LlamaConfig.from_dict(config))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_a_packed_document_does_not_touch_its_neighbours(sft, model):
+    """Trap 13: another first document leaves the logits of all others bit-equal."""
+    batch = Stream(sft, 0, 8, 8, 512).batch(0).micro_batches[0]
+    first = batch.documents[0]
+    assert len(batch.documents) > 2
+    logits = model(batch.input_ids, Packed(batch.documents))
+    batch.input_ids[:first] = torch.randint(3, 259, (first,))
+    perturbed = model(batch.input_ids, Packed(batch.documents))
+    assert not torch.equal(logits[:first], perturbed[:first]) and torch.equal(logits[first:], perturbed[first:])
+
+
+@torch.no_grad()
+def test_a_pair_scores_as_its_two_sequences_do(tmp_path, model):
+    entries = [PAIR, PAIR | {"chosen": "non, merci", "rejected": "?"}]
+    data = PreferenceData(write(tmp_path / "a.jsonl", entries), Bytes(), 400, tmp_path / "cache")
+    batch = collate(data, [1, 0])
+    logps = model(batch.input_ids, Packed(batch.documents), labels=batch.labels)
+    sums = torch.zeros(4).index_add(0, batch.answers, logps)
+    for k, record in enumerate([1, 0]):
+        prompt, *answers = map(torch.from_numpy, data.read(record))
+        for side, answer in enumerate(answers):
+            whole = torch.cat([prompt, answer])
+            expected = model(whole[None, :-1])[0].log_softmax(-1)[len(prompt) - 1:].gather(1, answer[:, None]).sum()
+            torch.testing.assert_close(sums[2 * k + side], expected, rtol=1e-5, atol=1e-5)
 
 
 # Preferences
