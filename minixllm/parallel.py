@@ -87,9 +87,10 @@ def shard(model, world: World, dtype: torch.dtype):
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     # A world of one frees nothing by resharding between forward and backward, it would only copy the weights again; but
     # beside a frozen base in bf16 (LoRA) the computing copies of all blocks together would be what takes most memory.
-    reshard = world.size > 1 or not all(parameter.requires_grad for parameter in model.parameters())
+    model.reshards = world.size > 1 or not all(parameter.requires_grad for parameter in model.parameters())
+    model.is_gathered = False
     for module in (*model.blocks, model):
-        fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=model.reshards)
         if world.size > 1:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # or a factor of 1 asks for an operation only NCCL has
@@ -100,7 +101,7 @@ def shard(model, world: World, dtype: torch.dtype):
 
 def _reshard_without_backward(model, inputs, output) -> None:
     """Put the sharded weights back where no backward will: a save would otherwise see the computing copy."""
-    if not torch.is_grad_enabled() and not getattr(model, "is_gathered", False):
+    if not torch.is_grad_enabled() and not model.is_gathered:
         for module in _sharded(model):
             module.reshard()
 
@@ -124,7 +125,7 @@ def gathered(model):
     finally:
         model.is_gathered = False
         for module in _sharded(model):
-            module.set_reshard_after_forward(dist.get_world_size() > 1, recurse=False)
+            module.set_reshard_after_forward(model.reshards, recurse=False)
             module.reshard()
 
 

@@ -1,0 +1,109 @@
+"""Processes and FSDP2. Run by torchrun this file is the body of the test of two processes."""
+
+import time
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from minixllm import parallel
+from minixllm.attention import Packed
+from minixllm.checkpoint import build, initialise
+from minixllm.errors import UserError
+from minixllm.llama import Llama, LlamaConfig
+
+CONFIG = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                     tie_word_embeddings=True)
+
+
+def plain_model():
+    model = build(CONFIG, Llama)
+    initialise(model, seed=0)
+    return model
+
+
+def sharded_model(world, dtype=torch.float32):
+    model = parallel.shard(build(CONFIG, Llama), world, dtype)
+    initialise(model, seed=0)
+    return model
+
+
+def documents(rank):
+    """Each process has its own."""
+    return torch.arange(7)[None] + 10 * rank
+
+
+def test_world_of_one():
+    world = parallel.setup("cpu")
+    assert (world.rank, world.size, world.first, world.device.type) == (0, 1, True, "cpu")
+    assert world.gather("x") == ["x"] and world.sum(torch.ones(2)).tolist() == [1, 1]
+
+
+def test_forward_without_backward_puts_the_weights_back():
+    world = parallel.setup("cpu")
+    model = sharded_model(world, torch.bfloat16)
+    with torch.no_grad():
+        model(documents(0))
+    assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in model.parameters())
+    with torch.no_grad(), parallel.gathered(model):
+        model(documents(0))
+        model(documents(0))
+        assert not any(isinstance(p, DTensor) for p in model.parameters())
+    assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in model.parameters())
+    model(documents(0)).sum().backward()  # and training goes on
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_compute_dtype():
+    assert parallel.compute_dtype("bfloat16", "cpu") == torch.bfloat16
+    assert parallel.compute_dtype("float32", "cpu") == torch.float32
+    expected = torch.bfloat16 if parallel.native_bf16("cpu") else torch.float32
+    assert parallel.compute_dtype("auto", torch.device("cpu")) == expected
+
+
+def test_only_lost_peers_are_explained():
+    world = parallel.World(0, 2, 0, torch.device("cpu"), None)
+    with pytest.raises(UserError, match="step 3: another process died or hangs.*Connection closed by peer"):
+        with parallel.explain_lost_peers(world, "step 3"):
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3511")
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        with parallel.explain_lost_peers(world, "step 3"):
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_two_processes(torchrun):
+    said = torchrun(2, __file__, timeout=90).stdout
+    assert said.count("all is well") == 2
+
+
+def two_processes():
+    world = parallel.setup("cpu")
+    assert world.gather(world.rank * 2) == [0, 2]
+    assert world.sum(torch.tensor([1.0, world.rank])).tolist() == [2, 1]
+    plain, model = plain_model(), sharded_model(world)
+
+    # gradients are summed over processes, not averaged
+    model(documents(world.rank)).square().sum().backward()
+    sum(plain(documents(rank)).square().sum() for rank in range(2)).backward()
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(p.grad.full_tensor(), q.grad, rtol=1e-4, atol=1e-5 * q.grad.abs().max().item()), name
+
+    # held whole, each process may run as many forwards as it likes; then they train on
+    with torch.no_grad(), parallel.gathered(model):
+        for length in range(1, 4 if world.first else 2):
+            ids = torch.arange(length)
+            assert torch.allclose(model(ids, Packed([length])), plain(ids, Packed([length])), atol=1e-5)
+    world.barrier()
+    model(documents(world.rank)).sum().backward()
+
+    # nobody passes a barrier before the last has come
+    began = time.time()
+    time.sleep(0.5 * world.rank)
+    world.barrier()
+    assert time.time() - began > 0.4
+    print("all is well", flush=True)
+    parallel.close()
+
+
+if __name__ == "__main__":
+    two_processes()
