@@ -1,0 +1,99 @@
+"""What a free answer says: the rules by which raw text becomes a choice, or "cannot tell" (None).
+
+The paper generates answers freely and parses them, by rules it does not give. These are ours, tried in order, on the
+answer in NFKC form after the prompt, if repeated, and anything from a further "### " heading on are cut away:
+
+yes / no (the words of the instruction's language, the item's, and English)
+  1. the question's own "yes or no", repeated, says nothing and is passed over;
+  2. the answer begins with a word for yes or for no: that one ("No, because ...", "**Yes.**", "是的");
+  3. words for one of the two occur as whole words, for the other do not: that one ("I would say yes").
+
+options A, B with their texts
+  1. "A and B", "A or B", "both", "neither" at the start: cannot tell;
+  2. "answer is B", "option B", "choose B", all naming one letter: that one;
+  3. the texts of both options occur: cannot tell (the options were repeated);
+  4. the answer is one letter, or begins with one followed by punctuation or its option's text ("-B:", "(A)", "B. He");
+  5. one letter alone occurs between brackets or before a colon or full stop ("... is plausible: -A."): that one;
+  6. the text of one option occurs, the other's does not, case and punctuation aside: that one.
+
+A longer answer in words is read only so far as these rules go; the share that nobody can tell is reported.
+"""
+
+import re
+import unicodedata
+
+# scripts written without spaces have no word boundaries to ask for
+_UNSPACED = re.compile("[\u3040-\u30ff\u4e00-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
+_OPENING = r"""^[\s\-–—*_#>"'“”„«»‘’`(\[「『【:.]*"""
+_NAMED = re.compile(r"""\b(?:answer|option|choice|choose|pick|select)(?:\s+is)?(?:\s+option)?\s*[:\-]*\s*[("'*\[]*([AB])\b"""
+                    r"(?!\s*(?:and|or|/|&)\s*-?[AB]\b)", re.IGNORECASE)
+_BOTH = re.compile(_OPENING + r"(?:both\b|neither\b|A\s*(?:and|or|[/&,])\s*-?B\b|B\s*(?:and|or|[/&,])\s*-?A\b)",
+                   re.IGNORECASE)
+_OR = r"""["'“”„«»「」]*\s*(?:/|\bor\b|\boder\b|\bou\b|\bo\b|또는|または|か|或者|或)\s*["'“”„«»「」]*"""
+_MARKED = re.compile(r"(?<!\w)(?:\(([AB])\)|\[([AB])\]|([AB])(?=\s*[:.)]))")
+
+
+def clean(raw: str, prompt: str = "") -> str:
+    """The answer without a repeated prompt and without the further turns that a model may write after it."""
+    if prompt and prompt in raw:
+        raw = raw[raw.rindex(prompt) + len(prompt):]
+    raw = raw.strip()
+    raw = raw.removeprefix("### Response:").lstrip()
+    return re.split(r"(?:^|\n)### ", raw)[0].strip()
+
+
+def yes_no(answer: str, words: tuple[tuple[str, ...], tuple[str, ...]]) -> int | None:
+    """0 for an answer that says yes, 1 for no (the place of the choice), None for what cannot be told.
+
+    answer: as `clean` gives it. words: what is understood as yes, and as no.
+    """
+    answer = _normal(answer)
+    meaning = {_normal(word): choice for choice in (1, 0) for word in words[choice]}
+    longest_first = sorted(meaning, key=len, reverse=True)            # 不是 is no, though it ends in 是
+    word = "|".join(re.escape(w) if _UNSPACED.search(w) else rf"(?<!\w){re.escape(w)}(?!\w)" for w in longest_first)
+    yes, no = ("|".join(re.escape(_normal(w)) for w in words[choice]) for choice in (0, 1))
+    answer = re.sub(f"(?:{yes}){_OR}(?:{no})|是否", " ", answer)
+    if first := re.match(f"{_OPENING}({word})", answer):
+        return meaning[first[1]]
+    said = {meaning[found[0]] for found in re.finditer(word, answer)}
+    return said.pop() if len(said) == 1 else None
+
+
+def option(answer: str, choices: tuple[str, str]) -> int | None:
+    """0 for an answer that picks option A, 1 for B, None for what cannot be told. answer: as `clean` gives it."""
+    answer = unicodedata.normalize("NFKC", answer)
+    if _BOTH.match(answer):
+        return None
+    named = {letter.upper() for letter in _NAMED.findall(answer)}
+    if len(named) == 1:
+        return "AB".index(named.pop())
+    plain = _plain(answer)
+    first, second = (_plain(choice) for choice in choices)
+    if first in second or second in first:               # "He ran" and "He ran away": the longer one must be asked first
+        longer, shorter = sorted((first, second), key=len, reverse=True)
+        without = plain.replace(longer, " ")
+        occurs = {longer: longer in plain, shorter: shorter in without}
+    else:
+        occurs = {text: text in plain for text in (first, second)}
+    if occurs[first] and occurs[second]:
+        return None
+    if begins := re.match(_OPENING + r"([AB])(?:\W*$|\s*[*_]*[.:)\],\-–*]|\s)", answer):
+        letter = "AB".index(begins[1])
+        rest = answer[begins.end(1):]
+        if not rest.strip() or re.match(r"\s*[*_]*[.:)\],\-–*\n]", rest) or _plain(rest).startswith((first, second)[letter]):
+            return letter
+    marked = {"".join(groups) for groups in _MARKED.findall(answer)}
+    if len(marked) == 1:
+        return "AB".index(marked.pop())
+    if len(marked) == 2:
+        return None
+    return 0 if occurs[first] else 1 if occurs[second] else None
+
+
+def _normal(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).casefold()
+
+
+def _plain(text: str) -> str:
+    """Letters, digits and marks, one space where anything else stands."""
+    return " ".join("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in _normal(text)).split())

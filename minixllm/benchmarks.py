@@ -1,0 +1,393 @@
+"""The paper's five benchmarks: how their published files are read, and what a model is asked.
+
+| benchmark | files in its directory | answer | default limit |
+|---|---|---|---|
+| pawsx | `{lang}/test_2k.tsv`: id, sentence1, sentence2, label (1 = paraphrase) | yes or no | all |
+| xcopa | `test.{lang}.jsonl`: premise, choice1, choice2, question, label | A or B | all |
+| translation | line-aligned texts: `{code}.devtest` (FLORES-101, -200), `{code}.txt`, `newstest2019-ref.{code}.txt` | text | 200 |
+| xlsum | `{language}_test.jsonl` (v2.0): id, url, title, summary, text | text | 250 |
+| self-instruct | `{lang}.jsonl`: instruction, instances [{input, output}]; `user_oriented_instructions.jsonl` is English | text | all |
+
+Instructions come from templates/instructions.toml (the paper's wording), or a file of the same form. Limits are per
+language or direction, from the start of the file. The directory tells the benchmark: see `detect`.
+"""
+
+import functools
+import random
+import re
+import string
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from minixllm import languages
+from minixllm.errors import UserError
+from minixllm.prompts import alpaca
+from minixllm.records import read_objects
+
+TITLES = {"pawsx": "PAWS-X", "xcopa": "XCOPA", "translation": "FLORES", "xlsum": "XL-Sum", "self-instruct": "Self-Inst*"}
+LIMITS = {"translation": 200, "xlsum": 250}
+FIELDS = {"pawsx": {"sentence1", "sentence2"}, "xcopa": {"premise", "choice1", "choice2", "question"},
+          "translation": {"source", "source_language", "target_language"}, "xlsum": {"article"}}
+SHIPPED = Path(__file__).with_name("templates") / "instructions.toml"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question. `body` names the field whose end may be cut where a prompt exceeds the model's context."""
+
+    benchmark: str
+    column: str                   # of the paper's table: "FLORES(f)"
+    group: str                    # what is scored together: a language, or a direction "eng-fra"
+    language: str                 # whose tier the group counts to
+    target: str                   # the language an answer must be in
+    id: str                       # unique in the group
+    instruction: str              # with the fields' names in braces
+    input: str
+    fields: dict
+    reference: str
+    choices: tuple[str, ...] = ()   # whose likelihoods are compared; the reference is one of them
+    words: tuple = ()             # for each choice, what is understood as it in a free answer
+    body: str = ""
+
+    def prompt(self, kept: int | None = None) -> str:
+        """The Alpaca prompt, with only the first `kept` characters of the body where that is given."""
+        fields = {**self.fields, self.body: self.fields[self.body][:kept]} if self.body else self.fields
+        return alpaca(self.instruction.format(**fields), self.input.format(**fields))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to read: `languages` and `directions` are empty for all; `limit` None for the paper's."""
+
+    mode: str = "generating"      # or "understanding": the instruction in the input's language
+    languages: tuple[str, ...] = ()
+    directions: tuple[str, ...] = ("from-english", "to-english")
+    limit: int | None = None
+    seed: int = 0                 # of the draw of non-English pairs
+    templates: Path | None = None
+
+
+def read(path, wanted: Wanted) -> tuple[list[Item], list[str]]:
+    """The items of one benchmark's directory, and notes for the user: what was skipped, missing or not asked.
+
+    Raises UserError naming file and line for what is malformed, and for a directory that is none of the five.
+    """
+    path, notes = Path(path), []
+    name = detect(path)
+    reader = _Reader(name, path, wanted, read_templates(wanted.templates), notes)
+    items = READERS[name](reader)
+    if not items:
+        raise UserError(f"{path}: nothing of {TITLES[name]} is left to evaluate: {'; '.join(notes) or 'no items'}")
+    return items, notes
+
+
+def detect(path) -> str:
+    """Which of the five benchmarks a directory holds, from its file names."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory; expected one of a benchmark's files")
+    if any(path.glob("*/test_2k.tsv")):
+        return "pawsx"
+    if any(_xcopa_files(path)):
+        return "xcopa"
+    if any(path.glob("*_test.jsonl")):
+        return "xlsum"
+    for file in sorted(path.glob("*.jsonl")):
+        if "instances" in next(read_objects(file))[1]:
+            return "self-instruct"
+    if sum(_language_of_file(file) is not None for file in path.iterdir()) >= 2:
+        return "translation"
+    found = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
+    raise UserError(f"{path}: none of the five benchmarks: found {found}; expected */test_2k.tsv (PAWS-X), "
+                    "test.*.jsonl (XCOPA), *_test.jsonl (XL-Sum), *.jsonl with instances (Self-Instruct), "
+                    "or texts named by language, such as fra.devtest (translation)")
+
+
+# ---- instructions ---------------------------------------------------------------------------------------------------
+
+@functools.cache
+def read_templates(path: Path | None = None) -> dict[tuple[str, str], dict]:
+    """{(benchmark, language code): {instruction, ...}}: the shipped ones, and over them those of the user's file."""
+    templates = {} if path is None else dict(read_templates())
+    path = Path(path or SHIPPED)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: expected a TOML file of instructions: {error}") from None
+    for benchmark, by_language in table.items():
+        if benchmark not in FIELDS or not isinstance(by_language, dict):
+            raise UserError(f"{path}: [{benchmark}]: expected one of {', '.join(FIELDS)}")
+        for tag, template in by_language.items():
+            where = f"{path}: [{benchmark}.{tag}]"
+            if not isinstance(template, dict):
+                raise UserError(f"{where}: expected a table with an instruction")
+            code = languages.find(tag).code
+            template = {**templates.get((benchmark, code), {"input": ""}), **template}
+            for key, kind in _template_keys(benchmark).items():
+                value = template.get(key)
+                if not isinstance(value, kind) or kind is list and not (value and all(isinstance(v, str) for v in value)):
+                    raise UserError(f"{where}: {key}: found {value!r}, expected "
+                                    + ("a list of texts" if kind is list else "text"))
+            if unknown := set(template) - set(_template_keys(benchmark)):
+                raise UserError(f"{where}: unknown key {min(unknown)!r}, expected {', '.join(_template_keys(benchmark))}")
+            for key in ("instruction", "input"):
+                _check_fields(f"{where}: {key}", template[key], FIELDS[benchmark] | {"language"})
+            templates[benchmark, code] = template
+    return templates
+
+
+def _template_keys(benchmark: str) -> dict:
+    more = {"pawsx": {"yes": list, "no": list}, "xcopa": {"cause": str, "effect": str}}
+    return {"instruction": str, "input": str, **more.get(benchmark, {})}
+
+
+def _check_fields(where: str, text: str, allowed: set) -> None:
+    try:
+        used = {name for _, name, *_ in string.Formatter().parse(text) if name is not None}
+    except ValueError as error:
+        raise UserError(f"{where}: {error} in {text!r}") from None
+    if used - allowed:
+        raise UserError(f"{where}: unknown field {{{min(used - allowed)}}}, expected {', '.join(sorted(allowed))}")
+
+
+# ---- the five formats -----------------------------------------------------------------------------------------------
+
+@dataclass
+class _Reader:
+    """What the five readers share: which languages are wanted, which instruction each gets, and the notes."""
+
+    benchmark: str
+    path: Path
+    wanted: Wanted
+    templates: dict
+    notes: list[str]
+
+    @property
+    def limit(self) -> int | None:
+        return self.wanted.limit if self.wanted.limit is not None else LIMITS.get(self.benchmark)
+
+    def choose(self, files: dict[str, Path]) -> dict[str, Path]:
+        """The files of the wanted languages that can be asked; the others are noted."""
+        asked = [languages.find(text).code for text in self.wanted.languages]
+        if missing := [code for code in asked if code not in files]:
+            self.note(f"no file for {', '.join(missing)} in {self.path}")
+        chosen = {code: file for code, file in sorted(files.items()) if not asked or code in asked}
+        if self.wanted.mode == "understanding" and self.benchmark in FIELDS:
+            if without := [code for code in chosen if (self.benchmark, code) not in self.templates]:
+                self.note(f"no instruction in the language itself for {', '.join(without)}: left out")
+            chosen = {code: file for code, file in chosen.items() if code not in without}
+        return chosen
+
+    def template(self, code: str) -> tuple[dict, str]:
+        """The instruction for items in this language, and the language it is written in."""
+        asked_in = code if self.wanted.mode == "understanding" else "eng"
+        return self.templates[self.benchmark, asked_in], asked_in
+
+    def note(self, text: str) -> None:
+        self.notes.append(f"{TITLES[self.benchmark]}: {text}")
+
+    def item(self, code: str, id, template: dict, fields: dict, reference: str, **more) -> Item:
+        return Item(self.benchmark, TITLES[self.benchmark], code, code, code, str(id), template["instruction"],
+                    template["input"], fields, reference, **more)
+
+
+def _name(code: str, asked_in: str) -> str:
+    """A language's name for an instruction: in English, or where that is written in another language its own."""
+    language = languages.find(code)
+    return language.name if asked_in == "eng" else language.own_name
+
+
+def _pawsx(reader: _Reader) -> list[Item]:
+    items = []
+    for code, file in reader.choose(_by_language(reader, reader.path.glob("*/test_2k.tsv"), lambda f: f.parent.name)).items():
+        template, asked_in = reader.template(code)
+        own = reader.templates.get((reader.benchmark, code), template)
+        words = tuple(tuple(dict.fromkeys([*template[k], *own[k], *reader.templates["pawsx", "eng"][k]])) for k in ("yes", "no"))
+        choices, skipped, count = (template["yes"][0], template["no"][0]), 0, 0
+        for number, line in enumerate(_lines(file), 1):
+            row = line.split("\t")
+            if len(row) != 4:
+                raise UserError(f"{file}, line {number}: {len(row)} columns, expected 4: id, sentence1, sentence2, label")
+            if number == 1 and row[0] == "id":
+                continue
+            id, first, second, label = row
+            if "NS" in (first.strip(), second.strip()):
+                skipped += 1
+                continue
+            if label not in ("0", "1"):
+                raise UserError(f"{file}, line {number}: label {label!r}, expected 0 or 1")
+            if count == reader.limit:
+                break
+            count += 1
+            items.append(reader.item(code, id, template,
+                                     {"sentence1": first, "sentence2": second, "language": _name(code, asked_in)},
+                                     choices[label == "0"], choices=choices, words=words))
+        if skipped:
+            reader.note(f"{file}: {skipped} rows skipped, a sentence is the placeholder NS")
+    return items
+
+
+def _xcopa_files(path: Path) -> list[Path]:
+    return [*path.glob("test.*.jsonl"), *path.glob("*/test.*.jsonl"), *path.glob("data/*/test.*.jsonl")]
+
+
+def _xcopa(reader: _Reader) -> list[Item]:
+    items = []
+    for code, file in reader.choose(_by_language(reader, _xcopa_files(reader.path), lambda f: f.name.split(".")[1])).items():
+        template, asked_in = reader.template(code)
+        for count, (line, entry) in enumerate(read_objects(file)):
+            if count == reader.limit:
+                break
+            texts = {key: _text(file, line, entry, key) for key in ("premise", "choice1", "choice2", "question")}
+            if texts["question"] not in ("cause", "effect"):
+                raise UserError(f"{file}, line {line}: question {texts['question']!r}, expected 'cause' or 'effect'")
+            if entry.get("label") not in (0, 1):
+                raise UserError(f"{file}, line {line}: label {entry.get('label')!r}, expected 0 or 1")
+            choices = texts["choice1"], texts["choice2"]
+            fields = {**texts, "question": template[texts["question"]], "language": _name(code, asked_in)}
+            items.append(reader.item(code, entry.get("idx", count), template, fields, choices[entry["label"]],
+                                     choices=choices, words=(("A",), ("B",))))
+    return items
+
+
+def _xlsum(reader: _Reader) -> list[Item]:
+    items = []
+    files = _by_language(reader, reader.path.glob("*_test.jsonl"), lambda f: f.name.removesuffix("_test.jsonl"))
+    for code, file in reader.choose(files).items():
+        template, asked_in = reader.template(code)
+        for count, (line, entry) in enumerate(read_objects(file)):
+            if count == reader.limit:
+                break
+            fields = {"article": _text(file, line, entry, "text"), "language": _name(code, asked_in)}
+            items.append(reader.item(code, entry.get("id", count), template, fields,
+                                     _text(file, line, entry, "summary"), body="article"))
+    return items
+
+
+def _self_instruct(reader: _Reader) -> list[Item]:
+    """Instruction and input as the file has them, in its language, in both modes."""
+    template, items = {"instruction": "{instruction}", "input": "{input}"}, []
+    files = _by_language(reader, reader.path.glob("*.jsonl"), lambda f: f.stem)
+    for code, file in reader.choose(files).items():
+        for count, (line, entry) in enumerate(read_objects(file)):
+            if count == reader.limit:
+                break
+            instances = entry.get("instances")
+            if not isinstance(instances, list) or not instances or not isinstance(instances[0], dict):
+                raise UserError(f"{file}, line {line}: instances: found {instances!r:.60}, expected [{{input, output}}]")
+            fields = {"instruction": _text(file, line, entry, "instruction"),
+                      "input": _text(file, line, instances[0], "input", empty=True)}
+            items.append(reader.item(code, entry.get("id", count), template, fields,
+                                     _text(file, line, instances[0], "output"), body="input"))
+    return items
+
+
+def _translation(reader: _Reader) -> list[Item]:
+    files = {code: file for file in sorted(reader.path.iterdir()) if (code := _language_of_file(file))}
+    if unknown := sorted(f.name for f in reader.path.iterdir() if f.is_file() and f not in files.values()):
+        reader.note(f"{len(unknown)} files of no known language left out: {', '.join(unknown[:5])}"
+                    + ", ..." * (len(unknown) > 5))
+    asked = {languages.find(text).code for text in reader.wanted.languages}
+    if missing := sorted(asked - set(files)):
+        reader.note(f"no file for {', '.join(missing)} in {reader.path}")
+    codes = [code for code in files if not asked or code in asked or code == "eng"]
+    lines = functools.cache(lambda code: _lines(files[code]))
+    items = []
+    for source, target, column in translation_directions(codes, reader.wanted.directions, reader.wanted.seed, reader.note):
+        if len(lines(source)) != len(lines(target)):
+            raise UserError(f"{files[source]} has {len(lines(source))} lines, {files[target]} {len(lines(target))}: "
+                            "expected texts aligned line by line")
+        if reader.wanted.mode == "understanding" and ("translation", source) not in reader.templates:
+            reader.note(f"{source}-{target}: no instruction in {source}: left out")
+            continue
+        template, asked_in = reader.template(source)
+        language = source if target == "eng" else target
+        for number, (text, reference) in enumerate(list(zip(lines(source), lines(target)))[:reader.limit], 1):
+            fields = {"source": text, "source_language": _name(source, asked_in),
+                      "target_language": _name(target, asked_in), "language": _name(target, asked_in)}
+            items.append(Item("translation", f"{TITLES['translation']}({column})", f"{source}-{target}", language, target,
+                              str(number), template["instruction"], template["input"], fields, reference, body="source"))
+    return items
+
+
+def translation_directions(codes: list[str], asked, seed: int, note=print) -> list[tuple[str, str, str]]:
+    """(source, target, column) for each direction asked: f is from English, t to English, as the paper's tables have it.
+
+    asked: "from-english", "to-english", "deu-fra", or a pair of tiers such as "high-low", of which 15 pairs without
+    English are drawn by the seed, as many as the paper has.
+    """
+    others, directions = [code for code in codes if code != "eng"], []
+    for text in asked:
+        parts = text.split("-")
+        if text in ("from-english", "to-english"):
+            if "eng" not in codes:
+                raise UserError(f"directions: {text}: there is no English file; expected pairs such as deu-fra")
+            directions += [("eng", code, "f") if text == "from-english" else (code, "eng", "t") for code in others]
+        elif len(parts) == 2 and set(parts) <= {"high", "mid", "low"}:
+            pairs = [(a, b, text) for a in others for b in others
+                     if a != b and [languages.find(a).tier, languages.find(b).tier] == parts]
+            directions += sorted(random.Random(f"{seed} {text}").sample(pairs, min(15, len(pairs))))
+        elif len(parts) == 2:
+            source, target = (languages.find(part).code for part in parts)
+            if source in codes and target in codes and source != target:
+                directions.append((source, target, "f" if source == "eng" else "t" if target == "eng" else "pairs"))
+            else:
+                note(f"direction {text}: no files for it")
+        else:
+            raise UserError(f"directions: found {text!r}, expected from-english, to-english, two tiers such as high-low, "
+                            "or two languages such as deu-fra")
+    return list(dict.fromkeys(directions))
+
+
+READERS = {"pawsx": _pawsx, "xcopa": _xcopa, "translation": _translation, "xlsum": _xlsum, "self-instruct": _self_instruct}
+
+# FLORES-200's and NTREX's codes where FLORES-101 has another; XL-Sum's names and the English file of Self-Instruct
+OTHER_NAMES = {
+    "arb": "ara", "fuv": "ful", "lvs": "lav", "zsm": "msa", "khk": "mon", "gaz": "orm", "pbt": "pus", "pes": "fas",
+    "uzn": "uzb", "aze": "azj", "nep": "npi", "swa": "swh", "fil": "tgl", "ell": "ell", "zho_Hans": "zho_simpl",
+    "zho_Hant": "zho_trad", "zho_CN": "zho_simpl", "zho_TW": "zho_trad", "chinese_simplified": "zho_simpl",
+    "chinese_traditional": "zho_trad", "serbian_cyrillic": "srp", "scottish_gaelic": "gla", "pidgin": "pcm",
+    "user_oriented_instructions": "eng"}
+
+
+def _by_language(reader: _Reader, files, name) -> dict[str, Path]:
+    """{language code: file}; files whose name is no known language are noted."""
+    found = {}
+    for file in sorted(files):
+        try:
+            found[languages.find(OTHER_NAMES.get(name(file), name(file))).code] = file
+        except UserError as error:
+            reader.note(f"{file} left out: {error}")
+    return found
+
+
+def _language_of_file(file: Path) -> str | None:
+    """fra.devtest, fra_Latn.devtest, newstest2019-ref.fra.txt, fra.txt -> fra; None for what names no language."""
+    name = re.sub(r"^newstest\d+-(src|ref)\.", "", file.name).split(".")[0].replace("-", "_")
+    code, _, script = name.partition("_")
+    try:
+        if name in OTHER_NAMES or not script:
+            return languages.find(OTHER_NAMES.get(name, name)).code
+        language = languages.find(OTHER_NAMES.get(code, code))
+        return language.code if script in (language.script, "Hang" if language.script == "Kore" else "") else None
+    except UserError:
+        return languages.find(name).code if name in languages.LANGUAGES else None
+
+
+def _lines(file: Path) -> list[str]:
+    """Lines by line feeds alone: str.splitlines would also cut at U+2028 and others that stand inside sentences."""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 at byte {error.start}") from None
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+
+
+def _text(file: Path, line: int, entry: dict, key: str, empty: bool = False) -> str:
+    value = entry.get(key)
+    if not isinstance(value, str) or not (value.strip() or empty):
+        raise UserError(f"{file}, line {line}: {key}: found {value!r:.60}, expected text")
+    return value

@@ -1,0 +1,201 @@
+"""The five file formats, the paper's wording, both modes, and what is said about files that are wrong."""
+
+import json
+
+import pytest
+
+from minixllm import benchmarks
+from minixllm.benchmarks import Wanted, read
+from minixllm.errors import UserError
+
+PAWSX_ROWS = ["id\tsentence1\tsentence2\tlabel", "1\tHe \"ran\" home.\tHe ran home.\t1", "2\tNS\tNS\t0", "3\tCats sleep.\tDogs bark.\t0"]
+XCOPA_ROWS = [{"premise": "物品用气泡纸包着。", "choice1": "它很易碎。", "choice2": "它很小。", "question": "cause", "label": 0, "idx": 7, "changed": False},
+              {"premise": "我掏空了口袋。", "choice1": "票根。", "choice2": "武器。", "question": "effect", "label": 1, "idx": 8, "changed": True}]
+
+
+def lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def pawsx(tmp_path):
+    for tag in ("en", "de", "zh"):
+        lines(tmp_path / "pawsx" / tag / "test_2k.tsv", PAWSX_ROWS)
+    return tmp_path / "pawsx"
+
+
+@pytest.fixture
+def xcopa(tmp_path):
+    lines(tmp_path / "xcopa" / "test.zh.jsonl", XCOPA_ROWS)
+    lines(tmp_path / "xcopa" / "test.it.jsonl", XCOPA_ROWS)
+    return tmp_path / "xcopa"
+
+
+@pytest.fixture
+def flores(tmp_path):
+    for name, text in {"eng": "One.", "fra": "Un.", "zho_simpl": "一。", "amh": "አንድ።", "swh": "Moja."}.items():
+        lines(tmp_path / "flores" / f"{name}.devtest", [f"{text} {i}" for i in range(205)])
+    return tmp_path / "flores"
+
+
+def test_pawsx(pawsx):
+    items, notes = read(pawsx, Wanted())
+    assert [(i.group, i.id, i.reference) for i in items] == [(g, n, r) for g in ("deu", "eng", "zho_simpl") for n, r in (("1", "yes"), ("3", "no"))]
+    assert items[0].prompt() == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+        "The following are two sentences:\nSentence1: He \"ran\" home.\nSentence2: He ran home..\nYou should provide a yes or no answer to the "
+        "question: Does Sentence1 paraphrase Sentence2?\nPlease only return either yes or no.\n\n### Response:")
+    assert sum("1 rows skipped" in note and "NS" in note for note in notes) == 3
+    assert items[0].choices == ("yes", "no") and {"ja", "yes"} <= set(items[0].words[0])
+    items, _ = read(pawsx, Wanted(mode="understanding", languages=("German",)))
+    assert "Ist Satz1 eine Paraphrase von Satz2?" in items[0].prompt() and items[0].choices == ("ja", "nein") and items[1].reference == "nein"
+
+
+def test_xcopa(xcopa):
+    items, notes = read(xcopa, Wanted())
+    chinese = [i for i in items if i.group == "zho_simpl"]
+    assert ("Here is a premise: 物品用气泡纸包着。. What is the cause? Help me pick the more plausible option: "
+            "-A: 它很易碎。, -B: 它很小。.\n\n### Response:") in chinese[0].prompt()
+    assert [i.reference for i in chinese] == ["它很易碎。", "武器。"] and not notes and chinese[1].id == "8"
+    italian, _ = read(xcopa, Wanted(mode="understanding", languages=("it",), limit=1))
+    assert len(italian) == 1 and "Qual è la causa?" in italian[0].prompt()
+
+
+def test_translation(flores):
+    items, notes = read(flores, Wanted())
+    assert len(items) == 8 * 200 and {i.column for i in items} == {"FLORES(f)", "FLORES(t)"}
+    item = next(i for i in items if i.group == "eng-zho_simpl")
+    assert ("Translate the following English sentence from English to Chinese.\nEnglish Sentence: One. 0\n"
+            "Please only return the translated Chinese text.\n") in item.prompt()
+    assert item.reference == "一。 0" and item.language == item.target == "zho_simpl"
+    back = next(i for i in items if i.group == "swh-eng")
+    assert back.language == "swh" and back.target == "eng"
+    items, notes = read(flores, Wanted(languages=("fra", "deu"), limit=3))
+    assert {i.group for i in items} == {"eng-fra", "fra-eng"} and len(items) == 6 and any("no file for deu" in note for note in notes)
+
+
+def test_directions():
+    codes = ["eng", "fra", "deu", "zho_simpl", "spa", "rus", "pol", "amh", "swh", "yor"]
+    pairs = benchmarks.translation_directions(codes, ["high-low"], seed=3)
+    assert len(pairs) == 15 and pairs == benchmarks.translation_directions(codes, ["high-low"], seed=3)
+    assert pairs != benchmarks.translation_directions(codes, ["high-low"], seed=4)
+    assert all(column == "high-low" and source in codes[1:7] and target in codes[7:] for source, target, column in pairs)
+    assert benchmarks.translation_directions(codes, ["de-fr", "to-english"], 0)[:2] == [("deu", "fra", "pairs"), ("fra", "eng", "t")]
+    said = []
+    assert benchmarks.translation_directions(codes, ["ita-fra"], 0, said.append) == [] and "ita-fra" in said[0]
+    for wrong in ("sideways", "high-middle", "english-to"):
+        with pytest.raises(UserError, match=wrong.split("-")[-1]):
+            benchmarks.translation_directions(codes, [wrong], 0)
+    with pytest.raises(UserError, match="no English file"):
+        benchmarks.translation_directions(["fra", "deu"], ["to-english"], 0)
+
+
+@pytest.mark.parametrize("name, code", [
+    ("fra.devtest", "fra"), ("fra_Latn.devtest", "fra"), ("zho_Hans.dev", "zho_simpl"), ("zho_simpl.devtest", "zho_simpl"), ("arb_Arab.devtest", "ara"),
+    ("arb_Latn.devtest", None), ("kor_Hang.devtest", "kor"), ("newstest2019-ref.fra.txt", "fra"), ("newstest2019-src.eng.txt", "eng"),
+    ("newstest2019-ref.zho-CN.txt", "zho_simpl"), ("zsm_Latn.devtest", "msa"), ("README.md", None), ("xyz.txt", None)])
+def test_language_of_a_translation_file(tmp_path, name, code):
+    assert benchmarks._language_of_file(tmp_path / name) == code
+
+
+def test_xlsum_and_self_instruct(tmp_path):
+    article = {"id": "a1", "url": "u", "title": "t", "summary": "Short {brace}.", "text": "Long text with {braces}."}
+    for name in ("chinese_simplified", "scottish_gaelic", "english", "klingon"):
+        lines(tmp_path / "xlsum" / f"{name}_test.jsonl", [article] * 260)
+    items, notes = read(tmp_path / "xlsum", Wanted())
+    assert {i.group for i in items} == {"zho_simpl", "gla", "eng"} and len(items) == 750 and "klingon" in notes[0]
+    assert "The following is an article.\nArticle: Long text with {braces}.\nPlease summarize the provided article.\n" in items[0].prompt()
+    assert "Article: Long\nPlease summarize the provided article." in items[0].prompt(4)      # cut from the article alone
+    task = {"id": "t0", "instruction": "Schreibe {es} um.", "instances": [{"input": "Das da.", "output": "Dies."}]}
+    lines(tmp_path / "self" / "de.jsonl", [task, {**task, "instances": [{"input": "", "output": "x"}]}])
+    lines(tmp_path / "self" / "user_oriented_instructions.jsonl", [task])
+    items, _ = read(tmp_path / "self", Wanted(mode="understanding"))
+    assert [i.group for i in items] == ["deu", "deu", "eng"]
+    assert "### Instruction:\nSchreibe {es} um.\n\n### Input:\nDas da.\n" in items[0].prompt() and "### Input" not in items[1].prompt()
+
+
+def test_real_files(data):
+    items, _ = read(data / "xcopa", Wanted())
+    assert len(items) == 3000 and {i.group for i in items} == {"est", "ind", "ita", "swh", "tam", "zho_simpl"}
+    items, notes = read(data / "ntrex", Wanted(directions=("from-english", "to-english", "low-high")))
+    assert len(items) == (88 * 2 + 15) * 200 and not notes
+    items, _ = read(data / "self_instruct", Wanted())
+    assert len(items) == 252
+
+
+def test_understanding_mode_is_shipped_for_pawsx_and_xcopa():
+    shipped = benchmarks.read_templates()
+    assert {code for name, code in shipped if name == "pawsx"} == set("deu eng spa fra jpn kor zho_simpl".split())
+    assert {code for name, code in shipped if name == "xcopa"} == set("eng est hat ind ita que swh tam tha tur vie zho_simpl".split())
+
+
+def test_languages_without_an_instruction_are_named(flores, tmp_path):
+    with pytest.raises(UserError, match="nothing of FLORES is left"):
+        read(flores, Wanted(mode="understanding", directions=("fra-zh",)))
+    items, notes = read(flores, Wanted(mode="understanding", directions=("from-english", "to-english")))
+    assert {i.column for i in items} == {"FLORES(f)"} and any("fra-eng: no instruction in fra" in note for note in notes)
+    mine = tmp_path / "mine.toml"
+    mine.write_text('[translation.fra]\ninstruction = "Traduis du {source_language} : {source}"\n', encoding="utf-8")
+    items, _ = read(flores, Wanted(mode="understanding", directions=("fra-eng",), templates=mine))
+    assert "Traduis du français : Un. 0" in items[0].prompt()
+
+
+@pytest.mark.parametrize("text, said", [
+    ("[xcopa.ita]\ninstruction = 5", r"\[xcopa.ita\]: instruction: found 5"), ("[copa.ita]\ninstruction = 'x'", r"\[copa\]: expected one of"),
+    ("[xcopa.ita]\ninstruction = '{premisse}'", "unknown field {premisse}"), ("[xcopa.ita]\ninstruction = '{premise'", "premise"),
+    ("[pawsx.fin]\ninstruction = 'x'", "yes: found None, expected a list"), ("[xcopa.ita]\ninstrution = 'x'", "unknown key 'instrution'"),
+    ("[xcopa.italien]\ninstruction = 'x'", "did you mean italian"), ("[xcopa", "expected a TOML file"), ("pawsx = 3", "expected one of")])
+def test_wrong_templates(tmp_path, text, said):
+    (tmp_path / "t.toml").write_text(text)
+    with pytest.raises(UserError, match=said):
+        benchmarks.read_templates(tmp_path / "t.toml")
+
+
+@pytest.mark.parametrize("file, rows, said", [
+    ("de/test_2k.tsv", PAWSX_ROWS + ["4\tone\ttwo"], "test_2k.tsv, line 5: 3 columns, expected 4"),
+    ("de/test_2k.tsv", PAWSX_ROWS + ["4\tone\ttwo\tthree\t1"], "line 5: 5 columns"),
+    ("de/test_2k.tsv", PAWSX_ROWS + ["4\tone\ttwo\t2"], "line 5: label '2', expected 0 or 1"),
+    ("test.it.jsonl", [{**XCOPA_ROWS[0], "label": 2}], "test.it.jsonl, line 1: label 2"),
+    ("test.it.jsonl", [XCOPA_ROWS[0], {**XCOPA_ROWS[0], "question": "why"}], "line 2: question 'why'"),
+    ("test.it.jsonl", [{k: v for k, v in XCOPA_ROWS[0].items() if k != "choice2"}], "line 1: choice2: found None"),
+    ("test.it.jsonl", [{**XCOPA_ROWS[0], "choice1": " "}], "line 1: choice1: found ' '"),
+    ("test.it.jsonl", ["{not json"], "line 1: not JSON"),
+    ("welsh_test.jsonl", [{"id": "1", "summary": "s"}], "welsh_test.jsonl, line 1: text: found None"),
+    ("cy.jsonl", [{"instruction": "a", "instances": []}], "cy.jsonl, line 1: instances"),
+    ("cy.jsonl", [{"instruction": "a", "instances": [{"input": "", "output": ""}]}], "line 1: output: found ''"),
+])
+def test_bad_files_are_named_with_their_line(tmp_path, file, rows, said):
+    lines(tmp_path / file, rows)
+    with pytest.raises(UserError, match=said):
+        read(tmp_path, Wanted())
+
+
+def test_bad_directories(tmp_path, flores):
+    with pytest.raises(UserError, match="no such directory"):
+        read(tmp_path / "absent", Wanted())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="none of the five benchmarks: found nothing"):
+        read(tmp_path / "empty", Wanted())
+    lines(tmp_path / "other" / "notes.doc", ["x"])
+    with pytest.raises(UserError, match="found notes.doc"):
+        read(tmp_path / "other", Wanted())
+    lines(flores / "fra.devtest", ["Un."] * 204)
+    with pytest.raises(UserError, match="eng.devtest has 205 lines, .*fra.devtest 204"):
+        read(flores, Wanted())
+    (flores / "fra.devtest").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="fra.devtest: not UTF-8 at byte 0"):
+        read(flores, Wanted())
+
+
+def test_line_separators_inside_a_sentence_do_not_shift_the_file(flores):
+    for name in ("eng", "fra"):
+        lines(flores / f"{name}.devtest", [f"a\u2028b\x0bc {name} {i}" for i in range(205)])
+    items, _ = read(flores, Wanted(languages=("fra",), limit=2))
+    assert items[0].reference == "a\u2028b\x0bc fra 0"
+
+
+def test_nothing_left_says_why(xcopa):
+    with pytest.raises(UserError, match="nothing of XCOPA is left to evaluate: .*no file for fra"):
+        read(xcopa, Wanted(languages=("fra",)))
