@@ -26,34 +26,33 @@ def alibi_slopes(num_heads: int, device="cpu") -> torch.Tensor:
     return torch.tensor(slopes, dtype=torch.float32, device=device)
 
 
-def causal_attention(query, key, value, slopes=None) -> torch.Tensor:
+def causal_mask(length: int, slopes, dtype, device) -> torch.Tensor:
+    """What is added to the scores of a document: (H, length, length) with ALiBi, (1, length, length) without.
+
+    Query i sees key j <= i, at slope * (j - i): small numbers, which bf16 holds better than slope * j.
+    """
+    places = torch.arange(length, device=device)
+    distances = (places - places[:, None]).float()
+    bias = torch.zeros_like(distances)[None] if slopes is None else slopes[:, None, None] * distances
+    return bias.masked_fill_(distances > 0, -math.inf).to(dtype)
+
+
+def causal_attention(query, key, value, slopes=None, mask=None) -> torch.Tensor:
     """Attention of one document: query (n, H, D), key and value (m, KV, D) -> (n, H, D).
 
-    The queries are the last n of the m positions. `slopes` (H,) adds ALiBi.
+    The queries are the last n of the m positions. `slopes` (H,) adds ALiBi. `mask`: the `causal_mask` of a document
+    at least this long, for callers that have many.
     """
     n, m = query.shape[0], key.shape[0]
-    mask = None
     if slopes is not None or 1 < n < m:  # `is_causal` would align the queries with the first n keys, not the last
-        mask = causal_mask(n, m, slopes, query.dtype, query.device)
+        mask = causal_mask(m, slopes, query.dtype, query.device) if mask is None else mask
+        mask = mask[:, m - n:m, :m].unsqueeze(0)
+    else:
+        mask = None
     heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, heads, tokens, D)
     output = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None and n == m,
                                             enable_gqa=query.shape[1] != key.shape[1])
     return output.squeeze(0).transpose(0, 1)
-
-
-@functools.lru_cache(maxsize=2)
-def _distances(n: int, m: int, device) -> torch.Tensor:
-    """(n, m): how far key j lies behind query i, as a number <= 0; -inf where it lies ahead."""
-    distance = torch.arange(m, device=device) - torch.arange(m - n, m, device=device)[:, None]
-    return distance.float().masked_fill(distance > 0, -math.inf)
-
-
-def causal_mask(n: int, m: int, slopes, dtype, device) -> torch.Tensor:
-    """What is added to the scores of the last n of m positions: (1, H, n, m) with ALiBi, (n, m) without."""
-    distances = _distances(n, m, device)
-    if slopes is None:
-        return distances.clamp(max=0).masked_fill(distances > -math.inf, 0).to(dtype)
-    return (slopes[:, None, None] * distances).unsqueeze(0).to(dtype)
 
 
 class Packed:
@@ -71,6 +70,7 @@ class Packed:
                         for start, length in [(0, trunk), *((trunk, branch) for branch in branches)]]
         self.position_ids = torch.cat(position_ids).to(device) if position_ids else torch.zeros(0, dtype=torch.long)
         self.num_tokens = len(self.position_ids)
+        self._longest_mask = None
 
     def attend(self, layer_idx, query, key, value, slopes=None) -> torch.Tensor:
         """query (N, H, D), key and value (N, KV, D) -> (N, H, D); `slopes` (H,) adds ALiBi."""
@@ -79,13 +79,22 @@ class Packed:
         lengths = [length for trunk, branches in self.documents for length in (trunk, *branches)]
         # one split a tensor, as its backward is one concatenation: that of a slice would fill N rows with zeros
         parts = zip(query.split(lengths), key.split(lengths), value.split(lengths))
+        mask = self._mask(slopes, query.dtype)
         outputs = []
         for _, branches in self.documents:
             q, trunk_k, trunk_v = next(parts)
-            outputs.append(causal_attention(q, trunk_k, trunk_v, slopes))
+            outputs.append(causal_attention(q, trunk_k, trunk_v, slopes, mask))
             for q, k, v in itertools.islice(parts, len(branches)):
-                outputs.append(causal_attention(q, torch.cat([trunk_k, k]), torch.cat([trunk_v, v]), slopes))
+                outputs.append(causal_attention(q, torch.cat([trunk_k, k]), torch.cat([trunk_v, v]), slopes, mask))
         return torch.cat(outputs)
+
+    def _mask(self, slopes, dtype):
+        """The mask of the longest document, made in the first layer and cut to size for every other use."""
+        branched = any(branches for _, branches in self.documents)
+        if self._longest_mask is None and (branched or slopes is not None):
+            longest = max(trunk + max(branches, default=0) for trunk, branches in self.documents)
+            self._longest_mask = causal_mask(longest, slopes, dtype, self.device)
+        return self._longest_mask
 
     # FlexAttention: the same documents as a rule about pairs of tokens
 

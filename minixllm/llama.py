@@ -5,7 +5,7 @@ N tokens of documents laid end to end, d hidden_size, H query heads, KV key and 
 """
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn as nn
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from minixllm.attention import Packed
+from minixllm.config import read_settings, refuse
 from minixllm.errors import UserError
 from minixllm.losses import token_logps
 
@@ -44,21 +45,54 @@ class LlamaConfig:
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise UserError(f"num_attention_heads: found {self.num_attention_heads}, expected a divisor of "
+                                f"hidden_size, {self.hidden_size}, or a head_dim")
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.head_dim % 2:
+            raise UserError(f"head_dim: found {self.head_dim}, expected an even number, for rotary positions")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(f"num_key_value_heads: found {self.num_key_value_heads}, expected a divisor of "
+                            f"num_attention_heads, {self.num_attention_heads}")
 
     @classmethod
     def from_dict(cls, config: dict) -> "LlamaConfig":
-        """Reads config.json, in the spelling of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters)."""
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        settings = {f.name: config[f.name] for f in fields(cls) if f.name in config}
-        settings["rope_theta"] = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
-        rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
-        settings["rope_scaling"] = rope if rope["rope_type"] != "default" else None
-        return cls(**settings)
+        """Reads config.json, in the spelling of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
+
+        Raises UserError naming a key whose value is absurd or asks for something that is not built.
+        """
+        refuse(config, {"model_type": "llama", "hidden_act": "silu", "partial_rotary_factor": 1})
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        scaling = _rope_scaling(rope, config.get("max_position_embeddings", cls.max_position_embeddings))
+        theta = rope.get("rope_theta", config.get("rope_theta", cls.rope_theta))
+        return read_settings(cls, {**config, "rope_theta": theta, "rope_scaling": scaling})
 
     def to_dict(self) -> dict:
         """The contents of config.json, in a spelling that transformers 4 and 5 both read."""
         return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", **asdict(self)}
+
+
+def _rope_scaling(rope: dict, max_position_embeddings: int) -> dict | None:
+    """The checked `rope_scaling` of config.json; None where positions are not scaled."""
+    if not isinstance(rope, dict):
+        raise UserError(f"rope_scaling: found {rope!r}, expected an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    needed = {"default": [], "linear": ["factor"],
+              "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
+    if kind not in needed:
+        raise UserError(f"rope_scaling: found rope_type {kind!r}, expected default, linear or llama3")
+    scaling = {"rope_type": kind}
+    for key in needed[kind]:
+        value = rope.get(key, max_position_embeddings if key == "original_max_position_embeddings" else None)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise UserError(f"rope_scaling: found {key} {value!r}, expected a number above 0")
+        scaling[key] = value
+    unknown = set(rope) - set(scaling) - {"type", "rope_theta", "partial_rotary_factor"}
+    if unknown or rope.get("partial_rotary_factor", 1) != 1:
+        raise UserError(f"rope_scaling: found {rope!r}, expected only {', '.join(scaling)}")
+    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise UserError(f"rope_scaling: found {rope!r}, expected high_freq_factor above low_freq_factor")
+    return scaling if kind != "default" else None
 
 
 def rotary_angles(config: LlamaConfig, position_ids: torch.Tensor):

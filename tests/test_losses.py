@@ -1,0 +1,88 @@
+"""Token log-probabilities in chunks, held to a log-softmax over whole logits."""
+
+import pytest
+import torch
+
+from minixllm import losses
+from minixllm.losses import token_logps
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(losses, "CHUNK_TOKENS", 3)
+
+
+def inputs(N=20, d=8, V=31, dtype=torch.float32):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(N, d, dtype=dtype).requires_grad_(), torch.randn(V, d, dtype=dtype).requires_grad_()
+    labels = torch.randint(0, V, (N,))
+    labels[::3] = -100
+    return hidden, weight, labels
+
+
+def whole(hidden, weight, labels):
+    logps = (hidden @ weight.T).float().log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    return logps * (labels != -100)
+
+
+@pytest.mark.parametrize("upstream", ["sum", "mean of means", "each its own", "zero"])
+@pytest.mark.parametrize("frozen", ["nothing", "hidden", "weight"])
+def test_values_and_gradients(upstream, frozen):
+    hidden, weight, labels = inputs()
+    wanted = [x for x, name in ((hidden, "hidden"), (weight, "weight")) if name != frozen]
+    if frozen != "nothing":
+        {"hidden": hidden, "weight": weight}[frozen].requires_grad_(False)
+    scale = {"sum": torch.tensor(-0.25), "mean of means": torch.tensor([1.0] * 9 + [0.1] * 11),
+             "each its own": torch.randn(20), "zero": torch.tensor(0.0)}[upstream]
+    found, expected = token_logps(hidden, weight, labels), whole(hidden, weight, labels)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    for a, b in zip(torch.autograd.grad((found * scale).sum(), wanted), torch.autograd.grad((expected * scale).sum(), wanted)):
+        assert (a - b).abs().max() <= 1e-6 * max(b.abs().max(), 1)
+
+
+def test_no_label_at_all_gives_zeros_and_no_nan():
+    hidden, weight, labels = inputs()
+    logps = token_logps(hidden, weight, labels.fill_(-100))
+    assert logps.eq(0).all()
+    logps.sum().backward()
+    assert hidden.grad.eq(0).all() and weight.grad.eq(0).all()
+
+
+def test_large_logits_do_not_overflow():
+    hidden, weight, labels = inputs()
+    logps = token_logps(hidden * 1e4, weight, labels)
+    assert logps.isfinite().all()
+    torch.testing.assert_close(logps, whole(hidden * 1e4, weight, labels), rtol=1e-5, atol=1e-2)
+
+
+def test_bf16_gradients_gather_in_fp32():
+    hidden, weight, labels = inputs(N=3000, V=5, dtype=torch.bfloat16)
+    token_logps(hidden, weight, labels).sum().backward()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    whole_logps = (exact[0] @ exact[1].T).log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    (whole_logps * (labels != -100)).sum().backward()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+    # 667 chunks added up in bf16 would lose some tenths of the sum
+    assert (weight.grad - exact[1].grad).abs().max() <= 0.02 * exact[1].grad.abs().max()
+
+
+def test_nothing_is_kept_without_gradients(monkeypatch):
+    monkeypatch.setattr(losses, "_add_weight_grad", None)  # would fail if called
+    hidden, weight, labels = inputs()
+    with torch.no_grad():
+        token_logps(hidden, weight, labels)
+
+
+def test_logits_are_never_held_whole(monkeypatch):
+    sizes = []
+    empty = torch.empty
+
+    def recording(*shape, **options):
+        sizes.append(shape)
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", recording)
+    hidden, weight, labels = inputs()
+    token_logps(hidden, weight, labels).sum().backward()
+    assert (3, 31) in sizes and all(shape[0] <= 3 for shape in sizes if shape[-1] == 31)
