@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 
+from minixllm.bloom import Bloom, BloomConfig
 from minixllm.errors import UserError
 from minixllm.llama import Llama, LlamaConfig
 from minixllm.lora import is_adapter
 from minixllm.tensor_files import Stored, find_tensors, what_instead, what_kind, write_json, write_tensors
 from minixllm.tokenizers import load_tokenizer, read_json
 
-ARCHITECTURES = {"llama": (LlamaConfig, Llama)}  # by config.json's model_type
+ARCHITECTURES = {"llama": (LlamaConfig, Llama), "bloom": (BloomConfig, Bloom)}  # by config.json's model_type
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What a model directory may hold, and a save may therefore replace.
 MODEL_FILES = re.compile(r"(config|generation_config|special_tokens_map|added_tokens|vocab|tokenizer(_config)?)\.json"
