@@ -1,0 +1,89 @@
+"""What every tokenizer shares: the files of a model directory and the special tokens they choose."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from minixllm.errors import UserError, atomic_write
+
+# A tokenizer's files in a model directory, besides the one it is read from; `save` carries them along.
+COMPANIONS = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+              "chat_template.jinja")
+
+
+class Tokenizer:
+    """What both kinds share: the files beside the model, and which ids they choose as bos, eos and pad.
+
+    Attributes: vocab_size, bos_id, eos_id, pad_id, and `fingerprint`, a sha256 of everything the ids depend on (the
+    key of token caches). Pickles as its path, so that worker processes read the file again.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        beside = self.path.parent
+        self.config = read_json(beside / "special_tokens_map.json") | read_json(beside / "tokenizer_config.json")
+        try:
+            self.model_bytes = self.path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.path}: no tokenizer to read: {error.strerror}") from None
+
+    def __reduce__(self):
+        return type(self), (self.path,)
+
+    def choose_special(self, ids: dict[str, int], defaults: dict[str, int | None]):
+        """Set bos_id, eos_id, pad_id from the names in tokenizer_config.json, else from `defaults`.
+
+        ids: the id of each token by its text.
+        """
+        for kind in ("bos", "eos", "pad"):
+            name = self.config.get(f"{kind}_token")
+            name = name.get("content") if isinstance(name, dict) else name
+            if name is not None and name not in ids:
+                raise UserError(f"{self.path.parent / 'tokenizer_config.json'}: {kind}_token {name!r} is no token "
+                                f"of {self.path.name}")
+            setattr(self, f"{kind}_id", defaults.get(kind) if name is None else ids[name])
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.config.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise UserError(f"{self.path.parent / 'tokenizer_config.json'}: {key} is {value!r}, expected true or false")
+        return default if value is None else value
+
+    def sign(self, *choices):
+        self.fingerprint = hashlib.sha256(self.model_bytes + repr(choices).encode()).hexdigest()
+
+    def save_files(self, directory, name: str, config: dict):
+        """Write the model as `name`, `config` as tokenizer_config.json, and the companions found beside the original."""
+        directory = Path(directory)
+        with atomic_write(directory / name, "wb") as file:
+            file.write(self.model_bytes)
+        with atomic_write(directory / "tokenizer_config.json") as file:
+            json.dump(config, file, ensure_ascii=False, indent=2)
+        for companion in COMPANIONS:
+            original = self.path.parent / companion
+            if companion != name and original.exists():
+                content = original.read_bytes()  # before the write: the directory may be the original's
+                with atomic_write(directory / companion, "wb") as file:
+                    file.write(content)
+
+
+def check_text(text: str):
+    """Raise UserError where `text` holds a lone surrogate (half of a pair of UTF-16), which UTF-8 cannot spell."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"text holds the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}: "
+                        "it is no valid Unicode and has no tokens") from None
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file, {} where there is no file; UserError where it is damaged or no object."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path}: no valid JSON, perhaps cut short: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
