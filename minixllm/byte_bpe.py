@@ -74,7 +74,7 @@ def split(steps: tuple[str, ...], text: str) -> list[str]:
 class Merger(dict):
     """piece -> tuple of ids; pieces not yet there are merged, and kept while there is room.
 
-    bytes_to_ids: the id of each of the 256 bytes; None for a byte without a token, which is dropped, as the original does.
+    bytes_to_ids: the id of each of the 256 bytes; None for one without a token, which is dropped, as the original does.
     merges: (left id << 32 | right id) -> rank; merged: the id each rank yields.
     whole: pieces that are one token whatever the merges say, by their bytes in latin-1 (LLaMA 3's ignore_merges).
     """
@@ -230,8 +230,9 @@ class ByteLevelBPE(Tokenizer):
     def _pre_tokenizer(self, content) -> tuple[str, ...]:
         """The splitting steps, a key of PIECES."""
         section = self.get(content, "pre_tokenizer", dict, "pre_tokenizer")
-        kind = section.get("type")
-        parts = self.get(section, "pretokenizers", list, "pre_tokenizer.pretokenizers") if kind == "Sequence" else [section]
+        parts = [section]
+        if section.get("type") == "Sequence":
+            parts = self.get(section, "pretokenizers", list, "pre_tokenizer.pretokenizers")
         steps = []
         for part in parts:
             match part:

@@ -53,7 +53,7 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(self.model_bytes + repr(choices).encode()).hexdigest()
 
     def save_files(self, directory, name: str, config: dict):
-        """Write the model as `name`, `config` as tokenizer_config.json, and the companions found beside the original."""
+        """Write the model as `name`, `config` as tokenizer_config.json, and the companions of the original."""
         directory = Path(directory)
         with atomic_write(directory / name, "wb") as file:
             file.write(self.model_bytes)

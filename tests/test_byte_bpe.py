@@ -117,7 +117,8 @@ def test_generated_strings(pair):
     texts = []
     for _ in range(4000):
         some = rng.sample(sources, rng.randint(1, 4))
-        texts.append("".join(rng.choice(rng.choice(some)) * rng.choice((1, 1, 1, 1, 2, 7)) for _ in range(rng.randint(0, 40))))
+        texts.append("".join(rng.choice(rng.choice(some)) * rng.choice((1, 1, 1, 1, 2, 7))
+                             for _ in range(rng.randint(0, 40))))
     texts += ["".join(rng.choices("ab", k=n)) for n in range(byte_bpe.LONG - 5, byte_bpe.LONG + 5)]  # both merge loops
     check(shape, oracle, ours, texts)
 
@@ -270,7 +271,8 @@ def test_truncated_and_absent_files(pair, tmp_path):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_real_text(shape, data, tmp_path):
     """Every UDHR paragraph and every Tatoeba line, with a vocabulary learnt from news in 88 languages."""
-    news = [line for file in sorted((data / "ntrex").glob("*.txt")) for line in file.read_text("utf-8").split("\n")[:60]]
+    news = [line for file in sorted((data / "ntrex").glob("*.txt"))
+            for line in file.read_text("utf-8").split("\n")[:60]]
     oracle = train(shape, news, tmp_path / "tokenizer.json", 20_000)
     ours = load_tokenizer(tmp_path)
     for folder in ("udhr", "tatoeba"):
