@@ -1,17 +1,21 @@
-"""LoRA adapters on disk, in PEFT's format: adapter_config.json and adapter_model.safetensors.
+"""A model to train, whole or through LoRA adapters, and the adapters on disk in PEFT's format.
 
-PEFT's tensors are named `base_model.model.{layer}.lora_A.weight`, the rest of the name being the base model's own.
+That is adapter_config.json and adapter_model.safetensors, whose tensors are named `base_model.model.{layer}.lora_A.weight`,
+the rest of the name being the base model's own.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save
 
+from minixllm import checkpoint, lora, parallel
 from minixllm.errors import UserError, atomic_write
-from minixllm.lora import LoraConfig, full_tensor, is_adapter, shard_like
+from minixllm.lora import LoraConfig, add_lora, full_tensor, is_adapter, shard_like
+from minixllm.settings import setting
 from minixllm.tensor_files import read_header
 from minixllm.tokenizers import read_json
 
@@ -20,6 +24,52 @@ PREFIX = "base_model.model."
 UNSUPPORTED = ("use_rslora", "use_dora", "fan_in_fan_out", "modules_to_save", "layers_to_transform", "layers_pattern",
                "rank_pattern", "alpha_pattern", "exclude_modules", "lora_bias", "target_parameters",
                "trainable_token_indices", "layer_replication", "alora_invocation_tokens")
+# What the paper's recipe adapts, by model_type; for BLOOM, where it names none, the usual choice.
+TARGETS = {"llama": ["q_proj", "v_proj"], "bloom": ["query_key_value"]}
+
+
+@dataclass
+class LoraSettings:
+    lora_r: int = setting(0, "rank of LoRA adapters beside a frozen base; 0 trains every weight")
+    lora_alpha: float = setting(16.0, "LoRA's scale: adapters count alpha / r times")
+    lora_dropout: float = setting(0.05, "dropout before the adapters; none in preference optimisation")
+    lora_targets: list[str] = setting([], "names of the linear layers to adapt (none: q_proj v_proj in LLaMA, "
+                                          "query_key_value in BLOOM)")
+
+
+def open_model(config, model_class, world, settings, directory=None):
+    """The model to train, sharded and filled: from `directory`, or with random weights where that is None.
+
+    With settings.lora_r the base is frozen and held once, in bf16 (fp32 with --dtype float32), and only adapters train.
+    """
+    dtype = parallel.compute_dtype(settings.dtype, world.device)
+    adapted = settings.lora_r > 0
+    model = checkpoint.build(config, model_class, torch.bfloat16 if adapted and settings.dtype != "float32" else torch.float32)
+    if adapted:
+        add_lora(model, lora_config(config, settings))
+    parallel.shard(model, world, dtype)
+    if directory:
+        checkpoint.load_weights(model, directory, world.device)
+    else:
+        checkpoint.initialise(model, settings.seed, world.device)
+    if adapted:
+        lora.initialise(model, settings.seed)
+    return model
+
+
+def lora_config(config, settings) -> LoraConfig:
+    targets = settings.lora_targets or TARGETS[config.to_dict()["model_type"]]
+    return LoraConfig(settings.lora_r, settings.lora_alpha, settings.lora_dropout, tuple(targets))
+
+
+def save_trained(model, settings, tokenizer):
+    """Write output/model and, under LoRA, output/adapter, the model then having the adapters merged in. A collective."""
+    output = Path(settings.output)
+    if settings.lora_r:
+        save_adapter(model, output / "adapter", lora_config(model.config, settings), settings.model)
+        lora.merge(model)
+    kept = checkpoint.read_generation_config(settings.model) if settings.model else None
+    checkpoint.save_model(model, output / "model", tokenizer, kept)
 
 
 def save_adapter(model, directory, config: LoraConfig, base: str | None = None):

@@ -36,7 +36,7 @@ def request(target_language: str, instruction_language: str = "eng") -> str:
     target, source = languages.find(target_language), languages.find(instruction_language)
     if source.code == "eng":
         return f"Please return the results in {target.name}."
-    sentences = _requests()
+    sentences = requests()
     if source.code not in sentences:
         raise UserError(f"no request is written in {source.name}: expected English or one of {', '.join(sentences)}")
     sentence, names = sentences[source.code]
@@ -62,7 +62,7 @@ def preference(record) -> str:
 
 
 @functools.cache
-def _requests() -> dict[str, tuple[str, dict[str, str]]]:
+def requests() -> dict[str, tuple[str, dict[str, str]]]:
     """For each instruction language, its sentence and the names it has for the languages that can be asked for."""
     text = REQUESTS.read_text(encoding="utf-8")
     (_, _, *targets), *rows = (line.split("\t") for line in text.splitlines() if not line.startswith("#"))

@@ -96,6 +96,17 @@ class _Fields:
         return value
 
 
+def record_files(paths) -> list[Path]:
+    """The files named, and the .json and .jsonl files of the directories named."""
+    files = []
+    for path in map(Path, paths):
+        found = sorted(path.glob("*.json")) + sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        if not found:
+            raise UserError(f"{path}: a directory without .json or .jsonl files, expected files of records in it")
+        files += found
+    return files
+
+
 def read_objects(path, progress: Callable[[int], None] | None = None) -> Iterator[tuple[int, dict]]:
     """Yield (line number, object) for every object of a JSON-lines file or a JSON array; an empty file is an error."""
     path = Path(path)

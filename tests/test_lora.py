@@ -15,7 +15,7 @@ TARGETS = {"llama": ("q_proj", "v_proj"), "bloom": ("query_key_value",)}
 IDS = torch.randint(0, 90, (2, 11), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module", params=["llama"])
+@pytest.fixture(scope="module", params=["llama", "bloom"])
 def arch(request):
     return request.param
 

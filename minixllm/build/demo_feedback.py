@@ -1,0 +1,145 @@
+"""The embedded default's feedback: pairs over the 30 feedback languages whose right answers Unicode CLDR gives exactly.
+
+The question is asked in one language and its answer requested in another, all 870 ordered pairs alike (or in the same,
+for the paper's ablation). The preferred answer is the right one; the rejected one makes a mistake that models make.
+"""
+
+import functools
+import itertools
+import json
+import random
+import re
+from pathlib import Path
+
+from minixllm import parallel
+from minixllm.build.demo import ASKED, NAMES, draw, feedback_record, render, speaks, split
+from minixllm.datasets import encode_prompt
+from minixllm.errors import UserError, atomic_write
+from minixllm.generation import generate
+from minixllm.languages import FEEDBACK_LANGUAGES, LANGUAGES
+from minixllm.prompts import alpaca
+
+# What replaces the defaults, which are the paper's, in the embedded default run.
+SETTINGS = dict(learning_rate=3e-4, epochs=2.0, batch_size=64, micro_batch_size=64, max_length=256, warmup_steps=20,
+                beta2=0.98, eval_every=200, save_every=200)
+SFT_MODEL = Path("runs/sft/model")
+# The mistakes of rejected answers, and how many of a hundred make each.
+MISTAKES = {"instruction's language": 40, "another language": 25, "wrong value": 15, "truncated": 10, "repeated": 10}
+MAX_NEW_TOKENS = 48
+
+
+def sft_model() -> str:
+    """Where the embedded default of train_sft.py leaves its model."""
+    if not (SFT_MODEL / "config.json").exists():
+        raise UserError(f"{SFT_MODEL}: no model there: run torchrun train_sft.py first, or give --model and --data")
+    return str(SFT_MODEL)
+
+
+def build(directory, feedback: str, seed: int = 0, pairs_each: int = 20):
+    """Write train.jsonl and valid.jsonl (pairs) and test.jsonl (questions with their right answer) into `directory`.
+
+    feedback: "cross-lingual", pairs_each pairs for every ordered pair of languages; "monolingual", as many in all. One
+    pair in twenty is held out besides. Test questions are cross-lingual for both, one for every ordered pair.
+    """
+    rng = random.Random(seed)
+    ordered = list(itertools.permutations(FEEDBACK_LANGUAGES, 2))
+    asked = ordered if feedback == "cross-lingual" else [(code, code) for code in FEEDBACK_LANGUAGES]
+    each = pairs_each * len(ordered) // len(asked)
+    for name, languages, count, make in (("train", asked, each, _pair), ("valid", asked, max(1, each // 20), _pair),
+                                         ("test", ordered, 1, lambda rng, made, *_: made)):
+        records = []
+        for source, target in languages:
+            found = 0
+            while found < count:
+                subject = rng.choice(ASKED)
+                content = draw(subject, rng)
+                if split(content) == name and (made := feedback_record(subject, content, source, target)):
+                    records.append(make(rng, made, content))
+                    found += 1
+        rng.shuffle(records)
+        with atomic_write(Path(directory) / f"{name}.jsonl") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def _pair(rng: random.Random, made: dict, content: tuple) -> dict:
+    """The question with its right answer chosen and a wrong one rejected."""
+    right = made.pop("output")
+    source, target = made["language"], made["response_language"]
+    rejected = right
+    while rejected == right:  # two languages may write the same
+        mistake, = rng.choices(list(MISTAKES), MISTAKES.values())
+        if mistake == "instruction's language":
+            rejected = render(content, LANGUAGES[source].tag)
+        elif mistake == "another language":
+            able = [code for code in FEEDBACK_LANGUAGES if speaks(LANGUAGES[code].tag, content[0])]
+            rejected = render(content, LANGUAGES[rng.choice(able)].tag)
+        elif mistake == "wrong value":
+            rejected = render(draw(content[0], rng), LANGUAGES[target].tag)
+        elif mistake == "truncated":
+            rejected = right[:rng.randrange(1, len(right))].strip() or right
+        else:
+            rejected = f"{right} {right}"
+    return made | {"chosen": right, "rejected": rejected, "mistake": mistake}
+
+
+# Which language an answer is in, exactly: that of every text CLDR can give, numbers and names aside.
+
+@functools.cache
+def _patterns(subject: str) -> dict[str, set[str]]:
+    """The forms that the feedback languages have for a subject, each with the languages that have it."""
+    rng, patterns = random.Random(0), {}
+    contents = [draw(subject, rng) for _ in range(1500)]
+    for code in FEEDBACK_LANGUAGES:
+        for content in contents if speaks(LANGUAGES[code].tag, subject) else ():
+            patterns.setdefault(_form(render(content, LANGUAGES[code].tag)), set()).add(code)
+    return patterns
+
+
+_NAME = re.compile(rf"\b(?:{'|'.join(sorted(NAMES, key=len, reverse=True))})\b", re.ASCII)
+
+
+def _form(text: str) -> str:
+    """A text with a mark in place of each number and each name."""
+    return re.sub(r"\d+", "0", _NAME.sub("N", text))
+
+
+def languages_of(answer: str, subject: str) -> set[str]:
+    """The feedback languages in which an answer about `subject` is; none if CLDR has it in none."""
+    return _patterns(subject).get(_form(answer.strip()), set())
+
+
+# What the model does with held-out questions
+
+def measure(model, tokenizer, directory, world) -> dict:
+    """Greedy answers to the test questions, in percent: exact, off target (not in the language asked for, as far as
+    CLDR tells), and of these in the language of the question. A collective.
+    """
+    lines = (Path(directory) / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    prompts = [encode_prompt(tokenizer, alpaca(record["instruction"], record["input"])) for record in records]
+    with parallel.gathered(model):
+        answers = [tokenizer.decode(ids).strip() for ids in generate(model, tokenizer, prompts, MAX_NEW_TOKENS, 128)]
+    exact = off_target = echoed = 0
+    for record, answer in zip(records, answers):
+        languages = languages_of(answer, record["kind"].removeprefix("own "))
+        exact += answer == record["output"]
+        off_target += record["response_language"] not in languages
+        echoed += record["response_language"] not in languages and record["language"] in languages
+    figures = {"exact match": exact, "off target": off_target, "in the question's language": echoed}
+    return {"questions": len(records), **{name: 100 * count / len(records) for name, count in figures.items()},
+            "answers": [{**record, "answer": answer} for record, answer in zip(records, answers)]}
+
+
+def report(before: dict, after: dict, output, world):
+    """Print the two measurements side by side with a few answers, and write them to output/before-after.json."""
+    if not world.first:
+        return
+    with atomic_write(Path(output) / "before-after.json") as file:
+        json.dump({"before": before, "after": after}, file, ensure_ascii=False, indent=1)
+    for old, new in list(zip(before["answers"], after["answers"]))[:8]:
+        print(f"\n{old['instruction']} {old['input']}\n-> before: {old['answer']}\n-> after:  {new['answer']}"
+              + ("" if new["answer"] == new["output"] else f"   (expected {new['output']})"))
+    print(f"\n{after['questions']} held-out questions, all ordered pairs of the 30 languages; greedy answers, in percent")
+    print(f"{'':<28}{'before':>8}{'after':>8}")
+    for name in ("exact match", "off target", "in the question's language"):
+        print(f"{name:<28}{before[name]:>8.1f}{after[name]:>8.1f}")

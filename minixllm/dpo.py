@@ -1,0 +1,129 @@
+"""What a step of preference optimisation computes: log-probabilities of pairs under the policy and the reference.
+
+The two answers of a pair are two branches of one document (`attention.Packed`): their prompt is computed once. The
+reference is the model that training started from, in one of three forms, each a function from a batch to (P, 2)
+log-probabilities: `adapters_off` (LoRA: the same weights with the adapters switched off), `frozen` (a second model), or
+`cached` (computed once, kept on disk).
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from minixllm import lora
+from minixllm.attention import Packed
+from minixllm.datasets import in_order
+from minixllm.errors import atomic_write
+from minixllm.losses import dpo_loss, ipo_loss
+
+
+def pair_logps(model, batch) -> torch.Tensor:
+    """(P, 2) fp32: log-probabilities of the chosen and the rejected answer of each pair, EOS included, summed."""
+    device = model.embedding.weight.device
+    logps = model(batch.input_ids.to(device), Packed(batch.documents, device), batch.labels.to(device))  # (N,)
+    sums = logps.new_zeros(2 * len(batch.documents)).index_add(0, batch.answers.to(device), logps)
+    return sums.view(-1, 2)[:len(batch.records)]  # none of an empty batch, which only keeps its rank in step
+
+
+def compare(model, batch, reference, kind: str, beta: float, label_smoothing: float) -> dict[str, torch.Tensor]:
+    """What is known of each pair, {name: (P,)}: its loss and, without gradient, rewards and log-probabilities.
+
+    Rewards are the implicit ones, beta (log pi - log ref) (Rafailov et al. 2023, section 4); accuracy is 1 where the
+    chosen answer's is the larger.
+    """
+    reference_logps = reference(model, batch)
+    logps = pair_logps(model, batch)
+    if kind == "ipo":
+        lengths = [answers for _, answers in batch.documents[:len(batch.records)]]
+        losses = ipo_loss(logps, reference_logps, logps.new_tensor(lengths).view(-1, 2), beta)
+    else:
+        losses = dpo_loss(logps, reference_logps, beta, label_smoothing)
+    chosen, rejected = (beta * (logps - reference_logps)).detach().unbind(1)
+    return {"loss": losses, "accuracy": (chosen > rejected).float(), "margin": chosen - rejected,
+            "chosen_reward": chosen, "rejected_reward": rejected,
+            "chosen_logps": logps[:, 0].detach(), "rejected_logps": logps[:, 1].detach()}
+
+
+def preference_loss(model, batch, reference, kind: str, beta: float, label_smoothing: float):
+    """(summed loss, sums of what is logged) of a batch of pairs, as `training.train` takes them."""
+    sums = {name: values.sum() for name, values in
+            compare(model, batch, reference, kind, beta, label_smoothing).items()}
+    return sums.pop("loss"), sums
+
+
+# The reference
+
+def adapters_off(model, batch):
+    """Under LoRA the reference is the policy without its adapters: no second copy in memory."""
+    with torch.no_grad(), lora.disabled(model):
+        return pair_logps(model, batch)
+
+
+def frozen(reference_model):
+    """The reference as a second model."""
+    @torch.no_grad()
+    def reference(model, batch):
+        return pair_logps(reference_model, batch)
+    return reference
+
+
+def cached(model, world, data, directory, folder, dtype: str, tokens: int):
+    """The reference as a table (pairs, 2) of what `model`, as it now is, gives; made once and kept below `folder`.
+
+    A collective. The file is named by what it depends on: the pairs as tokenised, the weights in `directory`, which the
+    model was loaded from, and the --dtype computed in. `tokens`: about how many are computed at once.
+    """
+    key = hashlib.sha256(json.dumps([data.key, _digest(directory), dtype]).encode()).hexdigest()[:32]
+    path = Path(folder) / f"reference-{key}.npy"
+    found = world.sum(torch.tensor(float(path.exists()), device=world.device)) == world.size
+    if not found:
+        table = torch.zeros(len(data), 2, device=world.device)
+        with tqdm(total=len(data), unit="pair", desc="reference", disable=not world.first, dynamic_ncols=True) as bar:
+            for batch in in_order(data, np.arange(len(data)), tokens, world.rank, world.size):
+                with torch.no_grad():
+                    table[batch.records] = pair_logps(model, batch)
+                bar.update(len(batch.records) * world.size)
+        world.sum(table)
+        if world.first:
+            with atomic_write(path, "wb") as file:
+                np.save(file, table.cpu().numpy())
+        world.barrier()
+    table = torch.from_numpy(np.load(path, allow_pickle=False))
+
+    def reference(model, batch):
+        return table[batch.records].to(world.device)
+    return reference
+
+
+def _digest(directory) -> str:
+    """A hash of a model directory's weights."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(directory).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+# Held-out pairs
+
+@torch.no_grad()
+def evaluate_pairs(world, data, records, compare, tokens: int) -> dict[str, float]:
+    """Means over held-out pairs: {"loss": ..., "accuracy": ..., "accuracy/deu>fra": of one pair of languages, ...}.
+
+    A collective. `compare(batch)`: as the function of that name, with all else filled in. `tokens`: computed at once.
+    """
+    totals = torch.zeros(len(data.language_names), 8, dtype=torch.float64)  # seven quantities, and how many pairs
+    for batch in in_order(data, records, tokens, world.rank, world.size):
+        quantities = compare(batch)
+        rows = torch.stack([*quantities.values(), torch.ones(len(batch.records), device=world.device)], dim=1)  # (P, 8)
+        totals.index_add_(0, torch.as_tensor(data.languages[batch.records], dtype=torch.long), rows.double().cpu())
+    totals = world.sum(totals.to(world.device)).cpu()
+    means = dict(zip(quantities, (totals.sum(0) / totals[:, -1].sum()).tolist()))
+    for language, row in zip(data.language_names, totals):
+        if row[-1]:
+            means |= {f"{name}/{language}": (value / row[-1]).item() for name, value in zip(quantities, row)}
+    return means

@@ -1,0 +1,182 @@
+"""Preference optimisation end to end on tiny models: where it starts, its references, its resume."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+
+import train_dpo
+from conftest import ROOT
+from minixllm.bloom import Bloom, BloomConfig
+from minixllm.checkpoint import initialise, load_model, save_model
+from minixllm.datasets import PreferenceData, collate
+from minixllm.dpo import pair_logps
+from minixllm.errors import UserError
+from minixllm.llama import Llama, LlamaConfig
+from minixllm.tokenizers import load_tokenizer, train_sentencepiece
+
+WORDS = "red green blue one two three four five cat dog bird fish runs sleeps sings".split()
+FLAGS = ["--batch-size", 6, "--micro-batch-size", 2, "--steps", 4, "--warmup-steps", 1, "--learning-rate", 0.01,
+         "--held-out-per-language", 2, "--dtype", "float32"]
+MODES = {"full": [], "lora": ["--lora-r", 4], "cached": ["--reference", "cached"],
+         "ipo": ["--loss", "ipo"], "lora cached": ["--lora-r", 4, "--reference", "cached"]}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    with open(path, "w") as file:
+        for i in range(60):
+            say = [" ".join(rng.choices(WORDS, k=rng.randint(1, 6))) for _ in range(2)]
+            record = {"instruction": " ".join(rng.choices(WORDS, k=3)), "input": "", "chosen": say[0] + " a",
+                      "rejected": say[1] + " b", "language": "deu" if i % 2 else "fra", "response_language": "spa"}
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A tiny random LLaMA and a tiny random BLOOM, with one tokenizer."""
+    folder = tmp_path_factory.mktemp("models")
+    texts = [" ".join(random.Random(i).choices(WORDS, k=9)) for i in range(300)]
+    tokenizer = train_sentencepiece(texts, folder / "tokenizer.model", vocab_size=300)
+    size = {"vocab_size": tokenizer.vocab_size, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "initializer_range": 0.2}
+    for name, model in (("llama", Llama(LlamaConfig(intermediate_size=24, num_key_value_heads=2, **size))),
+                        ("bloom", Bloom(BloomConfig(**size)))):
+        initialise(model, seed=1)
+        save_model(model, folder / name, tokenizer)
+    return folder
+
+
+def flags(models, pairs, arch, output, mode):
+    given = [*FLAGS, "--model", models / arch, "--data", pairs, "--output", output, "--cache", models / "cache", *MODES[mode]]
+    return list(map(str, given))
+
+
+def metrics(output):
+    """(training rows, held-out rows), timings left out."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        for name in ("seconds", "tokens_per_second", "mfu", "tokens", "flops"):  # an empty batch counts among the latter
+            row.pop(name, None)
+    return [row for row in rows if "loss" in row], [row["held_out"] for row in rows if "held_out" in row]
+
+
+@pytest.fixture(scope="module")
+def runs(models, pairs, tmp_path_factory):
+    """Finished runs of one process, made when first asked for."""
+    folder, done = tmp_path_factory.mktemp("runs"), {}
+
+    def get(arch, mode):
+        if (arch, mode) not in done:
+            done[arch, mode] = folder / f"{arch} {mode}"
+            train_dpo.main(flags(models, pairs, arch, done[arch, mode], mode))
+        return done[arch, mode]
+
+    torch.set_num_threads(1)
+    return get
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "cached"])
+@pytest.mark.parametrize("arch", ["llama", "bloom"])
+def test_training_starts_at_ln_2_with_no_reward(arch, mode, runs):
+    first, *_, last = metrics(runs(arch, mode))[0]
+    tolerance = 1e-5 if mode == "cached" else 1e-7  # of a live reference, of the same shapes, only the sum's rounding
+    assert first["loss"] == pytest.approx(math.log(2), abs=tolerance)
+    for name in ("chosen_reward", "rejected_reward", "margin"):
+        assert abs(first[name]) <= (1e-5 if mode == "cached" else 0)
+    assert last["loss"] < first["loss"] and last["margin"] > 0
+
+
+@pytest.mark.parametrize("arch, mode", [("llama", "full"), ("bloom", "lora")])
+def test_two_processes_give_what_one_gives(arch, mode, runs, models, pairs, torchrun, tmp_path):
+    torchrun(2, ROOT / "train_dpo.py", *flags(models, pairs, arch, tmp_path / "two", mode))
+    (one, held_out), (two, held_out_two) = metrics(runs(arch, mode)), metrics(tmp_path / "two")
+    assert len(one) == len(two) == 4
+    assert two[0]["margin"] == 0 and two[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    for a, b in zip(one + held_out, two + held_out_two):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_cached_reference_equals_a_live_one(mode, runs):
+    live, cached = runs("llama", mode), runs("llama", "cached" if mode == "full" else "lora cached")
+    for a, b in zip(sum(metrics(live), []), sum(metrics(cached), [])):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["margin"] == pytest.approx(b["margin"], abs=1e-5)
+
+
+def test_held_out_measures_come_by_pair_of_languages(runs):
+    _, (held_out,) = metrics(runs("llama", "full"))
+    for name in ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps"):
+        assert held_out[name] == pytest.approx((held_out[f"{name}/deu>spa"] + held_out[f"{name}/fra>spa"]) / 2, abs=1e-6)
+
+
+def test_ipo_starts_at_its_own_loss(runs):
+    assert metrics(runs("llama", "ipo"))[0][0]["loss"] == pytest.approx((1 / (2 * 0.1)) ** 2)
+
+
+@pytest.mark.parametrize("arch", ["llama", "bloom"])
+def test_pair_log_probabilities_equal_transformers(arch, models, pairs, tmp_path):
+    """Sums over the answer's tokens and EOS of each sequence by itself, prompt and answer in a row."""
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(models / arch).eval()
+    data = PreferenceData([pairs], load_tokenizer(models / arch), 256, tmp_path)
+    found = pair_logps(load_model(models / arch), collate(data, range(8)))
+    for i in range(8):
+        prompt, *answers = data.read(i)
+        for answer, logp in zip(answers, found[i]):
+            ids = torch.tensor([*prompt, *answer])[None]
+            logps = theirs(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+            assert logp.item() == pytest.approx(logps[len(prompt) - 1:].sum().item(), rel=1e-5)
+
+
+def test_a_killed_adapter_run_resumes_bit_equal(runs, models, pairs, tmp_path):
+    arguments = [*flags(models, pairs, "llama", tmp_path, "lora"), "--save-every", "1", "--resume"]
+    command = [sys.executable, str(ROOT / "train_dpo.py"), *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    steps = tmp_path / "checkpoints"
+    while process.poll() is None and not list(steps.glob("step-*2")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "model").exists()
+    train_dpo.main(arguments)
+    whole = runs("llama", "lora")
+    for name in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
+        a, b = load_file(whole / name), load_file(tmp_path / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert metrics(whole) == metrics(tmp_path)
+    state = dcp.FileSystemReader(max(steps.glob("step-*"))).read_metadata().state_dict_metadata
+    assert state and all("lora_" in name for name in state)
+
+
+def test_the_adapter_beside_the_base_is_the_merged_model(runs, models):
+    import peft
+    import transformers
+
+    run, ids = runs("llama", "lora"), torch.arange(40).view(2, 20)
+    base = transformers.AutoModelForCausalLM.from_pretrained(models / "llama")
+    adapted = peft.PeftModel.from_pretrained(base, run / "adapter").eval()
+    torch.testing.assert_close(load_model(run / "model")(ids), adapted(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_missing_is_named(models, pairs, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--data without --model"):
+        train_dpo.main(["--data", str(pairs)])
+    monkeypatch.setattr(train_dpo.demo_feedback, "SFT_MODEL", tmp_path / "none")
+    with pytest.raises(UserError, match="run torchrun train_sft.py first"):
+        train_dpo.main(["--output", str(tmp_path / "out")])

@@ -1,0 +1,119 @@
+"""Preference alignment on cross-lingual feedback (Lai et al. 2024, arXiv 2406.01771, section 4), by DPO.
+
+    torchrun train_dpo.py                                   # aligns what `torchrun train_sft.py` left in runs/sft
+    torchrun --nproc-per-node 8 train_dpo.py --model runs/xllama/model --data feedback/ --output runs/xllama-dpo
+    torchrun --nproc-per-node 8 train_dpo.py --config recipes/xllama-100-dpo.toml --resume
+
+Policy and reference start from the same directory. With --lora-r the reference is the policy with its adapters switched
+off; otherwise it is a second, frozen model, or with --reference cached its log-probabilities, computed once.
+Plain `python train_dpo.py` is a run of one process.
+"""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from minixllm import dpo, parallel
+from minixllm.adapters import LoraSettings, open_model, save_trained
+from minixllm.build import demo_feedback
+from minixllm.checkpoint import check_target, check_vocabulary, read_config
+from minixllm.datasets import PreferenceData, Stream, hold_out
+from minixllm.errors import UserError
+from minixllm.records import record_files
+from minixllm.settings import parse, run, setting
+from minixllm.tokenizers import load_tokenizer
+from minixllm.training import TrainingSettings, train
+
+
+@dataclass
+class Settings(LoraSettings, TrainingSettings):
+    output: str = setting("runs/dpo", "directory of the run: checkpoints, metrics.jsonl and the trained model")
+    model: str | None = setting(None, "Hugging Face directory of the instruction-tuned model to align")
+    data: list[str] = setting([], "files of pairs (JSON or JSONL: instruction, input, chosen, rejected, and optionally "
+                                  "language, response_language), or directories of them")
+    held_out: list[str] = setting([], "the same, for the held-out measures; none: some pairs of --data are kept aside")
+    held_out_per_language: int = setting(20, "pairs kept aside of each two languages, at most a tenth of them")
+    feedback: str = setting("cross-lingual", "the embedded default's pairs: answers in another language than the "
+                                             "instruction's, or in the same", ("cross-lingual", "monolingual"))
+    loss: str = setting("dpo", "dpo (with --label-smoothing: conservative DPO) or ipo", ("dpo", "ipo"))
+    beta: float = setting(0.1, "how strongly the policy is held to the reference")
+    label_smoothing: float = setting(0.0, "chance that a pair is labelled the wrong way round; dpo only")
+    reference: str = setting("live", "compute the reference beside the policy, or once before training and keep its "
+                                     "log-probabilities on disk", ("live", "cached"))
+    learning_rate: float = setting(5e-4, "peak learning rate")
+    weight_decay: float = setting(0.0, "decoupled weight decay; matrices only, no biases or norms")
+    batch_size: int = setting(256, "pairs a step, over all processes")
+    micro_batch_size: int = setting(8, "pairs a process computes at once; more memory, fewer passes")
+    max_length: int = setting(1024, "tokens of the longest pair's prompt and longer answer together")
+    too_long: str = setting("drop", "what becomes of a pair longer than --max-length", ("drop", "truncate"))
+    cache: str = setting("runs/cache", "where tokenised pairs, reference log-probabilities and the embedded data are kept")
+
+
+def main(argv=None):
+    settings = parse(Settings, argv, demo_feedback.SETTINGS, description=__doc__)
+    world = parallel.setup()
+    check_target(Path(settings.output) / "model")
+
+    # Policy and reference, from the same directory. Dropout is off in both: they stay in evaluation mode.
+    embedded = not (settings.model or settings.data)
+    if embedded:
+        settings.model, folder = demo_feedback.sft_model(), Path(settings.cache) / f"feedback-{settings.feedback}"
+        with world.one_by_one():
+            demo_feedback.build(folder, settings.feedback)
+        settings.data, settings.held_out = [str(folder / "train.jsonl")], [str(folder / "valid.jsonl")]
+    if not (settings.model and settings.data):
+        given, lacking = ("--model", "--data") if settings.model else ("--data", "--model")
+        raise UserError(f"{given} without {lacking}: expected both, or neither for the embedded default")
+    tokenizer, (config, model_class) = load_tokenizer(settings.model), read_config(settings.model)
+    check_vocabulary(tokenizer, config, settings.model)
+    settings.lora_dropout = 0.0
+    model = open_model(config, model_class, world, settings, settings.model).eval()
+
+    # The pairs, each one document of two branches.
+    def tokenised(files):
+        return PreferenceData(files, tokenizer, settings.max_length, settings.cache, settings.too_long)
+
+    data = tokenised(record_files(settings.data))
+    if settings.held_out:
+        held_out_data, records = tokenised(record_files(settings.held_out)), np.arange(len(data))
+        held_out = np.arange(len(held_out_data))
+    else:
+        held_out_data, (records, held_out) = data, hold_out(data, settings.held_out_per_language, settings.seed)
+    if world.first and not embedded:
+        print(data.summary())
+    stream = Stream(data, settings.seed, settings.batch_size, settings.micro_batch_size, None,
+                    world.rank, world.size, records=records)
+
+    tokens = settings.micro_batch_size * settings.max_length
+    if settings.reference == "cached":
+        make = functools.partial(dpo.cached, model, world, directory=settings.model, folder=settings.cache,
+                                 dtype=settings.dtype, tokens=tokens)
+        reference, held_out_reference = make(data=data), make(data=held_out_data)
+    elif settings.lora_r:
+        reference = held_out_reference = dpo.adapters_off
+    else:
+        reference = held_out_reference = dpo.frozen(open_model(config, model_class, world, settings, settings.model))
+
+    options = dict(kind=settings.loss, beta=settings.beta, label_smoothing=settings.label_smoothing)
+    loss = functools.partial(dpo.preference_loss, reference=reference, **options)
+
+    def evaluate():
+        compare = functools.partial(dpo.compare, model, reference=held_out_reference, **options)
+        return dpo.evaluate_pairs(world, held_out_data, held_out, compare, tokens)
+
+    # The loop, and what comes out of it.
+    before = demo_feedback.measure(model, tokenizer, folder, world) if embedded else None
+    if not train(model, world, settings, stream, loss, evaluate):
+        return
+    save_trained(model, settings, tokenizer)
+    if world.first:
+        print(f"saved {Path(settings.output) / 'model'}")
+    if embedded:
+        demo_feedback.report(before, demo_feedback.measure(model, tokenizer, folder, world), settings.output, world)
+    parallel.close()
+
+
+if __name__ == "__main__":
+    run(main)
