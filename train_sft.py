@@ -15,21 +15,22 @@ from pathlib import Path
 import numpy as np
 
 from minixllm import parallel
+from minixllm.adapters import LoraSettings, open_model, save_trained
 from minixllm.build import demo
-from minixllm.checkpoint import (ARCHITECTURES, build, check_target, check_vocabulary, initialise, load_weights,
-                                 read_config, read_generation_config, save_model)
+from minixllm.checkpoint import ARCHITECTURES, check_target, check_vocabulary, read_config
 from minixllm.datasets import SFTData, Stream, encode_prompt, hold_out
 from minixllm.errors import UserError, atomic_write
 from minixllm.exact_match import describe, exact_match
 from minixllm.generation import generate
 from minixllm.prompts import alpaca
-from minixllm.records import read_instructions
+from minixllm.records import read_instructions, record_files
 from minixllm.settings import parse, run, setting
 from minixllm.tokenizers import load_tokenizer
 from minixllm.training import TrainingSettings, held_out_loss, sft_loss, train
 
+
 @dataclass
-class Settings(TrainingSettings):
+class Settings(LoraSettings, TrainingSettings):
     output: str = setting("runs/sft", TrainingSettings.__dataclass_fields__["output"].metadata["help"])
     model: str | None = setting(None, "Hugging Face directory to start from (config.json, safetensors, tokenizer)")
     arch: str = setting("llama", "architecture of the embedded default's model", choices=sorted(ARCHITECTURES))
@@ -67,11 +68,7 @@ def main(argv=None):
         tokenizer = load_tokenizer(folder)
         config, model_class = demo.config(settings.arch, tokenizer), ARCHITECTURES[settings.arch][1]
         train_files, held_out_files = [folder / "train.jsonl"], [folder / "valid.jsonl"]
-    model = parallel.shard(build(config, model_class), world, parallel.compute_dtype(settings.dtype, world.device))
-    if settings.model:
-        load_weights(model, settings.model, world.device)
-    else:
-        initialise(model, settings.seed, world.device)
+    model = open_model(config, model_class, world, settings, settings.model)
 
     # The data: records to packed rows, the loss on the answers.
     def tokenised(files):
@@ -94,7 +91,7 @@ def main(argv=None):
     # The loop, and what comes out of it.
     if not train(model, world, settings, stream, sft_loss, evaluate):
         return
-    save_model(model, output / "model", tokenizer, read_generation_config(settings.model) if settings.model else None)
+    save_trained(model, settings, tokenizer)
     if settings.model:
         some = held_out[::max(1, len(held_out) // 12)]
         prompts, expected = zip(*((prompt.tolist(), tokenizer.decode(text.tolist()))
@@ -116,17 +113,6 @@ def main(argv=None):
             with atomic_write(output / "exact_match.json") as file:
                 json.dump(result, file, indent=1)
     parallel.close()
-
-
-def record_files(paths: list[str]) -> list[Path]:
-    """The .json and .jsonl files named, and those of the directories named."""
-    files = []
-    for path in map(Path, paths):
-        found = sorted(path.glob("*.json")) + sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-        if not found:
-            raise UserError(f"{path}: a directory without .json or .jsonl files, expected files of records in it")
-        files += found
-    return files
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def parse(cls, argv=None, embedded: dict | None = None, needs=("model", "data"),
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     embedded = embedded or {}
-    parser = _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--config", metavar="RECIPE.toml", help="a TOML file of these settings; flags beat it")
     for name, field in fields.items():
