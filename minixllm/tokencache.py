@@ -27,7 +27,7 @@ from minixllm.errors import UserError
 
 FORMAT = 1                  # part of every cache's key: to be raised when what is written changes
 CHUNK = 1000                # records a worker tokenises at a time
-PARALLEL_FROM = 32 * 2**20  # bytes of records from which starting worker processes pays
+PARALLEL_FROM = 64 * 2**20  # bytes of records from which starting worker processes pays
 ARRAYS = ("segments", "offsets", "languages", "lines", "files")
 
 
@@ -179,7 +179,9 @@ def _build(directory: Path, paths, tokenizer, read, encode, workers):
 def _encoded(records, encode, size: int, workers: int | None):
     """Yield the encoded chunks of (file number, path, record) in order, by worker processes if there is much to do."""
     chunks = iter(lambda: list(itertools.islice(records, CHUNK)), [])
-    workers = workers or (len(os.sched_getaffinity(0)) if size >= PARALLEL_FROM else 1)
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()    # not on a Mac
+        workers = cores if size >= PARALLEL_FROM else 1
     if workers == 1:
         _start_worker(encode)
         yield from map(_encode_chunk, chunks)
