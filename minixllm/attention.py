@@ -38,21 +38,22 @@ def causal_mask(length: int, slopes, dtype, device) -> torch.Tensor:
 
 
 def causal_attention(query, key, value, slopes=None, mask=None) -> torch.Tensor:
-    """Attention of one document: query (n, H, D), key and value (m, KV, D) -> (n, H, D).
+    """Attention of one document: query (n, H, D), key and value (m, KV, D) -> (n, H, D); or of several, all (B, ...).
 
     The queries are the last n of the m positions. `slopes` (H,) adds ALiBi. `mask`: the `causal_mask` of a document
     at least this long, for callers that have many.
     """
-    n, m = query.shape[0], key.shape[0]
+    n, m = query.shape[-3], key.shape[-3]
     if slopes is not None or 1 < n < m:  # `is_causal` would align the queries with the first n keys, not the last
         mask = causal_mask(m, slopes, query.dtype, query.device) if mask is None else mask
         mask = mask[:, m - n:m, :m].unsqueeze(0)
     else:
         mask = None
-    heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, heads, tokens, D)
+    batched = (x if x.dim() == 4 else x.unsqueeze(0) for x in (query, key, value))
+    heads_first = (x.transpose(1, 2) for x in batched)  # (B, heads, tokens, D)
     output = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None and n == m,
-                                            enable_gqa=query.shape[1] != key.shape[1])
-    return output.squeeze(0).transpose(0, 1)
+                                            enable_gqa=query.shape[-2] != key.shape[-2])
+    return output.transpose(1, 2).reshape(query.shape)
 
 
 class Packed:
@@ -71,18 +72,29 @@ class Packed:
         self.position_ids = torch.cat(position_ids).to(device) if position_ids else torch.zeros(0, dtype=torch.long)
         self.num_tokens = len(self.position_ids)
         self._longest_mask = None
+        # (count, trunk, branches): neighbours of one length and no branches are computed by one call
+        self.runs = []
+        for trunk, branches in self.documents:
+            if self.runs and not branches and self.runs[-1][1:] == (trunk, branches):
+                self.runs[-1] = (self.runs[-1][0] + 1, trunk, branches)
+            else:
+                self.runs.append((1, trunk, branches))
 
     def attend(self, layer_idx, query, key, value, slopes=None) -> torch.Tensor:
         """query (N, H, D), key and value (N, KV, D) -> (N, H, D); `slopes` (H,) adds ALiBi."""
         if query.device.type == "cuda":
             return self._attend_flex(query, key, value, slopes)
-        lengths = [length for trunk, branches in self.documents for length in (trunk, *branches)]
+        lengths = [length for count, trunk, branches in self.runs for length in (count * trunk, *branches)]
         # one split a tensor, as its backward is one concatenation: that of a slice would fill N rows with zeros
         parts = zip(query.split(lengths), key.split(lengths), value.split(lengths))
         mask = self._mask(slopes, query.dtype)
         outputs = []
-        for _, branches in self.documents:
+        for count, trunk, branches in self.runs:
             q, trunk_k, trunk_v = next(parts)
+            if count > 1:
+                together = (x.unflatten(0, (count, trunk)) for x in (q, trunk_k, trunk_v))  # (count, trunk, heads, D)
+                outputs.append(causal_attention(*together, slopes, mask).flatten(0, 1))
+                continue
             outputs.append(causal_attention(q, trunk_k, trunk_v, slopes, mask))
             for q, k, v in itertools.islice(parts, len(branches)):
                 outputs.append(causal_attention(q, torch.cat([trunk_k, k]), torch.cat([trunk_v, v]), slopes, mask))

@@ -254,10 +254,12 @@ class Stream:
         first, last = (k * rows // self.steps_per_epoch for k in (step, step + 1))
         mine = range(first, last)[self.rank::self.world]
         most = -(-(last - first) // self.world)         # rows of the rank that has most: all take as many turns
-        micro_batches = [
-            collate(self.data, [record for row in mine[start:start + self.micro_batch_size]
-                                for record in order[bounds[row]:bounds[row + 1]]])
-            for start in range(0, most, self.micro_batch_size)]
+        micro_batches = []
+        for start in range(0, most, self.micro_batch_size):
+            records = [record for row in mine[start:start + self.micro_batch_size]
+                       for record in order[bounds[row]:bounds[row + 1]]]
+            # neighbours of one length share a call of attention
+            micro_batches.append(collate(self.data, sorted(records, key=self.data.lengths.__getitem__)))
         return Step(micro_batches, self.data.count(order[bounds[first]:bounds[last]]))
 
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
