@@ -19,7 +19,8 @@ from minixllm.errors import UserError
 from minixllm.llama import Llama, LlamaConfig
 from minixllm.lora import is_adapter
 from minixllm.tensor_files import Stored, find_tensors, what_instead, what_kind, write_json, write_tensors
-from minixllm.tokenizers import load_tokenizer, read_json
+from minixllm.tokenizer_files import read_json
+from minixllm.tokenizers import load_tokenizer
 
 ARCHITECTURES = {"llama": (LlamaConfig, Llama), "bloom": (BloomConfig, Bloom)}  # by config.json's model_type
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -108,8 +109,8 @@ def load_weights(model, directory, device="cpu"):
     """Fill a model (plain, or sharded by FSDP2: each rank then reads only its slices) with a directory's tensors.
 
     A model on the meta device gets its storage on `device`, once the directory is known to fit. Each tensor is
-    converted to the model's dtype as it is read. LoRA's parameters are left for `lora.initialise` or the adapter's file.
-    Raises UserError when a tensor is missing, unexpected or of another shape.
+    converted to the model's dtype as it is read. LoRA's parameters are left for `lora.initialise` or the adapter's
+    file. Raises UserError when a tensor is missing, unexpected or of another shape.
     """
     tensors = _named_as(model, find_tensors(directory))
     if model.config.tie_word_embeddings:
@@ -156,7 +157,7 @@ def read_generation_config(directory) -> dict:
 
 
 def _named_as(model, tensors: dict[str, Stored]) -> dict[str, Stored]:
-    """Tensors by the model's names: files of a bare LlamaModel or BloomModel lack the prefix, BLOOM's own among them."""
+    """Tensors by the model's names: those of a bare LlamaModel or BloomModel (BLOOM's own files) lack a prefix."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     renamed = {}
     for key, stored in tensors.items():

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from minixllm.errors import UserError
-from minixllm.tokenizers import read_json
+from minixllm.tokenizer_files import read_json
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by their name in the header
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -36,7 +36,7 @@ class Stored(NamedTuple):
 
 
 def find_tensors(directory) -> dict[str, Stored]:
-    """Every tensor of a model directory by its key. Raises UserError when files or index are absent or contradictory."""
+    """Every tensor of a model directory by its key. Raises UserError for absent or contradictory files."""
     directory = Path(directory)
     single, index = directory / SINGLE, directory / INDEX
     if single.exists() and index.exists():

@@ -85,8 +85,9 @@ def convert(gguf_file: Path, directory: Path):
     ids = {f"{kind}_token_id": fields[f"tokenizer.ggml.{key}_token_id"]
            for kind, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
     write("config.json", {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True, "torch_dtype": "float16",
-        "vocab_size": fields["llama.vocab_size"], "hidden_size": fields["llama.embedding_length"],
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True,
+        "torch_dtype": "float16", "vocab_size": fields["llama.vocab_size"],
+        "hidden_size": fields["llama.embedding_length"],
         "intermediate_size": fields["llama.feed_forward_length"], "num_hidden_layers": fields["llama.block_count"],
         "num_attention_heads": heads["attn_q"], "num_key_value_heads": heads["attn_k"], "hidden_act": "silu",
         "max_position_embeddings": fields["llama.context_length"], "rope_theta": fields["llama.rope.freq_base"],

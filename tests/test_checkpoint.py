@@ -1,4 +1,4 @@
-"""Hugging Face directories, both ways, held to transformers; what damaged ones say; memory, atomicity, two processes."""
+"""Hugging Face directories, both ways, held to transformers; damaged ones; memory, atomicity, two processes."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def rewrite(directory, change):
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata={"format": "pt"})
 
 
-# ------------------------------------------------------------------------------------------------- equal to transformers
+# ------------------------------------------------------------------------------------------ equal to transformers
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -249,7 +249,7 @@ WEIGHTS = {
     "bad index": (in_shards(lambda d, m: m.update({"lm_head.weight": 3})), "index.json: weight_map"),
     "stray shard": (in_shards(lambda d, m: save_file({"x": torch.ones(1)}, d / "model-00003-of-00003.safetensors")),
                     "model-00003-of-00003.safetensors is not in model.safetensors.index.json"),
-    "adapter": (lambda d: [(d / name).write_text("{}") for name in ("adapter_config.json", "adapter_model.safetensors")],
+    "adapter": (lambda d: [(d / f"adapter_{name}").write_text("{}") for name in ("config.json", "model.safetensors")],
                 "found a model and a PEFT adapter"),
     "only adapter": (lambda d: (d / "config.json").rename(d / "adapter_config.json"), "found a PEFT adapter"),
 }
@@ -361,7 +361,7 @@ def test_a_model_without_a_tokenizer_is_refused(theirs):
         load(theirs("llama")[1])
 
 
-# --------------------------------------------------------------------------------------------------- whole or not at all
+# ------------------------------------------------------------------------------------------ whole or not at all
 
 
 class FailingTokenizer(SimpleNamespace):
