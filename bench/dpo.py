@@ -1,0 +1,173 @@
+"""Preference optimisation: pairs a second and peak memory, against TRL's DPOTrainer on the same pairs.
+
+    python bench/dpo.py [--pairs 48] [--rounds 2] [--dtype float32]
+
+Model: LLaMA, vocabulary 32,000, width 512, 8 layers, 8 heads, feed-forward 1,376, random weights. Pairs: prompts and
+answers of 60 to 190 random tokens; 8 pairs a step, AdamW. Each side runs in a process of its own, the sides in turn;
+the first step of each is not timed, nor is the making of a cached reference.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+SIZE = dict(vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8)
+LORA = dict(lora_r=16, lora_alpha=32.0, lora_dropout=0.0, lora_targets=["q_proj", "v_proj"])
+MODES = ("lora", "lora cached", "full", "full cached")
+BATCH = 8
+
+
+def make_pairs(count: int):
+    """For each pair, three arrays of token ids: prompt, chosen, rejected."""
+    rng = np.random.default_rng(0)
+    return [[rng.integers(3, 32000, rng.integers(60, 191)) for _ in range(3)] for _ in range(count)]
+
+
+class Pairs:
+    """The pairs with the interface of datasets.PreferenceData."""
+
+    blank = (0, [1, 1])
+    language_names = ["und"]
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+        self.segments = np.array([[len(part) for part in pair] for pair in pairs])
+        self.lengths = self.segments.sum(1) - 1
+        self.languages = np.zeros(len(pairs), int)
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        prompt, chosen, rejected = self.pairs[index]
+        ids = np.concatenate([prompt, chosen[:-1], prompt[-1:], rejected[:-1]])
+        return ids, np.concatenate([np.full(len(prompt) - 1, -100), chosen, rejected])
+
+    def document(self, index):
+        prompt, *answers = self.segments[index].tolist()
+        return prompt - 1, answers
+
+    def count(self, records):
+        return len(records)
+
+
+def run_ours(mode: str, count: int, dtype: str) -> float:
+    """Seconds a step, through the functions train_dpo.py is made of."""
+    from minixllm import dpo, parallel
+    from minixllm.adapters import open_model
+    from minixllm.datasets import Stream, in_order
+    from minixllm.llama import Llama, LlamaConfig
+    from minixllm.meter import Meter
+    from minixllm.training import train_step
+
+    world, data = parallel.setup("cpu"), Pairs(make_pairs(count))
+    settings = SimpleNamespace(dtype=dtype, seed=0, clip=1.0, **LORA | ({} if "lora" in mode else {"lora_r": 0}))
+    config = LlamaConfig(**SIZE)
+    model = open_model(config, Llama, world, settings).eval()
+    if "cached" in mode:
+        table = torch.zeros(count, 2)
+        with torch.no_grad():
+            for batch in in_order(data, np.arange(count), 4096):
+                table[batch.records] = dpo.pair_logps(model, batch)
+        reference = lambda model, batch: table[batch.records]
+    elif "lora" in mode:
+        reference = dpo.adapters_off
+    else:
+        reference = dpo.frozen(open_model(config, Llama, world, settings).eval())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    stream, meter = Stream(data, 0, BATCH, BATCH), Meter(model, world, settings)
+
+    def loss(model, batch):
+        return dpo.preference_loss(model, batch, reference, "dpo", 0.1, 0.0)
+
+    times = []
+    for step in range(1, count // BATCH + 1):
+        start = time.perf_counter()
+        train_step(model, world, settings, stream, loss, optimizer, meter, step, [])
+        times.append(time.perf_counter() - start)
+    return sum(times[1:]) / len(times[1:])
+
+
+def run_trl(mode: str, count: int, dtype: str) -> float:
+    """Seconds a step of DPOTrainer, without activation checkpointing (its default, which is slower)."""
+    import transformers
+    from datasets import Dataset
+    from peft import LoraConfig
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from trl import DPOConfig, DPOTrainer
+
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 32000)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>",
+                                                     bos_token="<s>")
+
+    def text(ids):
+        return "".join(f" w{i}" for i in ids)
+
+    # TRL appends EOS to each answer: one token less of ours makes as many
+    rows = [dict(prompt=text(p), chosen=text(c[:-1]), rejected=text(r[:-1])) for p, c, r in make_pairs(count)]
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZE))
+    times = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            times.append(time.perf_counter() - self.start)
+
+    with tempfile.TemporaryDirectory() as folder:
+        DPOTrainer(
+            model=model, processing_class=tokenizer, train_dataset=Dataset.from_list(rows), callbacks=[Clock()],
+            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=LORA["lora_targets"]) if "lora" in mode else None,
+            args=DPOConfig(output_dir=folder, per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=1e-5,
+                           precompute_ref_log_probs="cached" in mode, max_length=1024, gradient_checkpointing=False,
+                           use_cpu=True, bf16=dtype == "bfloat16", report_to=[], save_strategy="no", logging_steps=1000,
+                           disable_tqdm=True)).train()
+    return sum(times[1:]) / len(times[1:])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        seconds = {"ours": run_ours, "trl": run_trl}[args.side](args.modes[0], args.pairs, args.dtype)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(json.dumps({"pairs/s": BATCH / seconds, "peak GB": peak}))
+        return
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent), "TQDM_DISABLE": "1"}
+    print(f"{torch.get_num_threads()} threads, {args.dtype}; load {os.getloadavg()[0]:.1f} at the start\n"
+          f"{'':<14}{'ours pairs/s':>22}{'TRL pairs/s':>22}{'ratio':>8}{'ours GB':>10}{'TRL GB':>10}")
+    for mode in args.modes:
+        results = {"ours": [], "trl": []}
+        for _ in range(args.rounds):
+            for side in results:
+                done = subprocess.run([sys.executable, __file__, "--side", side, "--modes", mode, "--pairs",
+                                       str(args.pairs), "--dtype", args.dtype], env=environment, text=True,
+                                      stdout=subprocess.PIPE, check=True)
+                results[side].append(json.loads(done.stdout.splitlines()[-1]))
+        speed = {side: [r["pairs/s"] for r in each] for side, each in results.items()}
+        memory = {side: max(r["peak GB"] for r in each) for side, each in results.items()}
+        shown = {side: f"{min(each):.2f} to {max(each):.2f}" for side, each in speed.items()}
+        print(f"{mode:<14}{shown['ours']:>22}{shown['trl']:>22}{sum(speed['ours']) / sum(speed['trl']):>8.1f}"
+              f"{memory['ours']:>10.2f}{memory['trl']:>10.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
