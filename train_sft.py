@@ -62,9 +62,9 @@ def main(argv=None):
         train_files, held_out_files = record_files(settings.data), record_files(settings.held_out)
     else:
         folder = Path(settings.cache) / "demo"
-        if world.first:
-            demo.build(folder)
-        world.barrier()
+        with world.one_by_one():
+            if not (folder / "tokenizer.model").exists():  # it is written last
+                demo.build(folder)
         tokenizer = load_tokenizer(folder)
         config, model_class = demo.config(settings.arch, tokenizer), ARCHITECTURES[settings.arch][1]
         train_files, held_out_files = [folder / "train.jsonl"], [folder / "valid.jsonl"]

@@ -80,14 +80,16 @@ def memory_needed(model, world, settings) -> float:
     config = model.config
     dtype = compute_dtype(settings.dtype, world.device)
     state = sum((16 if p.requires_grad else 4) * p.numel() for p in model.parameters()) / world.size
-    gathered = dtype.itemsize * sum(p.numel() for p in (model if world.size == 1 else model.blocks[0]).parameters())
-    gathered += 4 * model.head.weight.numel()  # its gradient before it is reduced
+    blocks = set(model.blocks.parameters())
+    root = sum(p.numel() for p in model.parameters() if p not in blocks)  # embedding and head, never freed in a step
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    gathered = (root + 2 * block) * (dtype.itemsize + 12)  # the computing copy; the gradient, before and while reduced
     tokens = settings.micro_batch_size * settings.max_length
     # Each linear layer keeps its input, and what stands between two of them keeps about as much again, in fp32.
     widths = sum(m.in_features * dtype.itemsize + m.out_features * 4
                  for m in model.blocks[0].modules() if isinstance(m, nn.Linear))
     kept = config.hidden_size * dtype.itemsize if settings.gradient_checkpointing else widths
-    return state + gathered + tokens * (kept * config.num_hidden_layers + widths)
+    return 0.3e9 + state + gathered + tokens * (kept * config.num_hidden_layers + widths)  # 0.3e9: PyTorch itself
 
 
 def memory_available(device) -> int:

@@ -46,6 +46,15 @@ class World:
     def barrier(self) -> None:
         self.sum(torch.zeros(1, device=self.device)).item()  # the host waits too
 
+    @contextlib.contextmanager
+    def one_by_one(self):
+        """The first process runs the block before the others do, which then find what it made."""
+        if not self.first:
+            self.barrier()
+        yield
+        if self.first:
+            self.barrier()
+
 
 def setup(device: str | None = None) -> World:
     """This process's place in the world: torchrun's, or a world of one under plain python.
@@ -85,12 +94,10 @@ def shard(model, world: World, dtype: torch.dtype):
     """
     # Inputs are not cast: blocks receive fp32 rotary angles and integer positions that must stay what they are.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    # A world of one frees nothing by resharding between forward and backward, it would only copy the weights again; but
-    # beside a frozen base in bf16 (LoRA) the computing copies of all blocks together would be what takes most memory.
-    model.reshards = world.size > 1 or not all(parameter.requires_grad for parameter in model.parameters())
     model.is_gathered = False
     for module in (*model.blocks, model):
-        fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=model.reshards)
+        # The root is needed again at once: the backward begins with the head.
+        fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=module is not model)
         if world.size > 1:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # or a factor of 1 asks for an operation only NCCL has
@@ -125,7 +132,7 @@ def gathered(model):
     finally:
         model.is_gathered = False
         for module in _sharded(model):
-            module.set_reshard_after_forward(model.reshards, recurse=False)
+            module.set_reshard_after_forward(module is not model, recurse=False)
             module.reshard()
 
 
@@ -159,5 +166,5 @@ def explain_lost_peers(world: World, doing: str):
         if world.size == 1 or not (isinstance(error, dist.DistError) or any(part in text for part in lost)):
             raise
         raise UserError(f"{doing}: another process died or hangs, see its own message "
-                        f"(rank {world.rank} on {socket.gethostname()} was told: {text.splitlines()[0][:200]}). "
+                        f"(rank {world.rank} on {socket.gethostname()} was told: {text.splitlines()[0].split('] ', 1)[-1][:100]}). "
                         "Nothing was saved since the last checkpoint; --resume continues from it") from None

@@ -81,7 +81,7 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
     announce(model, world, settings, steps, tokens_per_step)
     first = start_or_resume(output, model, optimizer, world, settings)
     model.gradient_checkpointing = settings.gradient_checkpointing
-    model.train()
+    training = model.training  # whether there is dropout is the caller's choice
     meter, average = Meter(model, world, settings), None
     metrics = (output / "metrics.jsonl").open("a", encoding="utf-8") if world.first else None
     bar = tqdm(total=steps, initial=first, unit="step", disable=not world.first, mininterval=0.5, dynamic_ncols=True)
@@ -102,7 +102,7 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
                 if evaluate and (step == steps or settings.eval_every and step % settings.eval_every == 0):
                     model.eval()
                     held_out = evaluate()
-                    model.train()
+                    model.train(training)
                     log(metrics, {"step": step, "held_out": held_out})
                     if world.first:
                         bar.write(f"step {step}: held-out " + ", ".join(
