@@ -28,13 +28,12 @@ class _TokenLogps(torch.autograd.Function):
         logps = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(supervised) if wants_hidden else None
         grad_weight = _zeros(weight) if wants_weight else None
-        for chunk, exps, totals, chosen in _chunks(supervised, weight, labels):
-            logps[chunk] = chosen - totals.log()
-            # d logp / d logits = onehot(label) - softmax(logits), and softmax(logits) = exps / totals
+        for chunk, chunk_logps, slopes, totals in _chunks(supervised, weight, labels):
+            logps[chunk] = chunk_logps
             if wants_hidden:
-                grad_hidden[chunk] = weight[labels[chunk]] - (exps @ weight) / totals[:, None]
+                grad_hidden[chunk] = (slopes @ weight).div_(totals)
             if wants_weight:
-                _add_weight_grad(grad_weight, exps, supervised[chunk], labels[chunk], 1 / totals, torch.ones_like(totals))
+                _add_product(grad_weight, slopes, supervised[chunk] / totals)
         ctx.save_for_backward(rows, labels, supervised, weight, grad_hidden, grad_weight)
         ctx.shape = hidden.shape
         return torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device).index_copy_(0, rows, logps)
@@ -42,46 +41,48 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logps):
         rows, labels, supervised, weight, grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grad_logps[rows]  # (M,)
+        scale = grad_logps[rows, None]  # (M, 1)
         if grad_hidden is not None:
-            scaled = grad_hidden * scale[:, None].to(grad_hidden.dtype)
+            scaled = (grad_hidden * scale).to(grad_hidden.dtype)
             grad_hidden = scaled.new_zeros(ctx.shape).index_copy_(0, rows, scaled)
         if grad_weight is not None and len(rows):
             if bool((scale == scale[0]).all()):
                 grad_weight = grad_weight * scale[0]
             else:
                 grad_weight = _zeros(weight)
-                for chunk, exps, totals, _ in _chunks(supervised, weight, labels):
-                    _add_weight_grad(grad_weight, exps, supervised[chunk], labels[chunk], scale[chunk] / totals, scale[chunk])
+                for chunk, _, slopes, totals in _chunks(supervised, weight, labels):
+                    _add_product(grad_weight, slopes, supervised[chunk] * scale[chunk] / totals)
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
 def _chunks(hidden, weight, labels):
-    """Yields (slice, exp(logits - top) (chunk, V), their sums (chunk,), logit of the label - top (chunk,))."""
+    """Yields (slice, logps (chunk,), slopes (chunk, V), totals (chunk, 1)); d logp / d logits is slopes / totals."""
     size = max(CHUNK_TOKENS, CHUNK_BYTES // (4 * len(weight)))
     # one buffer for all chunks: fresh memory for each would cost as much as a third of its product in page faults
     buffer = torch.empty(min(size, len(hidden)), len(weight), dtype=weight.dtype, device=weight.device)
     for start in range(0, len(hidden), size):
         chunk = slice(start, min(start + size, len(hidden)))
         logits = torch.mm(hidden[chunk], weight.T, out=buffer[:chunk.stop - start]).float()
-        top = logits.amax(dim=-1, keepdim=True)
-        chosen = (logits.gather(1, labels[chunk, None]) - top).squeeze(1)
-        exps = logits.sub_(top).exp_()
-        yield chunk, exps.to(weight.dtype), exps.sum(dim=-1), chosen
+        logits -= logits.amax(dim=-1, keepdim=True)
+        label = labels[chunk, None]
+        chosen = logits.gather(1, label)
+        totals = logits.exp_().sum(dim=-1, keepdim=True)
+        # d logp / d logits = onehot(label) - softmax(logits), here times totals, which d columns take off more cheaply
+        slopes = logits.neg_().scatter_add_(1, label, totals).to(weight.dtype)
+        yield chunk, (chosen - totals.log()).squeeze(1), slopes, totals
 
 
 def _zeros(weight):
     return torch.zeros_like(weight, dtype=torch.float32)  # bf16 would lose what many chunks add
 
 
-def _add_weight_grad(grad, exps, hidden, labels, over_totals, scale):
-    """Adds sum_i scale_i (onehot(label_i) - softmax_i) hidden_i^T to grad (V, d); over_totals is scale / totals."""
-    shares = (hidden * over_totals[:, None]).to(exps.dtype)  # (chunk, d)
-    if exps.dtype == grad.dtype:
-        grad.addmm_(exps.T, shares, alpha=-1)
+def _add_product(grad, slopes, hidden):
+    """grad (V, d) += slopes (chunk, V)^T hidden (chunk, d), without a second (V, d) where the types agree."""
+    hidden = hidden.to(slopes.dtype)
+    if grad.dtype == slopes.dtype:
+        grad.addmm_(slopes.T, hidden)
     else:
-        grad.sub_(exps.T @ shares)
-    grad.index_add_(0, labels, hidden.float() * scale[:, None])
+        grad += slopes.T @ hidden
 
 
 def dpo_loss(policy_logps, reference_logps, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
