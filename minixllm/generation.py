@@ -181,12 +181,13 @@ def _tokens(model, tokenizer, prompts, max_new_tokens: int, batch_rows: int, sam
     stop = _stop_ids(model, tokenizer)
     device = next(model.parameters()).device
     ranks = _ranks(model)
+    in_step = ranks > 1 and not model.is_gathered  # within `parallel.gathered` forwards need no other rank
     share = range(dist.get_rank() if ranks > 1 else 0, len(prompts), ranks)
     waiting = sorted(share, key=lambda i: len(prompts[i]))  # the last and longest goes first
     cache = KVCache(min(batch_rows, len(waiting)), max((len(prompts[i]) for i in waiting), default=0) + max_new_tokens)
     rows = []
     with _inference(model):
-        while _on_any_rank(bool(rows or waiting), ranks, device):
+        while _on_any_rank(bool(rows or waiting), in_step, device):
             tokens = len(rows)
             while waiting and len(rows) < batch_rows and (
                     tokens == 0 or tokens + len(prompts[waiting[-1]]) <= PREFILL_TOKENS):
@@ -219,12 +220,12 @@ def _stop_ids(model, tokenizer) -> set[int]:
 
 
 def _ranks(model) -> int:
-    """How many processes must run each forward of this model together."""
+    """How many processes share this model."""
     return dist.get_world_size() if isinstance(model, FSDPModule) else 1
 
 
-def _on_any_rank(flag: bool, ranks: int, device) -> bool:
-    if ranks == 1:
+def _on_any_rank(flag: bool, in_step: bool, device) -> bool:
+    if not in_step:
         return flag
     flag = torch.tensor(int(flag), device=device)
     dist.all_reduce(flag, dist.ReduceOp.MAX)

@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from minixllm.attention import causal_attention
+from minixllm.attention import causal_attention, causal_mask
 
 
 class KVCache:
@@ -71,6 +71,7 @@ class Extension:
         self.last = torch.tensor(lengths).cumsum(0).sub(1).to(device)
         self.rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)  # (N,)
         # Neighbouring rows with one new token each are attended to together, the others one by one.
+        self.mask = None  # ALiBi's, for those one by one: made once for all layers
         self.parts, start = [], 0
         for single, run in itertools.groupby(range(len(lengths)), key=lambda row: lengths[row] == 1):
             run = list(run)
@@ -86,11 +87,15 @@ class Extension:
         keys, values = self.cache.layer(layer_idx, key)
         keys[self.rows, :, self.position_ids] = key
         values[self.rows, :, self.position_ids] = value
+        if slopes is not None and self.mask is None:
+            longest = max((longest for _, _, longest, distances in self.parts if distances is None), default=0)
+            self.mask = causal_mask(longest, slopes, query.dtype, query.device)
         outputs = []
         for tokens, rows, longest, distances in self.parts:
             k, v = keys[rows, :, :longest], values[rows, :, :longest]  # (rows, KV, longest, D)
             if distances is None:
-                outputs.append(causal_attention(query[tokens], k[0].transpose(0, 1), v[0].transpose(0, 1), slopes))
+                k, v = k[0].transpose(0, 1), v[0].transpose(0, 1)
+                outputs.append(causal_attention(query[tokens], k, v, slopes, self.mask))
             else:
                 outputs.append(_attend_one(query[tokens], k, v, distances, slopes))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

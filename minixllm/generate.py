@@ -1,0 +1,45 @@
+"""Continue prompts with a model directory, printing as it goes: python -m minixllm.generate --model DIR "..."
+
+Each prompt is an instruction, put into the Alpaca template on which the models are trained; --raw takes it as it is.
+"""
+
+import argparse
+import sys
+
+import torch
+
+from minixllm import checkpoint, generation, parallel, prompts
+from minixllm.errors import UserError
+from minixllm.settings import run
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m minixllm.generate", description=__doc__,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to continue; none: the lines of stdin")
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face directory of a LLaMA or BLOOM")
+    parser.add_argument("--input", default="", help="the instruction's input, for the Alpaca template")
+    parser.add_argument("--raw", action="store_true", help="no template: continue the prompt itself")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="tokens to stop after, if no EOS comes before")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    parser.add_argument("--top-k", type=int, help="choose among the k likeliest tokens")
+    parser.add_argument("--top-p", type=float, help="choose among the likeliest tokens that hold this probability")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="cpu or cuda; by default CUDA where there is one")
+    args = parser.parse_args(argv)
+    if args.raw and args.input:
+        raise UserError("--input belongs to the template, which --raw leaves out")
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = checkpoint.load(args.model, parallel.compute_dtype("auto", device), device)
+    for prompt in args.prompts or map(str.rstrip, sys.stdin):
+        text = prompt if args.raw else prompts.alpaca(prompt, args.input)
+        for piece in generation.stream(model, tokenizer, tokenizer.encode(text, add_special_tokens=True),
+                                       args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+                                       top_p=args.top_p, seed=args.seed):
+            print(piece, end="", flush=True)
+        print(flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
