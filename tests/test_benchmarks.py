@@ -85,8 +85,8 @@ def test_directions():
     assert benchmarks.translation_directions(codes, ["de-fr", "to-english"], 0)[:2] == [("deu", "fra", "pairs"), ("fra", "eng", "t")]
     said = []
     assert benchmarks.translation_directions(codes, ["ita-fra"], 0, said.append) == [] and "ita-fra" in said[0]
-    for wrong in ("sideways", "high-middle", "english-to"):
-        with pytest.raises(UserError, match=wrong.split("-")[-1]):
+    for wrong, named in (("sideways", "sideways"), ("high-middle", "'high'"), ("english-to", "'to'")):
+        with pytest.raises(UserError, match=named):
             benchmarks.translation_directions(codes, [wrong], 0)
     with pytest.raises(UserError, match="no English file"):
         benchmarks.translation_directions(["fra", "deu"], ["to-english"], 0)

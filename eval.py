@@ -1,0 +1,111 @@
+"""Evaluate models on the paper's five benchmarks and print its tables.
+
+    python eval.py                                              # what the two default trainings left, on stand-in tasks
+    torchrun --nproc-per-node 8 eval.py --model meta-llama/ runs/sft/model runs/dpo/model --names base SFT SFT+DPO \\
+        --benchmarks PAWS-X/x-final xcopa/data flores101/devtest XLSum self_instruct --output runs/eval
+
+Each benchmark is a directory of its published files (minixllm/benchmarks.py says which); what it is, is told from them.
+A run killed at any moment goes on where it was. Results: report.md, results.json, {model}/predictions.jsonl, scores.png.
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from minixllm import benchmarks, checkpoint, evaluation, parallel, report
+from minixllm.errors import UserError
+from minixllm.settings import parse, run, setting
+
+DEFAULTS = {"max_new_tokens": 48}                    # of the embedded default: its answers are short
+
+
+@dataclass
+class Settings:
+    model: list[str] = setting([], "Hugging Face model directories, evaluated side by side")
+    names: list[str] = setting([], "what the tables call them; by default their directories' names")
+    benchmarks: list[str] = setting([], "directories of benchmark files; by default small stand-in tasks, built here")
+    output: str = setting("runs/eval", "directory for predictions, results and tables")
+    mode: str = setting("generating", "language of the instruction: English, or that of the input",
+                        choices=("generating", "understanding"))
+    templates: str = setting("", "TOML file of instructions, in the form of minixllm/templates/instructions.toml")
+    languages: list[str] = setting([], "only these languages (FLORES-101 codes, BCP-47 tags or English names)")
+    directions: list[str] = setting(["from-english", "to-english"], "of translation: also deu-fra, or two tiers such as "
+                                    "high-low, which draws 15 pairs without English")
+    limit: int | None = setting(None, "items a language or direction; by default 200 of translation, 250 of XL-Sum, all others")
+    seed: int = setting(0, "of the draw of pairs without English")
+    max_new_tokens: int = setting(512, "longest answer, in tokens; XL-Sum's is 128 at most")
+    batch_rows: int = setting(16, "prompts that generate at a time")
+    dtype: str = setting("auto", "type to compute in; auto is bf16 where the processor has it",
+                         choices=("auto", "bfloat16", "float32"))
+    bleu_tokenizer: str = setting("", "13a, zh, char or the path of a SentencePiece model for BLEU in all languages; by "
+                                  "default 13a, zh for Chinese, char where no spaces are written")
+    segment: bool = setting(False, "ROUGE over words where no spaces are written (jieba, pythainlp, fugashi), not characters")
+
+
+def main(argv=None) -> None:
+    settings = parse(Settings, argv, DEFAULTS, needs=("benchmarks",), description=__doc__.splitlines()[0])
+    world = parallel.setup()
+    start = time.perf_counter()
+    models = name_models(settings.model or default_models(), settings.names)
+    folders, wanted = settings.benchmarks, benchmarks.Wanted(
+        settings.mode, tuple(settings.languages), tuple(settings.directions), settings.limit, settings.seed,
+        Path(settings.templates) if settings.templates else None)
+    notes = []
+    if not folders:
+        from minixllm.build import demo_benchmarks
+        with world.one_by_one():
+            folders, templates = demo_benchmarks.build(Path(settings.output) / "stand-in")
+        wanted = dataclasses.replace(wanted, templates=wanted.templates or templates)
+        notes.append("these are stand-ins made from held-out CLDR items, not the published benchmarks")
+
+    items = []
+    for folder in folders:
+        found, remarks = benchmarks.read(folder, wanted)
+        items += found
+        notes += remarks
+    if world.first:
+        print(f"{len(items)} items of {', '.join(dict.fromkeys(item.column for item in items))}, {settings.mode} mode")
+        print("\n".join(f"  {note}" for note in notes))
+    predictions, tables, identify = {}, {}, report.language_identifier()
+    if identify is None:
+        notes.append("off-target rates need a language identifier: pip install 'minixllm[lid]'")
+    for name, directory in models.items():
+        model, tokenizer = checkpoint.load(directory, parallel.compute_dtype(settings.dtype, world.device), world.device)
+        with parallel.explain_lost_peers(world, f"evaluating {name}"):
+            predictions[name] = evaluation.predict(model, tokenizer, items, world, Path(settings.output) / name,
+                                                   settings.batch_rows, settings.max_new_tokens)
+        del model
+        if world.first:
+            tables[name] = report.results(predictions[name], bleu_tokenizer=settings.bleu_tokenizer or None,
+                                          segment=settings.segment, identify=identify)
+    if world.first:
+        print(report.write(settings.output, tables, predictions, dataclasses.asdict(settings), notes))
+        for name in models:
+            evaluation.forget(Path(settings.output) / name)
+        print(f"{settings.output}/report.md, results.json, predictions.jsonl; {time.perf_counter() - start:.0f} s")
+    parallel.close()
+
+
+def default_models() -> list[str]:
+    found = [name for name in ("runs/sft/model", "runs/dpo/model") if (Path(name) / "config.json").exists()]
+    if not found:
+        raise UserError("no runs/sft/model nor runs/dpo/model here: run train_sft.py first, or give --model")
+    return found
+
+
+def name_models(directories: list[str], names: list[str]) -> dict[str, str]:
+    """{name: directory}; runs/sft/model is "sft" unless names are given."""
+    if names and len(names) != len(directories):
+        raise UserError(f"--names gives {len(names)} names for {len(directories)} models")
+    for directory in directories:
+        checkpoint.read_config(directory)              # before anything is computed
+    paths = [Path(directory) for directory in directories]
+    names = names or [path.parent.name if path.name == "model" else path.resolve().name for path in paths]
+    if len(set(names)) < len(names) or any("/" in name or name.startswith(".") for name in names):
+        raise UserError(f"the models are called {', '.join(names)}: expected different names without '/', give --names")
+    return dict(zip(names, directories))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,239 @@
+"""From predictions to the paper's tables: scores by language and tier, off-target rate, democratization, tests."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from minixllm import languages, scorers, statistics
+from minixllm.benchmarks import TITLES
+from minixllm.errors import UserError, atomic_write
+
+TIERS = ("low", "mid", "high")
+MAIN = {"pawsx": "accuracy", "xcopa": "accuracy", "translation": "BLEU", "xlsum": "rouge1", "self-instruct": "rouge1"}
+BLEU_TOKENIZERS = {"zho_simpl": "zh", "zho_trad": "zh"} | dict.fromkeys(("jpn", "tha", "lao", "khm", "mya"), "char")
+
+
+def score(predictions: list[dict], bleu_tokenizer: str | None = None, segment: bool = False, identify=None) -> dict:
+    """{metric: Score} of one language or direction, the paper's metric first.
+
+    bleu_tokenizer: for all languages; None takes 13a, zh for Chinese and char where no spaces are written.
+    identify: (text -> FLORES code, the codes it knows, its name) of a language identifier; None leaves off_target out.
+    """
+    benchmark, target = predictions[0]["benchmark"], predictions[0]["target"]
+    parsed, references = [p["parsed"] for p in predictions], [p["reference"] for p in predictions]
+    if "choices" in predictions[0]:
+        return {"accuracy": scorers.accuracy(parsed, references)} | likelihood(predictions)
+    if benchmark == "translation":
+        tokenizer = bleu_tokenizer or BLEU_TOKENIZERS.get(target, "13a")
+        scores = {"BLEU": scorers.bleu(parsed, references, tokenizer), "chrF++": scorers.chrf(parsed, references, 2)}
+    else:
+        scores = scorers.rouge(parsed, references, *(word_segmenter(target) if segment else ()))
+    if identify and target in identify[1]:
+        scores["off_target"] = scorers.off_target(parsed, target, identify[0], identify[2])
+    return scores
+
+
+def likelihood(predictions: list[dict]) -> dict:
+    """acc: share of items whose likeliest choice is the right one; acc_char and acc_byte divide each choice's
+    log-probability by its length in characters or UTF-8 bytes first."""
+    lengths = {"acc": lambda text: 1, "acc_char": len, "acc_byte": lambda text: len(text.encode())}
+    scores = {}
+    for name, length in lengths.items():
+        right = []
+        for p in predictions:
+            logps = p["logps"] and [logp / length(choice) for logp, choice in zip(p["logps"], p["choices"])]
+            right.append(logps is not None and p["choices"][int(np.argmax(logps))] == p["reference"])
+        scores[name] = statistics.mean(right, statistics.signed(name, choices="likelihood", ties="first"))
+    return scores
+
+
+def results(predictions: list[dict], **how) -> dict:
+    """{column: {"groups": {group: {...}}, "tiers": {metric: {tier: mean}}, "democratization": ...}}, and the Scores
+    themselves under each group's "_scores" (left out of JSON)."""
+    groups = {}
+    for p in predictions:
+        groups.setdefault((p["column"], p["group"]), []).append(p)
+    table = {}
+    for (column, group), members in groups.items():
+        scores = score(members, **how)
+        language = languages.find(members[0]["language"])
+        table.setdefault(column, {"main": MAIN[members[0]["benchmark"]], "groups": {}})["groups"][group] = {
+            "language": language.code, "tier": language.tier, "items": len(members),
+            "unparsed": sum(p["parsed"] is None for p in members), "cut": sum(bool(p["cut"]) for p in members),
+            "too_long": sum(p["cut"] is None for p in members),
+            "scores": {name: dict(zip(("value", "low", "high"), (s.value, *s.interval()))) | {"signature": s.signature}
+                       for name, s in scores.items()},
+            "_scores": scores}
+    for entry in table.values():
+        metrics = dict.fromkeys(name for group in entry["groups"].values() for name in group["scores"])
+        entry["tiers"] = {name: _tiers(entry["groups"].values(), name) for name in metrics}
+        entry["democratization"] = statistics.democratization(
+            {name: group["scores"][entry["main"]]["value"] for name, group in entry["groups"].items()})
+    return table
+
+
+def _tiers(groups, metric: str) -> dict[str, float]:
+    """The mean of the groups' scores in each tier that has any, and over all."""
+    values = {tier: [group["scores"][metric]["value"] for group in groups if metric in group["scores"] and group["tier"] == tier]
+              for tier in TIERS}
+    every = [value for tier in values.values() for value in tier]
+    return {tier: float(np.mean(v)) for tier, v in {**values, "all": every}.items() if v}
+
+
+def word_segmenter(code: str) -> tuple:
+    """(text -> words, name) for a language written without spaces, as XL-Sum splits it; () for any other."""
+    try:
+        if code in ("zho_simpl", "zho_trad"):
+            import jieba
+            return lambda text: list(jieba.cut(text)), "jieba"
+        if code == "tha":
+            from pythainlp.tokenize import word_tokenize
+            return lambda text: word_tokenize(text, engine="newmm"), "pythainlp"
+        if code == "jpn":
+            from fugashi import Tagger
+            tagger = Tagger("-O wakati -b 50000")
+            return lambda text: tagger.parse(text).split(), "fugashi"
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"segmenting {code} into words needs jieba (Chinese), pythainlp (Thai) or fugashi with a "
+                        f"dictionary (Japanese): {error}") from None
+    return ()
+
+
+def language_identifier():
+    """(text -> FLORES code or the identifier's own label, codes it knows, name) by py3langid; None without it."""
+    try:
+        import py3langid
+    except ImportError:
+        return None
+    from importlib.metadata import version
+    known = {label for label, _ in py3langid.rank("")}
+    labels = {}                       # its label -> our code; Norwegian is "no" there, Tagalog "tl", Fula "fuv"
+    for language in [*languages.LANGUAGES.values(), languages.find("eng")]:
+        label = {"nb": "no", "fil": "tl", "ff": "fuv", "ckb": "ku"}.get(language.tag, language.tag)
+        if label in known:
+            labels[label] = language.code
+    return (lambda text: labels.get(label := py3langid.classify(text)[0], label)), set(labels.values()), \
+        f"py3langid-{version('py3langid')}"
+
+
+# ---- what is written ------------------------------------------------------------------------------------------------
+
+def write(folder, models: dict[str, dict], predictions: dict[str, list[dict]], settings: dict, notes: list[str]) -> str:
+    """Write predictions.jsonl of each model, results.json, report.md and, with matplotlib, scores.png.
+
+    models: {name: what `results` gave}. Returns the tables as Markdown.
+    """
+    folder = Path(folder)
+    for name, lines in predictions.items():
+        with atomic_write(folder / name / "predictions.jsonl") as file:
+            for line in lines:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    report = markdown(models, notes)
+    for name, table in models.items():
+        for entry in table.values():
+            for group in entry["groups"].values():
+                group.pop("_scores")
+    with atomic_write(folder / "results.json") as file:
+        json.dump({"settings": settings, "notes": notes, "models": models}, file, ensure_ascii=False, indent=1)
+    with atomic_write(folder / "report.md") as file:
+        file.write(report)
+    _plot(folder / "scores.png", models)
+    return report
+
+
+def markdown(models: dict[str, dict], notes: list[str]) -> str:
+    """The paper's table (models side by side, low / mid / high), the analyses, then every language."""
+    columns = list(dict.fromkeys(column for table in models.values() for column in table))
+    scored, placed = ([c for c in columns if _has(models, c, metric)] for metric in ("acc", "off_target"))
+    parts = ["## Scores by resource tier", _tier_table(models, columns, lambda entry: entry["main"])]
+    if scored:
+        parts += ["## Likelihood of the given choices: acc / acc_char / acc_byte, all languages",
+                  _table(["", *scored], [[name, *(" / ".join(f"{table[c]['tiers'][metric]['all']:.2f}" for metric in
+                                                             ("acc", "acc_char", "acc_byte")) for c in scored)]
+                                         for name, table in models.items()])]
+    if placed:
+        parts += ["## Off-target rate (%, less is better)", _tier_table(models, placed, lambda entry: "off_target")]
+    parts += ["## Language democratization", _table(["", *columns], [
+        [name, *(f"{table[column]['democratization']:.2f}" for column in columns)] for name, table in models.items()])]
+    parts += [_languages(models, column) for column in columns]
+    parts += ["## How it was scored", "\n".join(f"- {line}" for line in [*_signatures(models), *notes])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _has(models, column, metric) -> bool:
+    return all(column in table and metric in table[column]["tiers"] for table in models.values())
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    rows = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _tier_table(models, columns, metric) -> str:
+    """A row a model; a column for each benchmark and tier it has."""
+    first = next(iter(models.values()))
+    heads = [(column, tier) for column in columns for tier in (*TIERS, "all")
+             if tier in first[column]["tiers"][metric(first[column])]
+             and (tier != "all" or len(first[column]["tiers"][metric(first[column])]) > 2)]
+    return _table(["", *(f"{column} {tier}" for column, tier in heads)],
+                  [[name, *(f"{table[c]['tiers'][metric(table[c])][tier]:.2f}" for c, tier in heads)]
+                   for name, table in models.items()])
+
+
+def _languages(models, column) -> str:
+    """Every language or direction of one benchmark: score, half its 95 % interval, p against the model before."""
+    names = list(models)
+    rows = []
+    for group, entry in models[names[0]][column]["groups"].items():
+        row, before = [f"{group} ({entry['tier']}, {entry['items']})"], None
+        for name in names:
+            metric, mine = models[name][column]["main"], models[name][column]["groups"][group]
+            result = mine["scores"][metric]
+            cell = f"{result['value']:.2f} ± {(result['high'] - result['low']) / 2:.2f}"
+            if "choices" not in entry and mine["unparsed"]:
+                cell += f", {100 * mine['unparsed'] / mine['items']:.0f} % unread"
+            if before is not None:
+                result["p"] = statistics.paired_bootstrap(before, mine["_scores"][metric])
+                cell += f", p {result['p']:.3f}"
+            before = mine["_scores"][metric]
+            row.append(cell)
+        rows.append(row)
+    return f"## {column}: {models[names[0]][column]['main']}\n\n" + _table(["language (tier, items)", *names], rows)
+
+
+def _signatures(models) -> list[str]:
+    found = {}
+    for table in models.values():
+        for column, entry in table.items():
+            for group in entry["groups"].values():
+                for result in group["scores"].values():
+                    found.setdefault(result["signature"], set()).add(column)
+    return [f"{', '.join(sorted(columns))}: `{signature}`" for signature, columns in found.items()]
+
+
+def _plot(path: Path, models: dict[str, dict]) -> None:
+    """Score by language, a panel a benchmark; nothing without matplotlib (the extra `plots`)."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    columns = list(next(iter(models.values())))
+    figure = Figure(figsize=(14, 2.6 * len(columns)), layout="constrained")
+    for column, axes in zip(columns, np.atleast_1d(figure.subplots(len(columns)))):
+        groups = list(next(iter(models.values()))[column]["groups"])
+        for i, (name, table) in enumerate(models.items()):
+            metric = table[column]["main"]
+            values = [table[column]["groups"][group]["scores"][metric] for group in groups]
+            heights = [value["value"] for value in values]
+            errors = [[max(v["value"] - v["low"], 0) for v in values], [max(v["high"] - v["value"], 0) for v in values]]
+            axes.bar(np.arange(len(groups)) + 0.8 * i / len(models), heights, 0.8 / len(models), yerr=errors, label=name,
+                     error_kw={"linewidth": 0.6})
+        axes.set(ylabel=metric, title=column, xlim=(-0.6, len(groups)))
+        axes.set_xticks(np.arange(len(groups)) + 0.4 - 0.4 / len(models), groups, rotation=90, fontsize=6)
+    figure.axes[0].legend()
+    figure.savefig(path.with_suffix(".partial.png"), dpi=110)
+    path.with_suffix(".partial.png").replace(path)
+
+
+assert set(MAIN) == set(TITLES)
