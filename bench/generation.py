@@ -1,0 +1,140 @@
+"""Generated tokens per second, ours and transformers', on the same weights: python -m bench.generation [llama|bloom]
+
+LLaMA: vocabulary 32,000, width 512, 8 layers, 8 heads, feed-forward 1,376; BLOOM of the same vocabulary, width, layers
+and heads. Random weights, fp32, greedy, prompts of 32 tokens and answers of 128; then prompts and answers of mixed
+lengths, which transformers runs in left-padded batches of 16. The two sides take turns; medians and the range of the
+ratios over the rounds. The share of bandwidth counts the bytes of weights (embedding aside, but for a tied head) and
+of past keys and values that the decoding steps must read, against what summing a large array reads.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+import transformers
+
+from minixllm.bloom import Bloom, BloomConfig
+from minixllm.generation import generate
+from minixllm.llama import Llama, LlamaConfig
+
+NEW, PROMPT, ROUNDS = 128, 32, 3
+
+
+class Tokenizer:
+    eos_id = None
+
+
+def make(kind: str, vocabulary: int):
+    torch.manual_seed(0)
+    special = dict(bos_token_id=1, eos_token_id=None, pad_token_id=0)
+    if kind == "llama":
+        config = transformers.LlamaConfig(vocab_size=vocabulary, hidden_size=512, num_hidden_layers=8,
+                                          num_attention_heads=8, intermediate_size=1376, **special)
+        theirs, ours = transformers.LlamaForCausalLM(config), Llama(LlamaConfig.from_dict(config.to_dict()))
+    else:
+        config = transformers.BloomConfig(vocab_size=vocabulary, hidden_size=512, n_layer=8, n_head=8, **special)
+        theirs, ours = transformers.BloomForCausalLM(config), Bloom(BloomConfig.from_dict(config.to_dict()))
+    ours.load_state_dict(theirs.state_dict())
+    return ours.eval(), theirs.eval()
+
+
+def their_batch(model, prompts, new: int) -> list[list[int]]:
+    """transformers' answers to one batch, padded on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    output = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
+    return output[:, longest:].tolist()
+
+
+def timed(function, *args, **kwargs):
+    start = time.perf_counter()
+    result = function(*args, **kwargs)
+    return time.perf_counter() - start, result
+
+
+def bandwidth() -> float:
+    array = torch.randn(2**27)
+    return array.numel() * 4 / min(timed(array.sum)[0] for _ in range(3))
+
+
+def bytes_read(model, rows: int) -> int:
+    """What the steps of decoding must read: every layer's weights a step, and each row's past."""
+    weights = sum(p.numel() for p in model.blocks.parameters()) + model.head.weight.numel()
+    past = rows * sum(range(PROMPT + 1, PROMPT + NEW)) * 2 * model.config.hidden_size * model.config.num_hidden_layers
+    return 4 * ((NEW - 1) * weights + past)
+
+
+def report(name, ours, theirs, tokens, share=""):
+    ratios = [t / o for o, t in zip(ours, theirs)]
+    print(f"{name:34} transformers {tokens / statistics.median(theirs):6.0f}/s   minixllm "
+          f"{tokens / statistics.median(ours):6.0f}/s   {statistics.median(ratios):.2f} times "
+          f"({min(ratios):.2f} to {max(ratios):.2f}) {share}", flush=True)
+
+
+def uniform(kind, ours, theirs, rows: int, peak: float):
+    prompts = torch.randint(3, 32000, (rows, PROMPT)).tolist()
+    their_batch(theirs, prompts, 4), generate(ours, Tokenizer, prompts, 4)
+    our_times, their_times = [], []
+    for _ in range(ROUNDS):
+        seconds, expected = timed(their_batch, theirs, prompts, NEW)
+        their_times.append(seconds)
+        seconds, answers = timed(generate, ours, Tokenizer, prompts, NEW)
+        our_times.append(seconds)
+    same = sum(a == b for a, b in zip(answers, expected))
+    share = bytes_read(ours, rows) / statistics.median(our_times) / peak
+    report(f"{kind}, {rows} prompt{'s' * (rows > 1)}", our_times, their_times, rows * NEW,
+           f"{share:.0%} of bandwidth, {same} of {rows} answers equal")
+
+
+def mixed(kind, ours, theirs, count: int):
+    """Prompts of 8 to 256 tokens, answers that end at an EOS after 1 to 128: the same in both, as EOS is any of many."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.empty(count).log_normal_(4.0, 0.8, generator=generator).clamp(8, 256).long().tolist()
+    prompts = [torch.randint(3, 32000, (n,), generator=generator).tolist() for n in lengths]
+    # With random weights any token may follow: about one in forty ends the answer.
+    eos = torch.randperm(32000, generator=generator)[:800].tolist()
+    theirs.generation_config.eos_token_id = eos
+
+    class Eos:
+        eos_id = None
+    object.__setattr__(ours.config, "eos_token_id", eos)
+
+    def their_side():
+        answers = []
+        for start in range(0, count, 16):
+            for answer in their_batch(theirs, prompts[start:start + 16], NEW):
+                end = next((i for i, token in enumerate(answer) if token in eos), len(answer))
+                answers.append(answer[:end])
+        return answers
+
+    their_times, our_times = [], []
+    for _ in range(2):
+        seconds, expected = timed(their_side)
+        their_times.append(seconds)
+        seconds, answers = timed(generate, ours, Eos, prompts, NEW)
+        our_times.append(seconds)
+    tokens = sum(len(answer) + 1 for answer in answers)
+    same = sum(a == b for a, b in zip(answers, expected))
+    report(f"{kind}, {count} of mixed lengths", our_times, their_times, tokens, f"{same} of {count} answers equal")
+
+
+@torch.no_grad()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=["llama", "bloom"], nargs="?", default="llama")
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--mixed", type=int, default=48, help="prompts of mixed lengths")
+    args = parser.parse_args()
+    ours, theirs = make(args.model, args.vocabulary)
+    peak = bandwidth()
+    print(f"{torch.get_num_threads()} threads, memory read {peak / 1e9:.1f} GB/s, torch {torch.__version__}, "
+          f"transformers {transformers.__version__}")
+    for rows in (1, 8):
+        uniform(args.model, ours, theirs, rows, peak)
+    mixed(args.model, ours, theirs, args.mixed)
+
+
+if __name__ == "__main__":
+    main()
