@@ -34,8 +34,8 @@ class Settings(LoraSettings, TrainingSettings):
     output: str = setting("runs/sft", TrainingSettings.__dataclass_fields__["output"].metadata["help"])
     model: str | None = setting(None, "Hugging Face directory to start from (config.json, safetensors, tokenizer)")
     arch: str = setting("llama", "architecture of the embedded default's model", choices=sorted(ARCHITECTURES))
-    data: list[str] = setting([], "files of records (JSON or JSONL: instruction, input, output, and optionally language), "
-                                  "or directories of them")
+    data: list[str] = setting([], "files of records (JSON or JSONL: instruction, input, output, and optionally "
+                                  "language), or directories of them")
     held_out: list[str] = setting([], "the same, for the held-out loss; none: some records of --data are kept aside")
     held_out_per_language: int = setting(100, "records kept aside in each language, at most a tenth of it")
     packing: bool = setting(True, "fill each row with records up to --max-length; otherwise a row is one record")
@@ -72,7 +72,8 @@ def main(argv=None):
 
     # The data: records to packed rows, the loss on the answers.
     def tokenised(files):
-        return SFTData(files, tokenizer, settings.max_length, settings.cache, settings.too_long, settings.train_on_prompt)
+        return SFTData(files, tokenizer, settings.max_length, settings.cache, settings.too_long,
+                       settings.train_on_prompt)
 
     data = tokenised(train_files)
     if held_out_files:
@@ -83,14 +84,15 @@ def main(argv=None):
     if world.first and settings.model:
         print(data.summary())
     stream = Stream(data, settings.seed, settings.batch_size, settings.micro_batch_size,
-                    settings.max_length if settings.packing else None, world.rank, world.size, settings.temperature, records)
+                    settings.max_length if settings.packing else None, world.rank, world.size,
+                    settings.temperature, records)
 
     def evaluate():
         return held_out_loss(model, world, held_out_data, held_out, settings.micro_batch_size * settings.max_length)
 
     # The loop, and what comes out of it.
     if not train(model, world, settings, stream, sft_loss, evaluate):
-        return
+        return parallel.close()
     save_trained(model, settings, tokenizer)
     if settings.model:
         some = held_out[::max(1, len(held_out) // 12)]

@@ -4,7 +4,7 @@ from collections import defaultdict
 
 
 def exact_match(records, answers) -> dict:
-    """{"exact_match": mean over languages, "languages": their number, "by_language": {...}, "by_kind": {...}} in percent.
+    """In percent: {"exact_match": mean over languages, "languages": their number, "by_language": {}, "by_kind": {}}.
 
     A language's figure is the mean over its kinds of task (`kind` among a record's further fields), each the share of
     answers equal to the record's output; a kind's figure is the mean over its languages.

@@ -22,7 +22,8 @@ class Meter:
     def __init__(self, model, world, settings):
         config, head = model.config, model.head.weight
         # A weight costs 2 FLOPs a token in the forward, 2 in the backward for the activations, and 2 if it is trained.
-        self.per_token = sum((6 if p.requires_grad else 4) * p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+        matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+        self.per_token = sum((6 if p.requires_grad else 4) * p.numel() for p in matrices)
         self.per_label = (6 if head.requires_grad else 4) * head.numel()
         self.per_pair = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""

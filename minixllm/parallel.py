@@ -165,6 +165,7 @@ def explain_lost_peers(world: World, doing: str):
                 "NCCL", "Connection refused")
         if world.size == 1 or not (isinstance(error, dist.DistError) or any(part in text for part in lost)):
             raise
+        told = text.splitlines()[0].split("] ", 1)[-1][:100]  # without the place in gloo's sources
         raise UserError(f"{doing}: another process died or hangs, see its own message "
-                        f"(rank {world.rank} on {socket.gethostname()} was told: {text.splitlines()[0].split('] ', 1)[-1][:100]}). "
+                        f"(rank {world.rank} on {socket.gethostname()} was told: {told}). "
                         "Nothing was saved since the last checkpoint; --resume continues from it") from None

@@ -1,8 +1,8 @@
 """Checkpoints of a training run: sharded, whole or absent, readable at another world size.
 
 `checkpoints/step-00000100/` holds what PyTorch's distributed checkpoint writes (every process its own shards of the
-trained weights and of Adam's two moments) and run.json (the step and the settings). Nothing else is state: the order of
-the data and every random number follow from the seed and the step.
+trained weights and of Adam's two moments) and run.json (the step; as facts, the settings and the data's key). Nothing
+else is state: the order of the data and every random number follow from the seed and the step.
 
 PyTorch pickles the metadata of a distributed checkpoint, so only the run's own output directory is ever read.
 """
@@ -26,8 +26,8 @@ def latest(folder) -> Path | None:
     return max(Path(folder).glob("step-*"), default=None)
 
 
-def save(folder, model, optimizer, world, step: int, settings: dict, keep: int) -> None:
-    """Write `folder`/step-N and remove all but the last `keep`. A collective. UserError when the disk does not take it."""
+def save(folder, model, optimizer, world, step: int, facts: dict, keep: int) -> None:
+    """Write `folder`/step-N, then remove all but the last `keep`. A collective. UserError when the disk is full."""
     folder = Path(folder)
     final, partial = folder / f"step-{step:08}", folder / f".step-{step:08}.partial"
     if world.first:
@@ -39,7 +39,7 @@ def save(folder, model, optimizer, world, step: int, settings: dict, keep: int) 
         dcp.save(_state(model, optimizer), checkpoint_id=partial)
         if world.first:
             with atomic_write(partial / "run.json") as file:
-                json.dump({"step": step, "settings": settings}, file, indent=1)
+                json.dump({"step": step, "facts": facts}, file, indent=1)
             if final.exists():  # a resumed run that saves where it started
                 shutil.rmtree(final)
             os.rename(partial, final)
@@ -58,7 +58,7 @@ def save(folder, model, optimizer, world, step: int, settings: dict, keep: int) 
 
 
 def load(path, model, optimizer) -> tuple[int, dict]:
-    """Fill model and optimizer from a checkpoint; (step, settings it was saved under). A collective."""
+    """Fill model and optimizer from a checkpoint; (step, facts it was saved under). A collective."""
     try:
         run = json.loads((path / "run.json").read_text())
         for group in optimizer.param_groups:
@@ -72,7 +72,7 @@ def load(path, model, optimizer) -> tuple[int, dict]:
         raise UserError(f"{path}: does not fit this model: {reason.splitlines()[0]}") from None
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: not a whole checkpoint: {error}") from None
-    return run["step"], run["settings"]
+    return run["step"], run["facts"]
 
 
 def _state(model, optimizer) -> dict:

@@ -146,4 +146,6 @@ def _nearest(name, names) -> str:
 
 
 def _show(value) -> str:
-    return "none" if value is None or value == [] else " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)

@@ -1,7 +1,7 @@
 """The one training loop that instruction tuning and preference optimisation share.
 
-A step is a function from a micro-batch to a *sum* of losses. Each sum is divided by the count of the whole global batch,
-known beforehand, so that any split of the batch over micro-batches and processes gives the same gradient.
+A step is a function from a micro-batch to a *sum* of losses. Each sum is divided by the count of the whole global
+batch, known beforehand, so that any split of the batch over micro-batches and processes gives the same gradient.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ class TrainingSettings:
     seed: int = setting(0, "of initial weights, data order and dropout")
     dtype: str = setting("auto", "what the forward and backward compute in, over fp32 weights; "
                                  "auto is bfloat16 where the processor has it", ("auto", "bfloat16", "float32"))
-    gradient_checkpointing: bool = setting(False, "recompute each block in the backward: less memory, a third more work")
+    gradient_checkpointing: bool = setting(False, "recompute blocks in the backward: less memory, a third more work")
     eval_every: int = setting(500, "steps between held-out losses; 0 for only the last")
     save_every: int = setting(500, "steps between checkpoints")
     keep: int = setting(2, "checkpoints kept")
@@ -79,7 +79,8 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
     steps = settings.steps or max(1, round(settings.epochs * stream.steps_per_epoch))
     tokens_per_step = stream.data.lengths[stream.records].sum() / stream.steps_per_epoch
     announce(model, world, settings, steps, tokens_per_step)
-    first = start_or_resume(output, model, optimizer, world, settings)
+    facts = asdict(settings) | {"tokenised_data": stream.data.key}
+    first = start_or_resume(output, model, optimizer, world, settings.resume, facts)
     model.gradient_checkpointing = settings.gradient_checkpointing
     training = model.training  # whether there is dropout is the caller's choice
     meter, average = Meter(model, world, settings), None
@@ -111,7 +112,7 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
                 if stop or step == steps or step % settings.save_every == 0:
                     if metrics:
                         os.fsync(metrics.fileno())
-                    resume.save(output / "checkpoints", model, optimizer, world, step, asdict(settings), settings.keep)
+                    resume.save(output / "checkpoints", model, optimizer, world, step, facts, settings.keep)
                     meter.restart()
             if stop and step < steps:
                 if world.first:
@@ -124,7 +125,7 @@ def train_step(model, world, settings, stream, loss_fn, optimizer, meter, step, 
     """One optimiser step. Returns the global batch's mean loss and other means, gradient norm, tokens, FLOPs."""
     batch = stream.batch(step - 1)
     if batch.count == 0:
-        raise UserError(f"step {step}: every token of the batch is masked, there is nothing to learn from; its records: "
+        raise UserError(f"step {step}: every token of the batch is masked, nothing can be learnt from its records: "
                         + first_few(where(stream, batch.micro_batches)))
     torch.manual_seed(settings.seed + (step * world.size + world.rank << 16))  # dropout, the same after a resume
     losses, sums = [], {}
@@ -188,16 +189,16 @@ def learning_rate(step: int, steps: int, settings) -> float:
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def start_or_resume(output: Path, model, optimizer, world, settings) -> int:
+def start_or_resume(output: Path, model, optimizer, world, resuming: bool, facts: dict) -> int:
     """The step to continue after: 0, or that of the latest checkpoint, past which metrics.jsonl is cut."""
     checkpoint, metrics = resume.latest(output / "checkpoints"), output / "metrics.jsonl"
-    if not settings.resume and (checkpoint or metrics.exists()):
+    if not resuming and (checkpoint or metrics.exists()):
         raise UserError(f"{output}: holds a run already, expected a new directory; "
                         "--resume continues it, --output names another")
     step = 0
     if checkpoint:
         step, before = resume.load(checkpoint, model, optimizer)
-        changed = [f"{name} {before[name]} -> {value}" for name, value in asdict(settings).items()
+        changed = [f"{name} {before[name]} -> {value}" for name, value in facts.items()
                    if name != "resume" and name in before and before[name] != value]
         if world.first:
             print(f"resuming after step {step} from {checkpoint}" + (f" with {', '.join(changed)}" if changed else ""))

@@ -22,14 +22,14 @@ def files(tmp_path_factory):
     """A tiny model directory and a file of records that it can learn."""
     folder = tmp_path_factory.mktemp("files")
     rng = random.Random(0)
-    records = [{"instruction": "Say the number.", "input": str(number), "output": answer.format(number), "language": language}
-               for language, answer in ANSWERS.items() for number in rng.sample(range(1000), 60)]
+    records = [{"instruction": "Say the number.", "input": str(number), "output": answer.format(number),
+                "language": language} for language, answer in ANSWERS.items() for number in rng.sample(range(1000), 60)]
     (folder / "data").mkdir()
     (folder / "data/records.jsonl").write_text("\n".join(map(json.dumps, records)))
     texts = [text for record in records for text in record.values()] + [train_sft.alpaca("", "x"), train_sft.alpaca("")]
     tokenizer = train_sentencepiece(texts, folder / "tokenizer.model", vocab_size=400)
-    model = build(LlamaConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                              num_attention_heads=2), Llama)
+    model = build(LlamaConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64,
+                              num_hidden_layers=2, num_attention_heads=2), Llama)
     initialise(model, seed=0)
     save_model(model, folder / "model", tokenizer)
     return folder
@@ -37,8 +37,9 @@ def files(tmp_path_factory):
 
 def test_a_model_directory_and_records(files, tmp_path, capsys):
     train_sft.main(["--model", str(files / "model"), "--data", str(files / "data"), "--output", str(tmp_path / "run"),
-                    "--cache", str(tmp_path / "cache"), "--max-length", "256", "--batch-size", "4", "--micro-batch-size", "2",
-                    "--epochs", "2", "--learning-rate", "0.01", "--warmup-steps", "2", "--eval-every", "4"])
+                    "--cache", str(tmp_path / "cache"), "--max-length", "256", "--batch-size", "4",
+                    "--micro-batch-size", "2", "--epochs", "2", "--learning-rate", "0.01",
+                    "--warmup-steps", "2", "--eval-every", "4"])
     said = capsys.readouterr().out
     assert "memory: about" in said and "Say the number." in said and "deu" in said
     model, tokenizer = load(tmp_path / "run/model")
@@ -68,7 +69,8 @@ def test_exact_match_is_a_mean_of_means():
     def record(language, kind, output):
         return Instruction("", "", output, language, {"kind": kind})
 
-    records = [record("deu", "date", "a"), record("deu", "date", "b"), record("deu", "list", "c"), record("fra", "date", "d")]
+    records = [record("deu", "date", "a"), record("deu", "date", "b"), record("deu", "list", "c"),
+               record("fra", "date", "d")]
     result = exact_match(records, ["a", "x", " c", "x"])
     assert result["by_language"] == {"deu": 75.0, "fra": 0.0}
     assert result["by_kind"] == {"date": 25.0, "list": 100.0}
