@@ -62,7 +62,8 @@ def bandwidth() -> float:
 def bytes_read(model, rows: int) -> int:
     """What the steps of decoding must read: every layer's weights a step, and each row's past."""
     weights = sum(p.numel() for p in model.blocks.parameters()) + model.head.weight.numel()
-    past = rows * sum(range(PROMPT + 1, PROMPT + NEW)) * 2 * model.config.hidden_size * model.config.num_hidden_layers
+    seen = rows * sum(range(PROMPT + 1, PROMPT + NEW))
+    past = seen * 2 * model.config.hidden_size * model.config.num_hidden_layers
     return 4 * ((NEW - 1) * weights + past)
 
 

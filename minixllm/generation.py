@@ -23,12 +23,12 @@ from minixllm.errors import UserError
 from minixllm.kv_cache import KVCache
 
 PREFILL_TOKENS = 4096  # prompts join a forward up to this many tokens, which bounds its memory
-NUCLEUS = 1024         # top_p looks among this many of the likeliest first: to sort a vocabulary takes as long as a step
+NUCLEUS = 1024         # top_p looks among so many of the likeliest first: sorting a vocabulary takes as long as a step
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. Temperature 0 takes the likeliest; top_k, then top_p narrow the choice (None: they do not).
+    """How a token is chosen. Temperature 0 takes the likeliest; top_k, then top_p narrow the choice, unless None.
 
     top_k: the k likeliest tokens. top_p: of those, the fewest likeliest that hold this share of the probability
     (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1).
