@@ -90,7 +90,7 @@ def uniform(kind, ours, theirs, rows: int, peak: float):
 
 
 def mixed(kind, ours, theirs, count: int):
-    """Prompts of 8 to 256 tokens, answers that end at an EOS after 1 to 128: the same in both, as EOS is any of many."""
+    """Prompts of 8 to 256 tokens, answers that end at an EOS after 1 to 128: the same in both."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.empty(count).log_normal_(4.0, 0.8, generator=generator).clamp(8, 256).long().tolist()
     prompts = [torch.randint(3, 32000, (n,), generator=generator).tolist() for n in lengths]
