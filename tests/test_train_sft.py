@@ -2,14 +2,17 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
 
 import train_sft
 from minixllm.checkpoint import build, initialise, load, save_model
+from minixllm.datasets import encode_prompt
 from minixllm.errors import UserError
 from minixllm.exact_match import describe, exact_match
+from minixllm.generation import generate
 from minixllm.llama import Llama, LlamaConfig
 from minixllm.records import Instruction
 from minixllm.tokenizers import train_sentencepiece
@@ -35,20 +38,33 @@ def files(tmp_path_factory):
     return folder
 
 
-def test_a_model_directory_and_records(files, tmp_path, capsys):
-    train_sft.main(["--model", str(files / "model"), "--data", str(files / "data"), "--output", str(tmp_path / "run"),
-                    "--cache", str(tmp_path / "cache"), "--max-length", "256", "--batch-size", "4",
-                    "--micro-batch-size", "2", "--epochs", "2", "--learning-rate", "0.01",
-                    "--warmup-steps", "2", "--eval-every", "4"])
+def test_a_model_directory_and_records(files, tmp_path, capsys, torchrun):
+    flags = ["--model", str(files / "model"), "--data", str(files / "data"), "--output", str(tmp_path / "run"),
+             "--cache", str(tmp_path / "cache"), "--max-length", "256", "--batch-size", "4", "--micro-batch-size", "2",
+             "--learning-rate", "0.01", "--warmup-steps", "2", "--eval-every", "4", "--dtype", "float32"]
+
+    def held_out():
+        rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+        return [row["held_out"] for row in rows if "held_out" in row]
+
+    train_sft.main([*flags, "--epochs", "2"])
     said = capsys.readouterr().out
-    assert "memory: about" in said and "Say the number." in said and "deu" in said
-    model, tokenizer = load(tmp_path / "run/model")
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    held_out = [row["held_out"] for row in rows if "held_out" in row]
-    assert {"loss", "loss/deu", "loss/fra"} == held_out[0].keys()
-    assert held_out[-1]["loss"] < held_out[0]["loss"] - 0.5
-    start, _ = load(files / "model")
+    assert "memory: about" in said and "Say the number." in said and "tokens/character" in said
+    start, (model, tokenizer) = load(files / "model")[0], load(tmp_path / "run/model")
     assert not torch.equal(model.embedding.weight, start.embedding.weight)
+    assert {"loss", "loss/deu", "loss/fra"} == held_out()[0].keys()
+    before = held_out()[-1]["loss"]
+    assert before < held_out()[0]["loss"] - 0.5
+
+    # two processes go on from there, and their samples are those of the model they leave
+    done = torchrun(2, "train_sft.py", *flags, "--epochs", "3", "--resume", timeout=100)
+    assert "resuming after step" in done.stdout and "epochs 2.0 -> 3.0" in done.stdout
+    assert held_out()[-1]["loss"] < before
+    model, tokenizer = load(tmp_path / "run/model")
+    number, shown = re.search(r"Say the number\.\n\n### Input:\n(\d+)\n-> (.*)", done.stdout).groups()
+    prompt = encode_prompt(tokenizer, train_sft.alpaca("Say the number.", number))
+    answer = tokenizer.decode(generate(model, tokenizer, [prompt], 64)[0])
+    assert answer and shown.startswith(answer.split("\n")[0])
 
 
 @pytest.mark.parametrize("argv, said", [
