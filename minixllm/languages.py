@@ -158,6 +158,28 @@ FEEDBACK_LANGUAGES = (
     "rus por ben urd fas ell pol fin amh"
 ).split()
 
+
+# Those of the 100 that Google Cloud Translation's neural model did not offer when it had 133 languages (the list of May
+# 2022, cloud.google.com/translate/docs/languages, which stood until the paper was written; it has grown since).
+# NLLB-200 has them all.
+NOT_ON_GOOGLE = "ast ful kam kea luo oci umb wol".split()
+_GOOGLE_CODES = {"zho_simpl": "zh-CN", "zho_trad": "zh-TW", "nob": "no"}
+# Where FLORES-200's codes, which NLLB uses, are not the FLORES-101 code and the script.
+_FLORES200 = {"ara": "arb", "ful": "fuv", "lav": "lvs", "msa": "zsm", "mon": "khk", "orm": "gaz", "pus": "pbt",
+              "fas": "pes", "uzb": "uzn", "zho_simpl": "zho", "zho_trad": "zho", "Kore": "Hang"}
+
+
+def google_code(code: str) -> str | None:
+    """Google Cloud Translation's code for English or one of the 100; None where it has none."""
+    return None if code in NOT_ON_GOOGLE else _GOOGLE_CODES.get(code, find(code).tag)
+
+
+def nllb_code(code: str) -> str:
+    """NLLB's code: zho_Hans for zho_simpl."""
+    script = find(code).script
+    return f"{_FLORES200.get(code, code)}_{_FLORES200.get(script, script)}"
+
+
 def find(text: str) -> Language:
     """The language with this FLORES-101 code, BCP-47 tag or English name (in any case), benchmark-only ones included.
 

@@ -1,0 +1,38 @@
+"""Build the data sets out of services that translate and chat (README, "Building the data").
+
+    python -m minixllm.build instructions --data alpaca_data.json --output data/instructions --translator google nllb:DIR
+    python -m minixllm.build feedback --data data/instructions --output data/feedback
+
+Both go on where they were stopped when they are given again, and tell beforehand with --dry-run what they would ask.
+"""
+
+import sqlite3
+import sys
+
+from minixllm.build import feedback, instructions
+from minixllm.errors import UserError
+from minixllm.settings import parse, run
+
+BUILDS = {"instructions": (instructions.InstructionSettings, instructions.build),
+          "feedback": (feedback.FeedbackSettings, feedback.build)}
+
+
+def main(argv):
+    command, *argv = argv or ["--help"]
+    if command in ("-h", "--help"):
+        print(__doc__ + "\nThe settings of each: python -m minixllm.build instructions --help")
+        return
+    if command not in BUILDS:
+        raise UserError(f"found {command!r}, expected one of {' or '.join(BUILDS)}")
+    settings, build = BUILDS[command]
+    settings = parse(settings, argv, description=__doc__)
+    try:
+        finished = build(settings)
+    except (OSError, sqlite3.Error) as error:  # a full disk above all
+        raise UserError(f"{getattr(error, 'filename', None) or settings.output}: {getattr(error, 'strerror', None) or error}") from None
+    if not finished:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main)

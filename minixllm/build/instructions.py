@@ -1,0 +1,353 @@
+"""Instructions in 100 languages out of an English Alpaca file (paper, section on multilingual instruction data).
+
+Instruction and input are translated. The answer is translated too where the language's translations are poor, and
+written by a chat model in the language where they are good: which, is told by translating a sample of instructions into
+the language and back and scoring it against the original. Translations and answers that are visibly broken are left out.
+"""
+
+import itertools
+import json
+import random
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from minixllm import languages, scorers
+from minixllm.build import services
+from minixllm.build.runner import Estimate, Missing, Runner, RunnerSettings
+from minixllm.build.services import Prompt, Translate
+from minixllm.errors import UserError, atomic_write
+from minixllm.languages import LANGUAGES
+from minixllm.records import Instruction, read_instructions
+from minixllm.settings import setting
+
+EXAMPLES = 3        # of each reason for leaving a record out, in the report
+DRY_RUN_SAMPLE = 500
+
+
+@dataclass
+class InstructionSettings(RunnerSettings):
+    data: list[str] = setting([], "English files of instruction, input and output (JSON or JSONL), optionally with an id")
+    languages: list[str] = setting([], "codes, tags or names of languages; none: all 100")
+    translator: list[str] = setting(["google"], "services; a language is translated by the first that knows it: "
+                                                "google nllb:DIR is the paper's choice")
+    generator: str = setting("chat:gpt-4o-mini@https://api.openai.com/v1", "the service that answers in the language")
+    quality_sample: int = setting(100, "instructions a language that are translated there and back to judge its quality")
+    min_bleu: float = setting(30.0, "where these reach this BLEU, answers are generated; below, translated")
+    max_new_tokens: int = setting(1024, "tokens of the longest generated answer; what is longer is left out")
+    temperature: float = setting(0.7, "at which answers are generated")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the records of one language are made."""
+
+    code: str
+    translator: object
+    generator: object | None  # None: answers are translated
+    prompt: dict              # of generated answers: max_new_tokens, temperature, seed
+
+
+def build(settings: InstructionSettings) -> bool:
+    """Write {code}.jsonl for each language, and build/failures.jsonl, report.json and report.md, into settings.output.
+
+    Whether everything was asked and answered; where not, running it again goes on.
+    """
+    codes = chosen_languages(settings.languages)
+    if not (settings.data and settings.output):
+        raise UserError("expected --data FILE, an English file in Alpaca's format, and --output DIRECTORY")
+    if settings.quality_sample < 1:
+        raise UserError(f"--quality-sample is {settings.quality_sample}, expected 1 or more")
+    total = check_source(settings.data)
+    sample = sorted(random.Random(settings.seed).sample(range(total), min(settings.quality_sample, total)))
+    opened = [services.service(word, settings.timeout) for word in settings.translator]
+    generator = services.service(settings.generator, settings.timeout)
+    if not generator.does(Prompt("")):
+        raise UserError(f"--generator {settings.generator} does not answer instructions: expected chat:... or local:...")
+    translators = {code: next((each for each in opened if all(map(each.does, there_and_back(code)))), None) for code in codes}
+    if unknown := [code for code, translator in translators.items() if translator is None]:
+        raise UserError(f"{' '.join(settings.translator)}: no translator for {', '.join(unknown)}: add nllb:DIR or "
+                        "chat:MODEL@URL to --translator")
+    prompt = dict(max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, seed=settings.seed)
+    if settings.dry_run:
+        print(estimate(settings, total, [Plan(code, translators[code], generator, prompt) for code in codes], len(sample)))
+        return True
+
+    runner = Runner(settings)
+    for each in {*translators.values(), generator}:
+        runner.reach(each)
+    wrong_language = identifier()
+    report, failures = {}, []
+    for number, code in enumerate(codes, start=1):
+        label = f"{code} {number}/{len(codes)}"
+        translator = translators[code]
+        scores = quality(runner, settings.data, sample, Plan(code, translator, None, prompt), label)
+        if scores is None:
+            break
+        plan = Plan(code, translator, generator if scores["bleu"] >= settings.min_bleu else None, prompt)
+        runner.work(lambda ask, item: make(ask, item[1], plan), sources(settings.data), total, label)
+        finished = write(runner, settings, plan, scores, wrong_language, failures)
+        if finished is None:
+            break
+        report[code] = scores | {"translator": translator.name, "answers": plan.generator.name if plan.generator else "translated"} | finished
+        write_report(Path(settings.output) / "build", report, settings.min_bleu)
+    return conclude(runner, settings.output, failures, f"{len(report)} of {len(codes)} languages are finished")
+
+
+def conclude(runner: Runner, folder, failures: list, state: str) -> bool:
+    """Write failures.jsonl, print how the run ended; whether it has done all it should."""
+    with atomic_write(Path(folder) / "build/failures.jsonl") as file:
+        file.writelines(json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures)
+    print(f"{state}; asked in this run: " + ", ".join(f"{n:,} {unit}" for unit, n in runner.spent.items()))
+    for reason, count in Counter(failure["reason"] for failure in failures).most_common(5):
+        print(f"no answer for {count} records: {reason}")
+    if runner.why_stopped:
+        print(f"stopped: {runner.why_stopped}")
+    if failures or runner.why_stopped:
+        print(f"run the same command again to go on with what is missing; {Path(folder) / 'build/failures.jsonl'} lists what failed")
+    return not (failures or runner.why_stopped)
+
+
+def chosen_languages(words: list[str]) -> list[str]:
+    """FLORES codes, without doubles, in the table's order; all of them for none."""
+    chosen = {languages.find(word).code for word in words}
+    if outside := chosen - LANGUAGES.keys():
+        raise UserError(f"--languages: {', '.join(sorted(outside))} is none of the 100")
+    return [code for code in LANGUAGES if code in chosen or not words]
+
+
+# -- the source -----------------------------------------------------------------------------------------------------
+
+
+def sources(paths) -> Iterator[tuple[int, Instruction]]:
+    """(number, record) of the English records, in order; a record's id is its own, or else its number."""
+    number = itertools.count()
+    return ((next(number), record) for path in paths for record in read_instructions(path))
+
+
+def identity(number: int, record: Instruction) -> str:
+    return str(record.extra.get("id", number))
+
+
+def check_source(paths) -> int:
+    """How many records there are. Raises UserError for a broken one, or two with one id."""
+    digests = np.fromiter((hash(identity(*item)) for item in sources(paths)), dtype=np.int64)  # 8 bytes a record
+    ordered = np.sort(digests)
+    suspects, seen = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist()), {}
+    for path in paths if suspects else ():
+        for record in read_instructions(path):
+            own = record.extra.get("id")
+            if own is not None and hash(str(own)) in suspects:
+                if str(own) in seen:
+                    raise UserError(f"{path}, line {record.line}: id {own!r} again, first in {seen[str(own)]}; expected "
+                                    "every record to have its own")
+                seen[str(own)] = f"{path}, line {record.line}"
+    return len(digests)
+
+
+# -- making records ---------------------------------------------------------------------------------------------------
+
+
+def make(ask, record: Instruction, plan: Plan) -> tuple[str, str, str]:
+    """Instruction, input and output in the plan's language; everything comes through ask(service, request)."""
+    instruction = ask(plan.translator, Translate(record.instruction, "eng", plan.code))
+    input = ask(plan.translator, Translate(record.input, "eng", plan.code))
+    if plan.generator is None:
+        return instruction, input, ask(plan.translator, Translate(record.output, "eng", plan.code))
+    name = LANGUAGES[plan.code].name
+    system = f"You are a helpful assistant. Whatever you are asked, you answer in {name}."
+    return instruction, input, ask(plan.generator, Prompt(instruction, input, system, **plan.prompt))
+
+
+def there_and_back(code: str, text: str = "") -> tuple[Translate, Translate]:
+    return Translate(text, "eng", code), Translate(text, code, "eng")
+
+
+def quality(runner: Runner, paths, sample: list[int], plan: Plan, label: str) -> dict | None:
+    """BLEU and chrF of the sampled instructions, translated there and back; None if the run stopped meanwhile."""
+    wanted = set(sample)
+    texts = [record.instruction for number, record in sources(paths) if number in wanted]
+
+    def back(ask, text):
+        there = ask(plan.translator, Translate(text, "eng", plan.code))
+        return ask(plan.translator, Translate(there, plan.code, "eng"))
+
+    runner.work(back, texts, len(texts), f"{label} quality")
+    pairs = []
+    for text in texts:
+        try:
+            pairs.append((back(runner.recall, text), text))
+        except Missing as missing:
+            if missing.reason is None:
+                return None
+    if 2 * len(pairs) < len(texts):
+        runner.stop(f"{plan.code}: {len(texts) - len(pairs)} of {len(texts)} sampled instructions could not be translated")
+        return None
+    scores = {"bleu": scorers.bleu(*zip(*pairs)), "chrf": scorers.chrf(*zip(*pairs))}
+    return {name: round(score.value, 2) for name, score in scores.items()} | {
+        "signatures": [score.signature for score in scores.values()], "sampled": len(pairs)}
+
+
+def write(runner: Runner, settings, plan: Plan, scores: dict, wrong_language, failures: list) -> dict | None:
+    """Write one language's file out of stored answers; its counts, or None when answers are still to be asked for."""
+    kept, reasons, examples = 0, Counter(), {}
+    failed = []
+    provenance = {"translator": plan.translator.name, "generator": plan.generator.name if plan.generator else None,
+                  "bleu": scores["bleu"], "chrf": scores["chrf"]}
+    try:
+        with atomic_write(Path(settings.output) / f"{plan.code}.jsonl") as file:
+            for number, record in sources(settings.data):
+                try:
+                    made = make(runner.recall, record, plan)
+                except Missing as missing:
+                    if missing.reason is None:
+                        raise
+                    failed.append({"language": plan.code, "id": identity(number, record), "reason": missing.reason})
+                    continue
+                reason = (fault(record, made, plan.generator is not None) or wrong_language(made[2], plan.code)
+                          or wrong_language(made[0], plan.code) or None)
+                if reason is None and not runner.is_new(f"{plan.code} {normal(made[0])}|{normal(made[1])}"):
+                    reason = "duplicate"
+                if reason:
+                    reasons[reason] += 1
+                    if len(examples.setdefault(reason, [])) < EXAMPLES:
+                        examples[reason].append([identity(number, record), *(text[:200] for text in made)])
+                    continue
+                instruction, input, output = made
+                entry = {"instruction": instruction, "input": input, "output": output, "language": plan.code,
+                         "id": identity(number, record), **provenance}
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                kept += 1
+    except Missing:
+        return None
+    failures += failed
+    return {"records": kept, "failed": len(failed), "left_out": dict(sorted(reasons.items())), "examples": dict(sorted(examples.items()))}
+
+
+# -- filters ------------------------------------------------------------------------------------------------------------
+
+REFUSALS = re.compile(r"\W*(?:as an ai\b|as a(?: large)? language model|i(?:'|’)?m sorry,? (?:but|i)|i apologi[sz]e,? but|"
+                      r"sorry,? (?:but )?i (?:can|am)|i(?: am|'m|’m) (?:unable|not able) to|i can(?:not|'t|’t) (?:help|assist|fulfil|provide))",
+                      re.IGNORECASE)
+# what a translation must keep as it is
+VERBATIM = re.compile(r"https?://[^\s<>\"')\]]+|www\.[^\s<>\"')\]]+|```.*?```|`[^`\n]+`|\{\{?\w*\}?\}|%[sd]\b|</?[A-Za-z_][\w-]*>|_{3,}", re.DOTALL)
+NUMBER = re.compile(r"\d+(?:[.,'’\u00a0\u202f\u066b\u066c]\d+)*")
+# one word eight times, or one piece of up to twelve characters, with a letter in it, ten times
+LOOP = re.compile(r"(?<!\S)(?=\S{0,39}[^\W\d_])(\S{1,40})(?:\s+\1){7}(?!\S)|([^\W\d_]\S{0,11}?)\2{9}")
+
+
+def fault(record: Instruction, made: tuple[str, str, str], generated: bool) -> str | None:
+    """Why a record in another language is no good, by its texts alone; None if nothing is to be seen."""
+    instruction, input, output = made
+    if not instruction.strip() or not output.strip() or record.input.strip() and not input.strip():
+        return "empty"
+    if REFUSALS.match(output) or REFUSALS.match(record.output) and not generated:
+        return "refusal"
+    translated = [(record.instruction, instruction), (record.input, input)]
+    if not generated:
+        translated.append((record.output, output))
+    for source, target in translated:
+        if len(words(source)) >= 5 and normal(source) == normal(target) and source is not record.input:
+            return "untranslated"
+        if not set(VERBATIM.findall(source)) <= set(VERBATIM.findall(target)):
+            return "lost placeholder, URL or code"
+        if not numbers(source) <= numbers(target):
+            return "lost number"
+        if len(source) >= 20 and not 0.15 <= len(target) / len(source) <= 5:
+            return "length ratio"
+    if any(LOOP.search(target) and not LOOP.search(source) for source, target in (*translated, ("", output))):
+        return "loop"
+    if generated and len(words(output)) >= 5 and normal(output) in (normal(instruction), normal(input)):
+        return "answer repeats the question"
+    return None
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+", text)
+
+
+def numbers(text: str) -> set[str]:
+    """The numbers of two or more digits, in ASCII digits and without separators: these differ between languages, and
+    small numbers are written as words."""
+    digits = "".join(str(d) if (d := unicodedata.decimal(c, None)) is not None else c for c in text) if not text.isascii() else text
+    found = (re.sub(r"\D", "", number).lstrip("0") for number in NUMBER.findall(digits))
+    return {number for number in found if len(number) >= 2}
+
+
+def normal(text: str) -> str:
+    """The text for comparisons: case, width, punctuation and white space aside."""
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+
+
+# which languages py3langid takes for each other: 10 % or more of news sentences
+RELATIVES = ({"bos", "hrv", "srp"}, {"ind", "msa"}, {"xho", "zul"})
+UNRELIABLE = {"ckb", "nso"}  # takes all of them for others
+
+
+def identifier():
+    """(text, code) -> "wrong language" or None, by py3langid; about languages that it does not know, only whether the
+    text is English. Raises UserError where it is not installed."""
+    from minixllm.report import language_identifier
+    if (found := language_identifier()) is None:
+        raise UserError("a language identifier is needed to leave out answers in the wrong language: pip install 'minixllm[lid]'")
+    identify, known, _ = found
+
+    def wrong_language(text: str, code: str) -> str | None:
+        if sum(map(len, words(text))) < (10 if LANGUAGES[code].script in ("Hans", "Jpan", "Kore") else 25):
+            return None  # too short to tell
+        label = identify(text)
+        near = set().union({code}, *(group for group in RELATIVES if code in group))
+        sure = code in known and code not in UNRELIABLE
+        return "wrong language" if label == "eng" or sure and label not in near else None
+
+    return wrong_language
+
+
+# -- reports ------------------------------------------------------------------------------------------------------------
+
+
+def write_report(folder: Path, report: dict, min_bleu: float) -> None:
+    """report.json, and report.md with the paper's table: how many languages have a quality in each interval."""
+    with atomic_write(folder / "report.json") as file:
+        json.dump(report, file, ensure_ascii=False, indent=1)
+    lines = ["| BLEU there and back | languages | which |", "|---|---|---|"]
+    for low in range(90, -10, -10):
+        members = [code for code, entry in report.items() if low <= min(entry["bleu"], 99.9) < low + 10]
+        if members:
+            lines.append(f"| {low} to {low + 10} | {len(members)} | {' '.join(members)} |")
+    lines += ["", f"Answers are generated from {min_bleu:g} on, translated below.", "",
+              "| language | BLEU | chrF | answers | records | left out | failed |", "|---|---|---|---|---|---|---|"]
+    for code, entry in report.items():
+        left_out = ", ".join(f"{reason} {count:,}" for reason, count in entry["left_out"].items()) or "none"
+        lines.append(f"| {LANGUAGES[code].name} ({code}) | {entry['bleu']:.1f} | {entry['chrf']:.1f} | {entry['answers']} | "
+                     f"{entry['records']:,} | {left_out} | {entry['failed']:,} |")
+    with atomic_write(folder / "report.md") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def estimate(settings, total: int, plans: list[Plan], sampled: int) -> str:
+    """What the build would ask, if all answers were translated, and if all were generated."""
+    chosen = set(random.Random(settings.seed).sample(range(total), min(DRY_RUN_SAMPLE, total)))
+    records = [record for number, record in sources(settings.data) if number in chosen]
+    answer = sum(len(record.output) for record in records) // len(records)
+    lines = [f"{total:,} records, {len(plans)} languages; counted on {len(records)} records, all answers translated to all generated"]
+    bounds = []
+    for generated in (False, True):
+        estimate, back = Estimate(answer), Estimate(answer)
+        for plan in plans:
+            plan = plan if generated else Plan(plan.code, plan.translator, None, plan.prompt)
+            for record in records:
+                make(estimate.ask, record, plan)
+                back.ask(plan.translator, Translate(record.instruction, plan.code, "eng"))
+        bounds.append({(name, unit): (count * total + back.counts.get(name, {}).get(unit, 0) * sampled) // len(records)
+                       for name, counts in estimate.counts.items() for unit, count in counts.items()})
+    for name, unit in {**bounds[0], **bounds[1]}:
+        low, high = sorted(bound.get((name, unit), 0) for bound in bounds)
+        if high:
+            lines.append(f"{name}: {low:,} to {high:,} {unit}" if low < high else f"{name}: {low:,} {unit}")
+    return "\n".join(lines)

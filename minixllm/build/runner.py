@@ -1,0 +1,272 @@
+"""Asking services many thousand times: at most so many at once, again after faults, within a budget, never twice.
+
+A build is a pure function from a source record and the answers it asks for to an output record. It runs twice: in
+`Runner.work` by many threads, where `Runner.ask` gets each answer and stores it under a hash of its request; then in
+source order, where `Runner.recall` finds all of them stored. So what is written depends neither on the order in which
+answers came nor on how often the build was killed.
+"""
+
+import dataclasses
+import hashlib
+import json
+import random
+import sqlite3
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from minixllm.build.services import Failure, Prompt, Translate
+from minixllm.errors import UserError
+from minixllm.settings import setting
+
+ATTEMPTS = 6
+BACKOFF = 0.5         # seconds before the second attempt, doubled each time
+LONGEST_WAIT = 600.0  # seconds; a server that asks for more has failed
+FAILURES_IN_A_ROW = 40
+
+
+@dataclass
+class RunnerSettings:
+    """What both builds can be told about asking."""
+
+    output: str | None = setting(None, "directory of the finished files; in its folder build, the report, what failed, and "
+                                        "cache.sqlite with every answer")
+    concurrency: int = setting(16, "requests on their way at once")
+    timeout: float = setting(120.0, "seconds without a sign of life after which a request is made again")
+    budget_requests: int | None = setting(None, "requests of this run; it stops before there are more")
+    budget_tokens: int | None = setting(None, "tokens of chat models in this run, prompts and answers")
+    budget_characters: int | None = setting(None, "characters sent to translators in this run")
+    dry_run: bool = setting(False, "ask nothing: count the requests, characters and tokens, from a sample")
+    seed: int = setting(0, "draws samples and language pairs, and is passed to chat models")
+
+
+class Missing(Exception):
+    """There is no answer to a request of this record: because of `reason`, or not yet (None)."""
+
+    def __init__(self, reason: str | None):
+        self.reason = reason
+
+
+class Stopped(Exception):
+    """The run is ending: nothing more is asked."""
+
+
+class Runner:
+    """The threads, the budget and the stored answers of one run. `spent`: what the run has used up so far."""
+
+    def __init__(self, settings: RunnerSettings):
+        for name in ("concurrency", "timeout"):
+            if getattr(settings, name) <= 0:
+                raise UserError(f"--{name} is {getattr(settings, name)}, expected more than 0")
+        folder = Path(settings.output) / "build"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.threads = settings.concurrency
+        self.limits = {unit: limit for unit in ("requests", "tokens", "characters")
+                       if (limit := getattr(settings, f"budget_{unit}")) is not None}
+        self.spent, self._reserved = dict.fromkeys(("requests", "tokens", "characters"), 0), {}
+        self._settled = threading.Condition()
+        self._stop, self.why_stopped, self._error = threading.Event(), None, None
+        self._failed_in_a_row, self._resume_at = 0, {}
+
+        # WAL: a stored answer survives the death of this process at once; exclusive: two builds may not share a folder
+        self._lock = threading.Lock()
+        self._database = sqlite3.connect(folder / "cache.sqlite", timeout=0.1, isolation_level=None, check_same_thread=False)
+        try:
+            self._database.executescript("""
+                PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
+                CREATE TABLE IF NOT EXISTS answers (request BLOB PRIMARY KEY, answer TEXT);
+                CREATE TABLE IF NOT EXISTS failures (request BLOB PRIMARY KEY, reason TEXT);
+                DELETE FROM failures;
+                CREATE TEMP TABLE seen (text BLOB PRIMARY KEY) WITHOUT ROWID;""")
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                raise UserError(f"{settings.output}: another build is writing there") from None
+            raise
+
+    # -- stored answers
+
+    def _query(self, statement: str, *values):
+        with self._lock:
+            return self._database.execute(statement, values).fetchone()
+
+    def recall(self, service, request) -> str:
+        """The stored answer. Raises Missing."""
+        if not request.text.strip():
+            return ""
+        key = _key(service, request)
+        if row := self._query("SELECT answer FROM answers WHERE request = ?", key):
+            return row[0]
+        reason = self._query("SELECT reason FROM failures WHERE request = ?", key)
+        raise Missing(reason and reason[0])
+
+    def is_new(self, text: str) -> bool:
+        """Whether it is asked of `text` for the first time; on disk, for a set of all texts would fill the memory."""
+        digest = hashlib.sha256(text.encode()).digest()[:16]
+        return self._query("INSERT OR IGNORE INTO seen VALUES (?) RETURNING 1", digest) is not None
+
+    # -- asking
+
+    def reach(self, service) -> None:
+        """Ask one short thing, so that a wrong address or key is known now and not after an hour. Raises UserError."""
+        request = Translate("Good morning.", "eng", "spa")
+        if not service.does(request):
+            request = Prompt("Say yes.", max_new_tokens=8)
+        for last in (False, False, True):
+            try:
+                return self._once(service, request)
+            except Failure as failure:
+                if not failure.charged and failure.again:
+                    return  # it is there, but busy
+                if last or not failure.again:
+                    raise UserError(f"{service.name} cannot be asked: {failure}") from None
+            except Stopped:
+                return
+
+    def ask(self, service, request) -> str:
+        """The answer, stored or new. Raises Failure when there is none for good, Stopped when the run is ending."""
+        if self._stop.is_set():
+            raise Stopped
+        try:
+            return self.recall(service, request)
+        except Missing:
+            pass
+        try:
+            answer = self._insist(service, request)
+        except Failure as failure:
+            self._query("INSERT OR REPLACE INTO failures VALUES (?, ?)", _key(service, request), str(failure))
+            self._failed_in_a_row += 1
+            if self._failed_in_a_row >= FAILURES_IN_A_ROW:
+                self.stop(f"{FAILURES_IN_A_ROW} requests in a row failed, the last with: {failure}")
+            raise
+        self._failed_in_a_row = 0
+        self._query("INSERT OR REPLACE INTO answers VALUES (?, ?)", _key(service, request), answer)
+        return answer
+
+    def _insist(self, service, request) -> str:
+        delay = BACKOFF
+        for attempt in range(1, ATTEMPTS + 1):
+            self._wait(self._resume_at.get(service.name, 0) - time.monotonic())
+            try:
+                return self._once(service, request)
+            except Failure as failure:
+                if not failure.again or attempt == ATTEMPTS or (failure.after or 0) > LONGEST_WAIT:
+                    raise
+                if failure.after:  # it goes for all that would ask this service
+                    self._resume_at[service.name] = time.monotonic() + failure.after * random.uniform(1, 1.1)
+                elif failure.after is None:
+                    self._wait(delay * random.uniform(0.5, 1.5))
+                    delay *= 2
+
+    def _once(self, service, request) -> str:
+        self._reserve(cost := service.cost(request))
+        used = cost
+        try:
+            answer, used = service.ask(request)
+            return answer
+        except Failure as failure:
+            used = cost if failure.charged else dict.fromkeys(cost, 0) | {"requests": 1}
+            raise
+        finally:
+            self._settle(cost, used)
+
+    def _wait(self, seconds: float) -> None:
+        if seconds > 0 and self._stop.wait(seconds):
+            raise Stopped
+
+    def _reserve(self, cost: dict) -> None:
+        """Take a request's highest cost out of the budget; wait while only what is on its way stands against it."""
+        with self._settled:
+            while any(self.spent[unit] + self._reserved.get(unit, 0) + amount > self.limits.get(unit, float("inf"))
+                      for unit, amount in cost.items()):
+                if not self._reserved.get("requests"):
+                    self.stop("the budget of " + ", ".join(f"{n:,} {unit}" for unit, n in self.limits.items()) + " is spent")
+                if self._stop.is_set():
+                    raise Stopped
+                self._settled.wait(0.5)
+            for unit, amount in cost.items():
+                self._reserved[unit] = self._reserved.get(unit, 0) + amount
+
+    def _settle(self, cost: dict, used: dict) -> None:
+        with self._settled:
+            for unit in cost:
+                self._reserved[unit] -= cost[unit]
+                self.spent[unit] += used[unit]
+            self._settled.notify_all()
+
+    # -- many
+
+    def stop(self, why: str) -> None:
+        """Ask nothing more; the first reason is kept."""
+        self.why_stopped = self.why_stopped or why
+        self._stop.set()
+
+    def work(self, task, items, total: int, label: str) -> None:
+        """task(ask, item) for every item, `concurrency` at a time, with a progress bar; results are only stored answers.
+
+        Raises what reading the items raised, and UserErrors of services; goes on after Failures, ends when stopped.
+        """
+        items, reading, end = iter(items), threading.Lock(), object()
+
+        def thread():
+            try:
+                while not self._stop.is_set():
+                    with reading:
+                        item = next(items, end)
+                    if item is end:
+                        return
+                    try:
+                        task(self.ask, item)
+                    except Failure:
+                        pass  # kept with its reason, told at the end
+                    bar.update()
+            except Stopped:
+                pass
+            except BaseException as error:
+                self._error = self._error or error
+                self._stop.set()
+
+        # daemons: Ctrl-C need not wait for answers on their way
+        threads = [threading.Thread(target=thread, daemon=True) for _ in range(self.threads)]
+        with tqdm(total=total, desc=label, unit="record", smoothing=0.05, disable=None, file=sys.stderr) as bar:
+            for each in threads:
+                each.start()
+            for each in threads:
+                while each.is_alive():
+                    each.join(0.2)
+        if self._error:
+            raise self._error
+
+
+def _key(service, request) -> bytes:
+    fields = json.dumps([service.name, type(request).__name__, dataclasses.asdict(request)], ensure_ascii=False)
+    return hashlib.sha256(fields.encode()).digest()[:16]
+
+
+class Estimate:
+    """What a build would ask, without asking: `ask` counts, and answers with a text of a likely length.
+
+    Translations are taken to be as long as their originals, answers to have `answer` characters, and tokens three
+    characters: English has four to five of them, most other languages two to four.
+    """
+
+    def __init__(self, answer: int):
+        self.answer, self.counts = "x" * answer, {}
+
+    def ask(self, service, request) -> str:
+        if not request.text.strip():
+            return ""
+        counts = self.counts.setdefault(service.name, {"requests": 0, "characters": 0, "tokens": 0})
+        counts["requests"] += 1
+        cost = service.cost(request)
+        translated = hasattr(request, "source")
+        answer = request.text if translated else self.answer
+        if "characters" in cost:
+            counts["characters"] += cost["characters"]
+        else:
+            sent = len(request.text) if translated else len(request.text) + len(request.input) + len(request.system)
+            counts["tokens"] += (sent + 60 + len(answer)) // 3
+        return answer

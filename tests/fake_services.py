@@ -1,0 +1,126 @@
+"""A server of Google's translation and of OpenAI's chat that answers at once, always the same, or misbehaves on purpose.
+
+As a translator it turns the letters of each word around, so that translating back restores the text. As a chat model it
+answers an instruction with words made from it and the seed; as a judge it prefers the longer answer.
+"""
+
+import asyncio
+import hashlib
+import json
+import re
+import ssl
+import sys
+import threading
+
+POOR = ("ny",)  # Google codes of languages it translates badly
+
+
+def turned(text: str) -> str:
+    return re.sub(r"(?<![\w/{`])[^\W\d_]+(?![\w/}`])", lambda word: word[0][::-1], text)
+
+
+def translated(body: dict) -> str:
+    text = turned(body["q"])
+    return " ".join(reversed(text.split())) if body["source"] in POOR else text
+
+
+def chat(body: dict) -> str:
+    prompt = body["messages"][-1]["content"]
+    if judged := re.search(r'{"id": "(\w+)"', prompt):
+        tag = judged[1]
+        first, second = (re.search(rf"\[{tag}\] {side} answer\n(.*?)\n\[{tag}\]", prompt, re.S)[1] for side in ("first", "second"))
+        better, worse = dict.fromkeys(("helpfulness", "correctness", "language"), 9), dict.fromkeys(("helpfulness", "correctness", "language"), 3)
+        return json.dumps({"id": tag, "first": better if len(first) > len(second) else worse,
+                           "second": better if len(second) > len(first) else worse})
+    if marked := re.search(r"two lines (\w{16}) .*?\n\1\n(.*)\n\1", prompt, re.S):
+        return turned(marked[2])
+    digest = hashlib.sha256(f"{body.get('seed')}{prompt}".encode()).hexdigest()
+    words = re.findall("[a-f]+", digest)
+    return "Ondoka " + " ".join(words[:3 + int(digest[:4], 16) % 9])
+
+
+class Server:
+    """`with Server(fault) as server:` serves on server.port of 127.0.0.1, in a thread.
+
+    fault: (request number, body) -> None, or "429", "500", "silence", "cut", "text", "shape", "huge", or a status.
+    `asked` holds the bodies of all requests, `answered` of those answered well, `headers` the last request's.
+    """
+
+    def __init__(self, fault=lambda number, body: None, port: int = 0, tls: ssl.SSLContext | None = None, keep=True):
+        self.fault, self.port, self.tls, self.keep = fault, port, tls, keep
+        self.asked, self.answered, self.headers, self.number = [], [], b"", 0
+
+    def __enter__(self):
+        started = threading.Event()
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.serve(started)), daemon=True)
+        self.thread.start()
+        started.wait()
+        return self
+
+    def __exit__(self, *_):
+        self.loop.call_soon_threadsafe(self.done.set)
+        self.thread.join(5)
+
+    async def serve(self, started=None):
+        self.loop, self.done = asyncio.get_running_loop(), asyncio.Event()
+        server = await self.loop.create_server(lambda: Connection(self), "127.0.0.1", self.port, ssl=self.tls, backlog=512)
+        self.port = server.sockets[0].getsockname()[1]
+        if started:
+            started.set()
+        await self.done.wait()
+        server.close()
+
+    @property
+    def url(self) -> str:
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}/v1"
+
+
+class Connection(asyncio.Protocol):
+    def __init__(self, server: Server):
+        self.server, self.buffer = server, b""
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data: bytes):
+        self.buffer += data
+        head, end, rest = self.buffer.partition(b"\r\n\r\n")
+        length = int(re.search(rb"(?i)content-length: (\d+)", head)[1]) if end else 0
+        if not end or len(rest) < length:
+            return
+        self.buffer = rest[length:]
+        server, body = self.server, json.loads(rest[:length])
+        server.number += 1
+        server.headers = head
+        fault = server.fault(server.number, body)
+        if server.keep:
+            server.asked.append(body)
+            if not fault:
+                server.answered.append(body)
+        if b"/chat/completions" in head.split(b"\r\n")[0]:
+            answer = {"choices": [{"message": {"role": "assistant", "content": chat(body)}, "finish_reason": "stop"}],
+                      "usage": {"total_tokens": 50}}
+        else:
+            answer = {"data": {"translations": [{"translatedText": translated(body)}]}}
+        answer = json.dumps(answer).encode()
+        if fault == "silence":
+            return
+        if fault == "cut":
+            self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(answer) + answer[:len(answer) // 2])
+            self.transport.close()
+            return
+        status, extra = "200 OK", ""
+        if fault == "text":
+            answer = b"<html>upstream is busy</html>"
+        elif fault == "shape":
+            answer = b'{"choices": [], "data": {"translations": 7}}'
+        elif fault == "huge":
+            answer = b'{"filler": "' + b"x" * 10_000_000 + b'"}'
+        elif fault:
+            status, extra = f"{fault} Something", "Retry-After: 1\r\n" if fault == "429" else ""
+            answer = b'{"error": {"message": "you sent ' + head.replace(b"\r\n", b" ").replace(b'"', b"") + b'"}}'
+        self.transport.write(f"HTTP/1.1 {status}\r\n{extra}Content-Length: {len(answer)}\r\n\r\n".encode() + answer)
+
+
+if __name__ == "__main__":
+    asyncio.run(Server(port=int(sys.argv[1]), keep=False).serve())
