@@ -1,0 +1,180 @@
+"""Full fine-tuning of a small LLaMA: real tokens a second and peak memory, beside `transformers` and TRL.
+
+    python bench/sft.py                       # speed and memory, the allocator as shipped
+    python bench/sft.py --malloc              # both sides with malloc's mmap and trim thresholds raised
+    python bench/sft.py --sides ours transformers trl --rounds 3 --steps 4 --dtype bfloat16
+
+Random weights, vocabulary 32,000, width 512, 8 layers, 8 heads, feed-forward 1,376; documents of log-normal length, mean
+120, at most 512; 4 x 512 tokens a step; AdamW. The sides take turns, each in a process of its own, and a machine's
+timings drift: the table gives the range over the rounds. `masked` supervises the second half of each document, as
+instruction tuning does; the others supervise every token. The peers' rows of 512 hold no padding.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+
+SHAPE = dict(vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8)
+ROWS, LENGTH = 4, 512
+SIDES = ["ours", "ours-masked", "ours-unsharded", "transformers", "trl"]
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
+
+
+def documents(rng):
+    """Endless document lengths: log-normal, mean 120 before they are cut at 512."""
+    sigma = 0.8
+    while True:
+        yield int(np.clip(rng.lognormal(math.log(120) - sigma**2 / 2, sigma), 8, LENGTH))
+
+
+def packed(rng):
+    """Endless steps: the lengths of the whole documents that fit into ROWS rows of LENGTH tokens."""
+    lengths, waiting = documents(rng), []
+    while True:
+        step = []
+        for _ in range(ROWS):
+            room = LENGTH
+            while (length := waiting.pop() if waiting else next(lengths)) <= room:
+                step.append(length)
+                room -= length
+            waiting.append(length)
+        yield step
+
+
+def ours(side: str, dtype: torch.dtype):
+    from minixllm import parallel
+    from minixllm.attention import Packed
+    from minixllm.llama import Llama, LlamaConfig
+
+    model = Llama(LlamaConfig.from_dict(SHAPE))
+    for name, parameter in model.named_parameters():
+        model.init_weights(name, parameter.data, torch.Generator().manual_seed(0))
+    if side != "ours-unsharded":
+        parallel.shard(model, parallel.setup("cpu"), dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    for lengths in packed(np.random.default_rng(0)):
+        ids, labels = torch.randint(0, SHAPE["vocab_size"], (2, sum(lengths)))
+        if side == "ours-masked":
+            for start, length in zip(itertools.accumulate([0, *lengths]), lengths):
+                labels[start:start + length // 2] = -100
+        loss = -model(ids, Packed(lengths), labels).sum() / (labels != -100).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield len(ids)
+
+
+def plain_transformers(dtype: torch.dtype):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    while True:
+        ids = torch.randint(0, SHAPE["vocab_size"], (ROWS, LENGTH))
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield ids.numel()
+
+
+def trl(steps: int, output: str):
+    """TRL's SFTTrainer with packing, its CPU defaults; yields the real tokens of each step."""
+    import datasets
+    from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    times, counts = [], []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            times.append(time.perf_counter())
+
+    class Counting(SFTTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            counts.append(int(inputs["labels"].ne(-100).sum() if "attention_mask" not in inputs
+                              else inputs["attention_mask"].sum()))
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    rng, lengths = np.random.default_rng(0), documents(np.random.default_rng(0))
+    rows = [{"input_ids": rng.integers(0, SHAPE["vocab_size"], next(lengths)).tolist()} for _ in range(40 * (steps + 2))]
+    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    config = SFTConfig(output_dir=output, per_device_train_batch_size=ROWS, max_length=LENGTH, packing=True,
+                       max_steps=steps + 1, report_to=[], save_strategy="no", use_cpu=True, bf16=False,
+                       gradient_checkpointing=False, disable_tqdm=True)
+    trainer = Counting(LlamaForCausalLM(LlamaConfig(**SHAPE)), config, train_dataset=datasets.Dataset.from_list(rows),
+                       processing_class=PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>",
+                                                                pad_token="</s>"), callbacks=[Clock()])
+    trainer.train()
+    return sum(counts[1:steps + 1]), times[steps] - times[0]
+
+
+def measure(side: str, steps: int, dtype: torch.dtype) -> dict:
+    torch.manual_seed(0)
+    if side == "trl":
+        import tempfile
+        with tempfile.TemporaryDirectory() as output:
+            tokens, seconds = trl(steps, output)
+    else:
+        run = ours(side, dtype) if side.startswith("ours") else plain_transformers(dtype)
+        next(run)  # the first step makes the optimiser's state
+        start = time.perf_counter()
+        tokens = sum(itertools.islice(run, steps))
+        seconds = time.perf_counter() - start
+    return {"tokens": tokens, "seconds": seconds,
+            "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+
+
+def peak_flops(dtype: torch.dtype) -> float:
+    """The fastest product of two 2,048 x 2,048 matrices, FLOP/s."""
+    a, times = torch.randn(2048, 2048, dtype=dtype), []
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(times)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES[:-1])
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--malloc", action="store_true")
+    parser.add_argument("--measure", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
+    if args.measure:
+        return print(json.dumps(measure(args.measure, args.steps, dtype)))
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    environment = {**os.environ, **(MALLOC if args.malloc else {}), "PYTHONPATH": root}
+    results = {side: [] for side in args.sides}
+    for _, side in itertools.product(range(args.rounds), args.sides):
+        command = [sys.executable, __file__, "--measure", side, "--steps", str(args.steps), "--dtype", args.dtype]
+        done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+        results[side].append(json.loads(done.stdout.splitlines()[-1]))
+    peak = peak_flops(dtype)
+    body = SHAPE["num_hidden_layers"] * (4 * 512**2 + 3 * 512 * 1376)
+    flops = 6 * (body + 512 * SHAPE["vocab_size"])  # a token's share of the products, every token supervised
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.dtype}, "
+          f"{'raised' if args.malloc else 'shipped'} malloc thresholds, peak {peak / 1e9:.0f} GFLOP/s")
+    for side, runs in results.items():
+        rates = sorted(run["tokens"] / run["seconds"] for run in runs)
+        used = (flops - 3 * 512 * SHAPE["vocab_size"] if side == "ours-masked" else flops) * rates[-1] / peak
+        print(f"{side:15} {rates[0]:6.0f} to {rates[-1]:.0f} tokens/s, {used:4.0%} of peak, "
+              f"{max(run['peak_gb'] for run in runs):.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
