@@ -32,9 +32,9 @@ from minixllm.tokenizers import train_sentencepiece
 # The settings that make a small model learn most in five minutes on two cores (in place of the scripts' defaults).
 # Many small steps on short prompts: a row is one record, of about 18 tokens.
 SETTINGS = {
-    "steps": 3000, "batch_size": 64, "micro_batch_size": 64, "max_length": 128, "packing": False,
+    "steps": 2000, "batch_size": 64, "micro_batch_size": 64, "max_length": 128, "packing": False,
     "learning_rate": 3e-3, "warmup_steps": 100, "weight_decay": 0.05, "beta2": 0.98,
-    "eval_every": 1000, "save_every": 1000, "max_new_tokens": 32,
+    "eval_every": 500, "save_every": 1000, "max_new_tokens": 32,
 }
 
 # kind of task -> (what its content is about, the instruction)
