@@ -1,5 +1,6 @@
 """What a run needs beforehand, and how fast it goes: memory, disk, tokens a second, model FLOP/s utilisation."""
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -96,8 +97,11 @@ def memory_needed(model, world, settings) -> float:
 def memory_available(device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo", encoding="ascii") as file:
-        return 1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return 1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except OSError:  # not Linux: all there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def gigabytes(size: float) -> str:

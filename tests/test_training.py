@@ -28,7 +28,7 @@ from minixllm.checkpoint import build, initialise
 from minixllm.datasets import Stream
 from minixllm.errors import UserError
 from minixllm.llama import Llama, LlamaConfig
-from minixllm.meter import Meter
+from minixllm.meter import Meter, attending_pairs
 from minixllm.settings import parse, run, setting
 from minixllm.training import TIMINGS, TrainingSettings, held_out_loss, learning_rate, sft_loss, train, train_step
 
@@ -390,6 +390,20 @@ def test_learning_rate():
     assert rates[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 0.2 + 0.9 * (1 + math.cos(math.pi / 20))])
     assert rates[13] == pytest.approx(1.1) and rates[-1] == pytest.approx(0.2)
     assert learning_rate(3, 3, settings) == 2.0  # all warm-up
+
+
+def test_meter_counts_what_the_architecture_needs():
+    """Two FLOPs a weight and token, and a pair of attending tokens; the backward twice the forward. CPUs: no MFU."""
+    settings = Settings()
+    world, model = setup(settings)
+    batch = make_stream(settings, world).batch(0).micro_batches[0]
+    meter = Meter(model, world, settings)
+    weights = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    pairs = sum(n * (n + 1) / 2 for n in batch.documents)
+    forward = 2 * weights * len(batch.input_ids) + 2 * 97 * 32 * int((batch.labels >= 0).sum()) + 2 * 2 * 2 * 32 * pairs
+    assert meter.flops([batch]) == pytest.approx(3 * forward)
+    assert meter.lap(1e9, 100)["mfu"] is None
+    assert attending_pairs((3, [2, 4])) == 6 + (2 * 3 + 3) + (4 * 3 + 10)
 
 
 if __name__ == "__main__":
