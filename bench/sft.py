@@ -23,6 +23,8 @@ import time
 import numpy as np
 import torch
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[0] = ROOT  # for minixllm, and away from this folder, whose tokenizers.py would hide the library
 SHAPE = dict(vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8)
 ROWS, LENGTH = 4, 512
 SIDES = ["ours", "ours-masked", "ours-unsharded", "transformers", "trl"]
@@ -157,8 +159,7 @@ def main():
     dtype = getattr(torch, args.dtype)
     if args.measure:
         return print(json.dumps(measure(args.measure, args.steps, dtype)))
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    environment = {**os.environ, **(MALLOC if args.malloc else {}), "PYTHONPATH": root}
+    environment = {**os.environ, **(MALLOC if args.malloc else {})}
     results = {side: [] for side in args.sides}
     for _, side in itertools.product(range(args.rounds), args.sides):
         command = [sys.executable, __file__, "--measure", side, "--steps", str(args.steps), "--dtype", args.dtype]
