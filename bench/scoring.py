@@ -1,4 +1,4 @@
-"""Seconds to score a whole benchmark file, against sacrebleu and XL-Sum's ROUGE: python bench/scoring.py [sentences]
+"""Seconds to score a whole benchmark file, against sacrebleu and XL-Sum's ROUGE: python -m bench.scoring [sentences]
 
 Needs the packages of the extra `test`. Both sides score the same texts in one process, interleaved; the best of three.
 """
@@ -38,6 +38,9 @@ def main() -> None:
         low, high = scorers.bleu(hypotheses, references).interval()
         return (high - low) / 2
 
+    def their_half_width(hypotheses, references):
+        return sacrebleu.BLEU(force=True).corpus_score(hypotheses, [references], n_bootstrap=1000)._ci
+
     def fresh_bleu(h, r):                       # sacrebleu caches tokenised lines: a new object has nothing cached
         return sacrebleu.BLEU(force=True).corpus_score(h, [r]).score
 
@@ -45,11 +48,11 @@ def main() -> None:
         "BLEU 13a": (lambda h, r: scorers.bleu(h, r).value, fresh_bleu, sentences),
         "chrF++": (lambda h, r: scorers.chrf(h, r, 2).value,
                    lambda h, r: sacrebleu.CHRF(word_order=2).corpus_score(h, [r]).score, sentences),
-        "BLEU, 95 % interval": (half_width, lambda h, r: sacrebleu.BLEU(force=True).corpus_score(h, [r], n_bootstrap=1000)._ci,
-                                sentences),
+        "BLEU, 95 % interval": (half_width, their_half_width, sentences),
         "ROUGE-1, 2 and L": (rouge_1, their_rouge_1, summaries),
     }
-    print(f"{count} sentences of 24 words, summaries of 60\n{'':22}{'ours, s':>10}{'theirs, s':>11}{'ratio':>8}{'ours':>9}{'theirs':>9}")
+    print(f"{count} sentences of 24 words, summaries of 60")
+    print(f"{'':22}{'ours, s':>10}{'theirs, s':>11}{'ratio':>8}{'ours':>9}{'theirs':>9}")
     for name, (ours, theirs, pair) in rows.items():
         best, values = [float("inf")] * 2, [0.0, 0.0]
         for _ in range(3):

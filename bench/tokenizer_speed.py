@@ -1,6 +1,6 @@
 """Tokenizer speed: byte-level BPE here against Hugging Face `tokenizers`, one text at a time, on one core.
 
-    python bench/tokenizers.py DATA_FOLDER
+    python bench/tokenizer_speed.py DATA_FOLDER
 
 Trains a vocabulary of each shape on DATA_FOLDER/ntrex and DATA_FOLDER/tatoeba, warms both sides on the odd UDHR
 paragraphs and times the even ones, the two sides in turn, three times with fresh caches; prints the range. Also load times.

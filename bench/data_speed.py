@@ -1,4 +1,4 @@
-"""How fast records become batches, and how much memory that takes: python bench/datasets.py [--records 300000]
+"""How fast records become batches, and how much memory that takes: python bench/data_speed.py [--records 300000]
 
 Writes synthetic records in many languages' scripts, builds the token cache with one worker and with all cores, then
 opens it afresh and draws batches. Memory is the peak of each stage's own process. Packing is also timed on the lengths
