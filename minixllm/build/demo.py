@@ -49,7 +49,9 @@ KINDS = {
 }
 SHARES = {"date": 2, "when": 2, "quantity": 2, "money": 2, "list": 1, "read": 1.5, "language": 1.5}  # of the records
 ASKED = ("date", "list", "money", "quantity")  # what is asked about in the 30 feedback languages themselves
-OWN = 40  # records a subject in which a feedback language asks for itself: what preference optimisation starts from
+# What the 30 feedback languages get besides, and preference optimisation starts from:
+OWN = 40  # records a subject in which one asks for itself
+NAMED = 4  # records in which one names another, of each ordered pair
 TRANSLATED = ("date", "when", "quantity", "money", "list")  # answered in the language the request names
 PERIODS = ("day", "week", "month", "year")
 UNITS = ("length-kilometer", "length-meter", "length-centimeter", "area-square-meter", "mass-kilogram", "volume-liter")
@@ -214,6 +216,13 @@ def feedback_record(subject: str, content: tuple, asked: str, answered: str) -> 
             "language": asked, "response_language": answered, "kind": f"own {subject}"}
 
 
+def named(made: dict, code: str) -> dict:
+    """A record of the kind "language", answered in the feedback language `code` instead of English."""
+    _, names = prompts.requests()[code]
+    return made | {"instruction": f"{made['instruction']} {_request(LANGUAGES[code].name)}", "kind": "own language",
+                   "output": names[made["language"]], "response_language": code}
+
+
 # -- the data set ---------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +247,8 @@ def build(directory, seed: int = 0, records_per_language: int = 600):
                 contents = (content for content in iter(lambda: draw(subject, rng), None) if split(content) == name)
                 made = (feedback_record(subject, content, code, code) for content in contents)
                 records += filter(None, itertools.islice(made, OWN))
+            for other in FEEDBACK_LANGUAGES:
+                records += [named(made, code) for made in _sample("language", other, name, NAMED, rng)]
         rng.shuffle(records)
         with atomic_write(Path(directory) / f"{name}.jsonl") as file:
             file.writelines(json.dumps(made, ensure_ascii=False) + "\n" for made in records)
@@ -246,9 +257,9 @@ def build(directory, seed: int = 0, records_per_language: int = 600):
 
 
 def _sample(kind: str, code: str, name: str, wanted: int, rng: random.Random) -> list[dict]:
-    """`wanted` different records of one kind, language and split, or as many as are found in 100 times as many draws."""
+    """`wanted` different records of one kind, language and split, or as many as are found in 400 times as many draws."""
     found: dict[tuple, dict] = {}
-    for _ in range(100 * wanted):
+    for _ in range(400 * wanted):
         if len(found) == wanted:
             break
         content = draw(KINDS[kind][0], rng)
@@ -262,7 +273,7 @@ def _sample(kind: str, code: str, name: str, wanted: int, rng: random.Random) ->
 # Settings of SentencePiece under which each part of a record that recurs, a whole sentence of the template, a number,
 # a month with its prepositions, can become one piece: what lets a small model read short prompts and copy numbers.
 BOUNDARY = "\x01"
-VOCABULARY = 8000
+VOCABULARY = 9000
 TOKENIZER = {
     "split_by_whitespace": False, "split_by_unicode_script": False, "split_by_number": False, "split_digits": False,
     "add_dummy_prefix": False, "max_sentencepiece_length": 256, "character_coverage": 1.0,
@@ -278,7 +289,7 @@ def texts(path) -> Iterator[str]:
     with open(path, encoding="utf-8") as file:
         counts = Counter(part for line in file for part in _parts(json.loads(line)))
     for sentence, names in prompts.requests().values():
-        counts.update(part for part in (*sentence.split("{language}"), *names.values()) if part)
+        counts.update({part: 2500 for part in sentence.split("{language}") if part} | dict.fromkeys(names.values(), 400))
     for part, count in counts.items():
         for _ in range(min(50, max(2, math.isqrt(count)))):
             yield part + BOUNDARY
@@ -287,9 +298,9 @@ def texts(path) -> Iterator[str]:
 def _parts(made: dict) -> Iterable[str]:
     """A record cut into template, sentences, the name in the request, numbers and names, and what is between them."""
     template = prompts.alpaca("\0", "\0").split("\0")
-    language = LANGUAGES[made["language"]].name
+    language = LANGUAGES[made.get("response_language", made["language"])].name
     instruction = re.split(rf"(?<=\.)(?= )|( {language})(?=\.$)", made["instruction"])
-    if made["kind"].startswith("own "):
+    if made["kind"].startswith("own ") and made["kind"] != "own language":
         instruction = ()  # a request, counted apart
     values = re.split(r"(\d+|,|(?: ?[A-Z][a-z]+))" if made["kind"].endswith("list") else r"(\d+)", made["input"] + BOUNDARY + made["output"])
     return (part for text in (*template, *instruction, *values) if text for part in text.split(BOUNDARY) if part)
