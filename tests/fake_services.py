@@ -35,20 +35,21 @@ def chat(body: dict) -> str:
     if marked := re.search(r"two lines (\w{16}) .*?\n\1\n(.*)\n\1", prompt, re.S):
         return turned(marked[2])
     digest = hashlib.sha256(f"{body.get('seed')}{prompt}".encode()).hexdigest()
-    words = re.findall("[a-f]+", digest)
-    return "Ondoka " + " ".join(words[:3 + int(digest[:4], 16) % 9])
+    return "Ondoka " + " ".join(re.findall("[0-9]+", digest)[:3 + int(digest[:4], 16) % 9])
 
 
 class Server:
     """`with Server(fault) as server:` serves on server.port of 127.0.0.1, in a thread.
 
-    fault: (request number, body) -> None, or "429", "500", "silence", "cut", "text", "shape", "huge", or a status.
-    `asked` holds the bodies of all requests, `answered` of those answered well, `headers` the last request's.
+    fault: (request number, body) -> None, or "silence", "cut", "text", "shape", "huge", a status such as "429", or "closed"
+    after a good answer.
+    `asked` holds the bodies of all requests, `answered` of those answered well, `all_headers` the heads.
     """
 
     def __init__(self, fault=lambda number, body: None, port: int = 0, tls: ssl.SSLContext | None = None, keep=True):
         self.fault, self.port, self.tls, self.keep = fault, port, tls, keep
-        self.asked, self.answered, self.headers, self.number = [], [], b"", 0
+        self.asked, self.answered, self.all_headers, self.number = [], [], [], 0
+        self.echo = False  # repeat the request's headers in answers
 
     def __enter__(self):
         started = threading.Event()
@@ -91,10 +92,10 @@ class Connection(asyncio.Protocol):
         self.buffer = rest[length:]
         server, body = self.server, json.loads(rest[:length])
         server.number += 1
-        server.headers = head
         fault = server.fault(server.number, body)
         if server.keep:
             server.asked.append(body)
+            server.all_headers.append(head)
             if not fault:
                 server.answered.append(body)
         if b"/chat/completions" in head.split(b"\r\n")[0]:
@@ -103,6 +104,8 @@ class Connection(asyncio.Protocol):
         else:
             answer = {"data": {"translations": [{"translatedText": translated(body)}]}}
         answer = json.dumps(answer).encode()
+        if server.echo:
+            answer = answer.replace(b'": "Ondoka', b'": "' + head.split(b"Bearer ")[-1][:60].split(b"\r\n")[0] + b" Ondoka")
         if fault == "silence":
             return
         if fault == "cut":
@@ -116,10 +119,12 @@ class Connection(asyncio.Protocol):
             answer = b'{"choices": [], "data": {"translations": 7}}'
         elif fault == "huge":
             answer = b'{"filler": "' + b"x" * 10_000_000 + b'"}'
-        elif fault:
+        elif fault and fault != "closed":
             status, extra = f"{fault} Something", "Retry-After: 1\r\n" if fault == "429" else ""
-            answer = b'{"error": {"message": "you sent ' + head.replace(b"\r\n", b" ").replace(b'"', b"") + b'"}}'
+            answer = b'{"error": {"message": "you sent ' + head[-60:].replace(b"\r\n", b" ") + b'"}}'
         self.transport.write(f"HTTP/1.1 {status}\r\n{extra}Content-Length: {len(answer)}\r\n\r\n".encode() + answer)
+        if fault == "closed":
+            self.transport.close()
 
 
 if __name__ == "__main__":

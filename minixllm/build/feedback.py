@@ -73,15 +73,14 @@ def build(settings: FeedbackSettings) -> bool:
     if settings.dry_run:
         print(estimate(drawn, total, asked))
         return True
-    runner = Runner(settings)
-    for each in {each.name: each for each in (*asked.generators, asked.judge)}.values():
-        runner.reach(each)
-    wrong_language = identifier()
-    runner.work(lambda ask, item: compare(ask, item, asked), instructions(settings.data, drawn), total, settings.feedback)
-    failures = []
-    report = write(runner, drawn, asked, wrong_language, failures)
-    state = f"{report['pairs']:,} pairs out of {total:,} instructions" if report else "pairs.jsonl is not yet written"
-    return conclude(runner, settings.output, failures, state)
+    wrong_language, failures = identifier(), []
+    with Runner(settings) as runner:
+        for each in {each.name: each for each in (*asked.generators, asked.judge)}.values():
+            runner.reach(each)
+        runner.work(lambda ask, item: compare(ask, item, asked), instructions(settings.data, drawn), total, settings.feedback)
+        report = write(runner, drawn, asked, wrong_language, failures)
+        state = f"{report['pairs']:,} pairs out of {total:,} instructions" if report else "pairs.jsonl is not yet written"
+        return conclude(runner, settings.output, failures, state)
 
 
 # -- which instruction is asked in which language -------------------------------------------------------------------------

@@ -5,6 +5,7 @@ written by a chat model in the language where they are good: which, is told by t
 the language and back and scoring it against the original. Translations and answers that are visibly broken are left out.
 """
 
+import dataclasses
 import itertools
 import json
 import random
@@ -78,25 +79,25 @@ def build(settings: InstructionSettings) -> bool:
         print(estimate(settings, total, [Plan(code, translators[code], generator, prompt) for code in codes], len(sample)))
         return True
 
-    runner = Runner(settings)
-    for each in {*translators.values(), generator}:
-        runner.reach(each)
     wrong_language = identifier()
     report, failures = {}, []
-    for number, code in enumerate(codes, start=1):
-        label = f"{code} {number}/{len(codes)}"
-        translator = translators[code]
-        scores = quality(runner, settings.data, sample, Plan(code, translator, None, prompt), label)
-        if scores is None:
-            break
-        plan = Plan(code, translator, generator if scores["bleu"] >= settings.min_bleu else None, prompt)
-        runner.work(lambda ask, item: make(ask, item[1], plan), sources(settings.data), total, label)
-        finished = write(runner, settings, plan, scores, wrong_language, failures)
-        if finished is None:
-            break
-        report[code] = scores | {"translator": translator.name, "answers": plan.generator.name if plan.generator else "translated"} | finished
-        write_report(Path(settings.output) / "build", report, settings.min_bleu)
-    return conclude(runner, settings.output, failures, f"{len(report)} of {len(codes)} languages are finished")
+    with Runner(settings) as runner:
+        for each in dict.fromkeys((*translators.values(), generator)):
+            runner.reach(each)
+        for number, code in enumerate(codes, start=1):
+            label = f"{code} {number}/{len(codes)}"
+            plan = Plan(code, translators[code], None, prompt)
+            if (scores := quality(runner, settings.data, sample, plan, label)) is None:
+                break
+            if scores["bleu"] >= settings.min_bleu:
+                plan = dataclasses.replace(plan, generator=generator)
+            runner.work(lambda ask, item: make(ask, item[1], plan), sources(settings.data), total, label)
+            if (written := write(runner, settings, plan, scores, wrong_language, failures)) is None:
+                break
+            report[code] = {**scores, "translator": plan.translator.name,
+                            "answers": plan.generator.name if plan.generator else "translated", **written}
+            write_report(Path(settings.output) / "build", report, settings.min_bleu)
+        return conclude(runner, settings.output, failures, f"{len(report)} of {len(codes)} languages are finished")
 
 
 def conclude(runner: Runner, folder, failures: list, state: str) -> bool:

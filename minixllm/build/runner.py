@@ -86,6 +86,16 @@ class Runner:
             if "locked" in str(error):
                 raise UserError(f"{settings.output}: another build is writing there") from None
             raise
+        for half_written in (path for place in (folder, folder.parent) for path in place.glob(".*.????????")):
+            half_written.unlink()  # by a build that was killed
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        with self._lock:
+            self._database.close()
 
     # -- stored answers
 

@@ -158,7 +158,7 @@ class _Endpoint:
         return Failure(f"{self.host}: not the JSON that was expected: {self.excerpt(raw)}")
 
     def excerpt(self, raw: bytes) -> str:
-        return " ".join(self.clean(raw[:2000].decode("utf-8", "replace")).split())[:200]
+        return " ".join(self.clean(raw.decode("utf-8", "replace"))[:1000].split())[:200]
 
     def clean(self, text: str) -> str:
         """The text without the key, should the server have repeated it."""
