@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 8 eval.py --model meta-llama/ runs/sft/model runs/dpo/model --names base SFT SFT+DPO \\
         --benchmarks PAWS-X/x-final xcopa/data flores101/devtest XLSum self_instruct --output runs/eval
 
-Each benchmark is a directory of its published files (minixllm/benchmarks.py says which); what it is, is told from them.
-A run killed at any moment goes on where it was. Results: report.md, results.json, {model}/predictions.jsonl, scores.png.
+Each benchmark is a directory of its published files (minixllm/benchmarks.py says which), from which it is recognised.
+A run killed at any moment goes on where it was. It leaves report.md, results.json, {model}/predictions.jsonl and, with
+matplotlib, scores.png in --output.
 """
 
 import dataclasses
@@ -30,17 +31,19 @@ class Settings:
                         choices=("generating", "understanding"))
     templates: str = setting("", "TOML file of instructions, in the form of minixllm/templates/instructions.toml")
     languages: list[str] = setting([], "only these languages (FLORES-101 codes, BCP-47 tags or English names)")
-    directions: list[str] = setting(["from-english", "to-english"], "of translation: also deu-fra, or two tiers such as "
-                                    "high-low, which draws 15 pairs without English")
-    limit: int | None = setting(None, "items a language or direction; by default 200 of translation, 250 of XL-Sum, all others")
+    directions: list[str] = setting(["from-english", "to-english"], "of translation: also deu-fra, or two tiers such "
+                                    "as high-low, which draws 15 pairs without English")
+    limit: int | None = setting(None, "items a language or direction; by default 200 of translation, 250 of XL-Sum, "
+                                "all others")
     seed: int = setting(0, "of the draw of pairs without English")
     max_new_tokens: int = setting(512, "longest answer, in tokens; XL-Sum's is 128 at most")
     batch_rows: int = setting(16, "prompts that generate at a time")
     dtype: str = setting("auto", "type to compute in; auto is bf16 where the processor has it",
                          choices=("auto", "bfloat16", "float32"))
-    bleu_tokenizer: str = setting("", "13a, zh, char or the path of a SentencePiece model for BLEU in all languages; by "
-                                  "default 13a, zh for Chinese, char where no spaces are written")
-    segment: bool = setting(False, "ROUGE over words where no spaces are written (jieba, pythainlp, fugashi), not characters")
+    bleu_tokenizer: str = setting("", "13a, zh, char or the path of a SentencePiece model for BLEU in all languages; "
+                                  "by default 13a, zh for Chinese, char where no spaces are written")
+    segment: bool = setting(False, "ROUGE over words where no spaces are written (jieba, pythainlp, fugashi), "
+                            "not characters")
 
 
 def main(argv=None) -> None:
@@ -71,7 +74,8 @@ def main(argv=None) -> None:
     if identify is None:
         notes.append("off-target rates need a language identifier: pip install 'minixllm[lid]'")
     for name, directory in models.items():
-        model, tokenizer = checkpoint.load(directory, parallel.compute_dtype(settings.dtype, world.device), world.device)
+        dtype = parallel.compute_dtype(settings.dtype, world.device)
+        model, tokenizer = checkpoint.load(directory, dtype, world.device)
         with parallel.explain_lost_peers(world, f"evaluating {name}"):
             predictions[name] = evaluation.predict(model, tokenizer, items, world, Path(settings.output) / name,
                                                    settings.batch_rows, settings.max_new_tokens)

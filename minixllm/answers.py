@@ -25,8 +25,8 @@ import unicodedata
 # scripts written without spaces have no word boundaries to ask for
 _UNSPACED = re.compile("[\u3040-\u30ff\u4e00-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 _OPENING = r"""^[\s\-–—*_#>"'“”„«»‘’`(\[「『【:.]*"""
-_NAMED = re.compile(r"""\b(?:answer|option|choice|choose|pick|select)(?:\s+is)?(?:\s+option)?\s*[:\-]*\s*[("'*\[]*([AB])\b"""
-                    r"(?!\s*(?:and|or|/|&)\s*-?[AB]\b)", re.IGNORECASE)
+_NAMED = re.compile(r"\b(?:answer|option|choice|choose|pick|select)(?:\s+is)?(?:\s+option)?\s*[:\-]*\s*"
+                    r"""[("'*\[]*([AB])\b(?!\s*(?:and|or|/|&)\s*-?[AB]\b)""", re.IGNORECASE)
 _BOTH = re.compile(_OPENING + r"(?:both\b|neither\b|A\s*(?:and|or|[/&,])\s*-?B\b|B\s*(?:and|or|[/&,])\s*-?A\b)",
                    re.IGNORECASE)
 _OR = r"""["'“”„«»「」]*\s*(?:/|\bor\b|\boder\b|\bou\b|\bo\b|또는|または|か|或者|或)\s*["'“”„«»「」]*"""
@@ -50,7 +50,8 @@ def yes_no(answer: str, words: tuple[tuple[str, ...], tuple[str, ...]]) -> int |
     answer = _normal(answer)
     meaning = {_normal(word): choice for choice in (1, 0) for word in words[choice]}
     longest_first = sorted(meaning, key=len, reverse=True)            # 不是 is no, though it ends in 是
-    word = "|".join(re.escape(w) if _UNSPACED.search(w) else rf"(?<!\w){re.escape(w)}(?!\w)" for w in longest_first)
+    word = "|".join(re.escape(word) if _UNSPACED.search(word) else rf"(?<!\w){re.escape(word)}(?!\w)"
+                    for word in longest_first)
     yes, no = ("|".join(re.escape(_normal(w)) for w in words[choice]) for choice in (0, 1))
     answer = re.sub(f"(?:{yes}){_OR}(?:{no})|是否", " ", answer)
     if first := re.match(f"{_OPENING}({word})", answer):
@@ -69,7 +70,7 @@ def option(answer: str, choices: tuple[str, str]) -> int | None:
         return "AB".index(named.pop())
     plain = _plain(answer)
     first, second = (_plain(choice) for choice in choices)
-    if first in second or second in first:               # "He ran" and "He ran away": the longer one must be asked first
+    if first in second or second in first:               # "He ran" in "He ran away": the longer is looked for first
         longer, shorter = sorted((first, second), key=len, reverse=True)
         without = plain.replace(longer, " ")
         occurs = {longer: longer in plain, shorter: shorter in without}
@@ -80,7 +81,7 @@ def option(answer: str, choices: tuple[str, str]) -> int | None:
     if begins := re.match(_OPENING + r"([AB])(?:\W*$|\s*[*_]*[.:)\],\-–*]|\s)", answer):
         letter = "AB".index(begins[1])
         rest = answer[begins.end(1):]
-        if not rest.strip() or re.match(r"\s*[*_]*[.:)\],\-–*\n]", rest) or _plain(rest).startswith((first, second)[letter]):
+        if re.match(r"\s*$|\s*[*_]*[.:)\],\-–*\n]", rest) or _plain(rest).startswith((first, second)[letter]):
             return letter
     marked = {"".join(groups) for groups in _MARKED.findall(answer)}
     if len(marked) == 1:

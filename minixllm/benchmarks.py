@@ -1,35 +1,32 @@
 """The paper's five benchmarks: how their published files are read, and what a model is asked.
 
-| benchmark | files in its directory | answer | default limit |
+| benchmark | files in its directory | answer | limit |
 |---|---|---|---|
 | pawsx | `{lang}/test_2k.tsv`: id, sentence1, sentence2, label (1 = paraphrase) | yes or no | all |
 | xcopa | `test.{lang}.jsonl`: premise, choice1, choice2, question, label | A or B | all |
-| translation | line-aligned texts: `{code}.devtest` (FLORES-101, -200), `{code}.txt`, `newstest2019-ref.{code}.txt` | text | 200 |
+| translation | aligned `{code}.devtest` (FLORES-101, -200), `{code}.txt`, `newstest2019-ref.{code}.txt` | text | 200 |
 | xlsum | `{language}_test.jsonl` (v2.0): id, url, title, summary, text | text | 250 |
-| self-instruct | `{lang}.jsonl`: instruction, instances [{input, output}]; `user_oriented_instructions.jsonl` is English | text | all |
+| self-instruct | `{lang}.jsonl`: instruction, instances [{input, output}]; `user_oriented_instructions` | text | all |
 
-Instructions come from templates/instructions.toml (the paper's wording), or a file of the same form. Limits are per
-language or direction, from the start of the file. The directory tells the benchmark: see `detect`.
+Instructions come from templates/instructions.toml (the paper's wording), or a file of the same form. Limits are the
+default, per language or direction, from the start of the file. The directory tells the benchmark: see `detect`.
 """
 
 import functools
 import random
 import re
-import string
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 from minixllm import languages
 from minixllm.errors import UserError
+from minixllm.wording import FIELDS, read_templates
 from minixllm.prompts import alpaca
 from minixllm.records import read_objects
 
-TITLES = {"pawsx": "PAWS-X", "xcopa": "XCOPA", "translation": "FLORES", "xlsum": "XL-Sum", "self-instruct": "Self-Inst*"}
+TITLES = {"pawsx": "PAWS-X", "xcopa": "XCOPA", "translation": "FLORES", "xlsum": "XL-Sum",
+          "self-instruct": "Self-Inst*"}
 LIMITS = {"translation": 200, "xlsum": 250}
-FIELDS = {"pawsx": {"sentence1", "sentence2"}, "xcopa": {"premise", "choice1", "choice2", "question"},
-          "translation": {"source", "source_language", "target_language"}, "xlsum": {"article"}}
-SHIPPED = Path(__file__).with_name("templates") / "instructions.toml"
 
 
 @dataclass(frozen=True)
@@ -104,53 +101,6 @@ def detect(path) -> str:
                     "or texts named by language, such as fra.devtest (translation)")
 
 
-# ---- instructions ---------------------------------------------------------------------------------------------------
-
-@functools.cache
-def read_templates(path: Path | None = None) -> dict[tuple[str, str], dict]:
-    """{(benchmark, language code): {instruction, ...}}: the shipped ones, and over them those of the user's file."""
-    templates = {} if path is None else dict(read_templates())
-    path = Path(path or SHIPPED)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: expected a TOML file of instructions: {error}") from None
-    for benchmark, by_language in table.items():
-        if benchmark not in FIELDS or not isinstance(by_language, dict):
-            raise UserError(f"{path}: [{benchmark}]: expected one of {', '.join(FIELDS)}")
-        for tag, template in by_language.items():
-            where = f"{path}: [{benchmark}.{tag}]"
-            if not isinstance(template, dict):
-                raise UserError(f"{where}: expected a table with an instruction")
-            code = languages.find(tag).code
-            template = {**templates.get((benchmark, code), {"input": ""}), **template}
-            for key, kind in _template_keys(benchmark).items():
-                value = template.get(key)
-                if not isinstance(value, kind) or kind is list and not (value and all(isinstance(v, str) for v in value)):
-                    raise UserError(f"{where}: {key}: found {value!r}, expected "
-                                    + ("a list of texts" if kind is list else "text"))
-            if unknown := set(template) - set(_template_keys(benchmark)):
-                raise UserError(f"{where}: unknown key {min(unknown)!r}, expected {', '.join(_template_keys(benchmark))}")
-            for key in ("instruction", "input"):
-                _check_fields(f"{where}: {key}", template[key], FIELDS[benchmark] | {"language"})
-            templates[benchmark, code] = template
-    return templates
-
-
-def _template_keys(benchmark: str) -> dict:
-    more = {"pawsx": {"yes": list, "no": list}, "xcopa": {"cause": str, "effect": str}}
-    return {"instruction": str, "input": str, **more.get(benchmark, {})}
-
-
-def _check_fields(where: str, text: str, allowed: set) -> None:
-    try:
-        used = {name for _, name, *_ in string.Formatter().parse(text) if name is not None}
-    except ValueError as error:
-        raise UserError(f"{where}: {error} in {text!r}") from None
-    if used - allowed:
-        raise UserError(f"{where}: unknown field {{{min(used - allowed)}}}, expected {', '.join(sorted(allowed))}")
-
-
 # ---- the five formats -----------------------------------------------------------------------------------------------
 
 @dataclass
@@ -200,15 +150,17 @@ def _name(code: str, asked_in: str) -> str:
 
 def _pawsx(reader: _Reader) -> list[Item]:
     items = []
-    for code, file in reader.choose(_by_language(reader, reader.path.glob("*/test_2k.tsv"), lambda f: f.parent.name)).items():
+    files = _by_language(reader, reader.path.glob("*/test_2k.tsv"), lambda file: file.parent.name)
+    for code, file in reader.choose(files).items():
         template, asked_in = reader.template(code)
-        own = reader.templates.get((reader.benchmark, code), template)
-        words = tuple(tuple(dict.fromkeys([*template[k], *own[k], *reader.templates["pawsx", "eng"][k]])) for k in ("yes", "no"))
+        own, english = reader.templates.get(("pawsx", code), template), reader.templates["pawsx", "eng"]
+        words = tuple(tuple(dict.fromkeys([*template[k], *own[k], *english[k]])) for k in ("yes", "no"))
         choices, skipped, count = (template["yes"][0], template["no"][0]), 0, 0
         for number, line in enumerate(_lines(file), 1):
             row = line.split("\t")
             if len(row) != 4:
-                raise UserError(f"{file}, line {number}: {len(row)} columns, expected 4: id, sentence1, sentence2, label")
+                raise UserError(f"{file}, line {number}: {len(row)} columns, "
+                                "expected 4: id, sentence1, sentence2, label")
             if number == 1 and row[0] == "id":
                 continue
             id, first, second, label = row
@@ -234,7 +186,8 @@ def _xcopa_files(path: Path) -> list[Path]:
 
 def _xcopa(reader: _Reader) -> list[Item]:
     items = []
-    for code, file in reader.choose(_by_language(reader, _xcopa_files(reader.path), lambda f: f.name.split(".")[1])).items():
+    files = _by_language(reader, _xcopa_files(reader.path), lambda file: file.name.split(".")[1])
+    for code, file in reader.choose(files).items():
         template, asked_in = reader.template(code)
         for count, (line, entry) in enumerate(read_objects(file)):
             if count == reader.limit:
@@ -253,7 +206,7 @@ def _xcopa(reader: _Reader) -> list[Item]:
 
 def _xlsum(reader: _Reader) -> list[Item]:
     items = []
-    files = _by_language(reader, reader.path.glob("*_test.jsonl"), lambda f: f.name.removesuffix("_test.jsonl"))
+    files = _by_language(reader, reader.path.glob("*_test.jsonl"), lambda file: file.name.removesuffix("_test.jsonl"))
     for code, file in reader.choose(files).items():
         template, asked_in = reader.template(code)
         for count, (line, entry) in enumerate(read_objects(file)):
@@ -275,7 +228,8 @@ def _self_instruct(reader: _Reader) -> list[Item]:
                 break
             instances = entry.get("instances")
             if not isinstance(instances, list) or not instances or not isinstance(instances[0], dict):
-                raise UserError(f"{file}, line {line}: instances: found {instances!r:.60}, expected [{{input, output}}]")
+                raise UserError(f"{file}, line {line}: instances: found {instances!r:.60}, "
+                                "expected [{input, output}]")
             fields = {"instruction": _text(file, line, entry, "instruction"),
                       "input": _text(file, line, instances[0], "input", empty=True)}
             items.append(reader.item(code, entry.get("id", count), template, fields,
@@ -294,7 +248,8 @@ def _translation(reader: _Reader) -> list[Item]:
     codes = [code for code in files if not asked or code in asked or code == "eng"]
     lines = functools.cache(lambda code: _lines(files[code]))
     items = []
-    for source, target, column in translation_directions(codes, reader.wanted.directions, reader.wanted.seed, reader.note):
+    directions = translation_directions(codes, reader.wanted.directions, reader.wanted.seed, reader.note)
+    for source, target, column in directions:
         if len(lines(source)) != len(lines(target)):
             raise UserError(f"{files[source]} has {len(lines(source))} lines, {files[target]} {len(lines(target))}: "
                             "expected texts aligned line by line")
@@ -306,13 +261,14 @@ def _translation(reader: _Reader) -> list[Item]:
         for number, (text, reference) in enumerate(list(zip(lines(source), lines(target)))[:reader.limit], 1):
             fields = {"source": text, "source_language": _name(source, asked_in),
                       "target_language": _name(target, asked_in), "language": _name(target, asked_in)}
-            items.append(Item("translation", f"{TITLES['translation']}({column})", f"{source}-{target}", language, target,
-                              str(number), template["instruction"], template["input"], fields, reference, body="source"))
+            items.append(Item("translation", f"{TITLES['translation']}({column})", f"{source}-{target}", language,
+                              target, str(number), template["instruction"], template["input"], fields, reference,
+                              body="source"))
     return items
 
 
 def translation_directions(codes: list[str], asked, seed: int, note=print) -> list[tuple[str, str, str]]:
-    """(source, target, column) for each direction asked: f is from English, t to English, as the paper's tables have it.
+    """(source, target, column) of each direction asked: f is from English, t to English, as in the paper's tables.
 
     asked: "from-english", "to-english", "deu-fra", or a pair of tiers such as "high-low", of which 15 pairs without
     English are drawn by the seed, as many as the paper has.
@@ -335,17 +291,18 @@ def translation_directions(codes: list[str], asked, seed: int, note=print) -> li
             else:
                 note(f"direction {text}: no files for it")
         else:
-            raise UserError(f"directions: found {text!r}, expected from-english, to-english, two tiers such as high-low, "
-                            "or two languages such as deu-fra")
+            raise UserError(f"directions: found {text!r}, expected from-english, to-english, two tiers such as "
+                            "high-low, or two languages such as deu-fra")
     return list(dict.fromkeys(directions))
 
 
-READERS = {"pawsx": _pawsx, "xcopa": _xcopa, "translation": _translation, "xlsum": _xlsum, "self-instruct": _self_instruct}
+READERS = {"pawsx": _pawsx, "xcopa": _xcopa, "translation": _translation, "xlsum": _xlsum,
+           "self-instruct": _self_instruct}
 
 # FLORES-200's and NTREX's codes where FLORES-101 has another; XL-Sum's names and the English file of Self-Instruct
 OTHER_NAMES = {
     "arb": "ara", "fuv": "ful", "lvs": "lav", "zsm": "msa", "khk": "mon", "gaz": "orm", "pbt": "pus", "pes": "fas",
-    "uzn": "uzb", "aze": "azj", "nep": "npi", "swa": "swh", "fil": "tgl", "ell": "ell", "zho_Hans": "zho_simpl",
+    "uzn": "uzb", "aze": "azj", "nep": "npi", "swa": "swh", "fil": "tgl", "zho_Hans": "zho_simpl",
     "zho_Hant": "zho_trad", "zho_CN": "zho_simpl", "zho_TW": "zho_trad", "chinese_simplified": "zho_simpl",
     "chinese_traditional": "zho_trad", "serbian_cyrillic": "srp", "scottish_gaelic": "gla", "pidgin": "pcm",
     "user_oriented_instructions": "eng"}

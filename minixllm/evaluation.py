@@ -20,7 +20,8 @@ MAX_NEW_TOKENS = {"xlsum": 128}   # the paper's; 512 for all others
 CHUNK = 128                       # items; at most one chunk a process is lost by a kill
 
 
-def predict(model, tokenizer, items: list[Item], world, folder, batch_rows: int = 16, max_new_tokens: int = 512) -> list[dict]:
+def predict(model, tokenizer, items: list[Item], world, folder, batch_rows: int = 16,
+            max_new_tokens: int = 512) -> list[dict]:
     """A prediction for each item, in their order, on every process; the model is whole on each.
 
     folder: where partial results are kept until `forget`. Raises UserError for an item that cannot be asked.
@@ -28,7 +29,8 @@ def predict(model, tokenizer, items: list[Item], world, folder, batch_rows: int 
     fit the model's context; None where the prompt does not fit even without) and for choices `logps` of each.
     """
     folder = Path(folder)
-    key = hashlib.sha256(repr((_fingerprint(model, tokenizer), batch_rows, max_new_tokens, items)).encode()).hexdigest()[:16]
+    settings = repr((_fingerprint(model, tokenizer), batch_rows, max_new_tokens, items))
+    key = hashlib.sha256(settings.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     done = {}
     for share in world.gather(_read_partial(folder, key)):
         done |= share
@@ -36,10 +38,9 @@ def predict(model, tokenizer, items: list[Item], world, folder, batch_rows: int 
     chunks = [order[start:start + CHUNK] for start in range(0, len(order), CHUNK)]
     mine = [[i for i in chunk if i not in done] for chunk in chunks[world.rank::world.size]]
     folder.mkdir(parents=True, exist_ok=True)
-    left = sum(map(len, mine))
+    left, own = sum(map(len, mine)), sum(map(len, chunks[world.rank::world.size]))
     with (open(folder / f".partial-{key}-{world.rank}.jsonl", "a", encoding="utf-8") as partial,
-          tqdm(total=sum(map(len, chunks[world.rank::world.size])), initial=len(order) - left if world.size == 1 else 0,
-               unit="item", disable=not world.first, desc=folder.name) as progress):
+          tqdm(total=own, initial=own - left, unit="item", disable=not world.first, desc=folder.name) as progress):
         for chunk in filter(None, mine):
             predictions = _answer(model, tokenizer, [items[i] for i in chunk], batch_rows, max_new_tokens, progress)
             found = dict(zip(chunk, predictions))
@@ -60,11 +61,12 @@ def forget(folder) -> None:
 def _read_partial(folder: Path, key: str) -> dict[int, dict]:
     done = {}
     for file in sorted(folder.glob(f".partial-{key}-*.jsonl")):
-        whole = file.read_bytes()[:(file.read_bytes().rfind(b"\n")) + 1]
+        whole = file.read_bytes()
+        whole = whole[:whole.rfind(b"\n") + 1]
         if len(whole) < file.stat().st_size:           # a chunk cut short by a kill
             with open(file, "r+b") as torn:
                 torn.truncate(len(whole))
-        for line in whole.decode("utf-8").splitlines():
+        for line in whole.decode("utf-8").split("\n")[:-1]:        # splitlines would cut at U+2028 in an answer
             done |= {int(i): prediction for i, prediction in json.loads(line).items()}
     return done
 
@@ -82,7 +84,7 @@ def _answer(model, tokenizer, items: list[Item], batch_rows: int, max_new_tokens
     for item, new in zip(items, new_tokens):
         choices = [tokenizer.encode(choice) for choice in item.choices]
         if not all(choices):
-            raise UserError(f"{item.column} {item.group} {item.id}: a choice gives no token, its likelihood cannot be taken")
+            raise UserError(f"{item.column} {item.group} {item.id}: a choice gives no token: it has no likelihood")
         context, prompt, cut = fit(model, tokenizer, item, max([new, *map(len, choices)]))
         contexts.append((context, choices))
         predictions.append({
@@ -96,8 +98,8 @@ def _answer(model, tokenizer, items: list[Item], batch_rows: int, max_new_tokens
     progress.update(len(items) - len(asked))
     for new in sorted(set(new_tokens)):
         group = [i for i in asked if new_tokens[i] == new]
-        continuations = generation.generate(model, tokenizer, [contexts[i][0] for i in group], new, batch_rows=batch_rows,
-                                            finished=lambda *_: progress.update())
+        continuations = generation.generate(model, tokenizer, [contexts[i][0] for i in group], new,
+                                            batch_rows=batch_rows, finished=lambda *_: progress.update())
         for i, ids in zip(group, continuations):
             predictions[i]["answer"] = tokenizer.decode(ids)
     scored = [i for i in asked if items[i].choices]

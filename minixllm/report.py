@@ -49,8 +49,10 @@ def likelihood(predictions: list[dict]) -> dict:
 
 
 def results(predictions: list[dict], **how) -> dict:
-    """{column: {"groups": {group: {...}}, "tiers": {metric: {tier: mean}}, "democratization": ...}}, and the Scores
-    themselves under each group's "_scores" (left out of JSON)."""
+    """{column: {"main": metric, "groups": {group: {...}}, "tiers": {metric: {tier: mean}}, "democratization": ...}}.
+
+    how: as `score` takes it. Each group keeps its Scores under "_scores" for paired tests; `write` leaves them out.
+    """
     groups = {}
     for p in predictions:
         groups.setdefault((p["column"], p["group"]), []).append(p)
@@ -75,10 +77,10 @@ def results(predictions: list[dict], **how) -> dict:
 
 def _tiers(groups, metric: str) -> dict[str, float]:
     """The mean of the groups' scores in each tier that has any, and over all."""
-    values = {tier: [group["scores"][metric]["value"] for group in groups if metric in group["scores"] and group["tier"] == tier]
-              for tier in TIERS}
-    every = [value for tier in values.values() for value in tier]
-    return {tier: float(np.mean(v)) for tier, v in {**values, "all": every}.items() if v}
+    scored = [(group["tier"], group["scores"][metric]["value"]) for group in groups if metric in group["scores"]]
+    values = {tier: [value for of, value in scored if of == tier] for tier in TIERS}
+    values["all"] = [value for _, value in scored]
+    return {tier: float(np.mean(v)) for tier, v in values.items() if v}
 
 
 def word_segmenter(code: str) -> tuple:
@@ -146,7 +148,8 @@ def markdown(models: dict[str, dict], notes: list[str]) -> str:
     """The paper's table (models side by side, low / mid / high), the analyses, then every language."""
     columns = list(dict.fromkeys(column for table in models.values() for column in table))
     scored, placed = ([c for c in columns if _has(models, c, metric)] for metric in ("acc", "off_target"))
-    parts = ["## Scores by resource tier", _tier_table(models, columns, lambda entry: entry["main"])]
+    parts = ["\n".join(f"- {note}" for note in notes)] if notes else []
+    parts += ["## Scores by resource tier", _tier_table(models, columns, lambda entry: entry["main"])]
     if scored:
         parts += ["## Likelihood of the given choices: acc / acc_char / acc_byte, all languages",
                   _table(["", *scored], [[name, *(" / ".join(f"{table[c]['tiers'][metric]['all']:.2f}" for metric in
@@ -157,7 +160,7 @@ def markdown(models: dict[str, dict], notes: list[str]) -> str:
     parts += ["## Language democratization", _table(["", *columns], [
         [name, *(f"{table[column]['democratization']:.2f}" for column in columns)] for name, table in models.items()])]
     parts += [_languages(models, column) for column in columns]
-    parts += ["## How it was scored", "\n".join(f"- {line}" for line in [*_signatures(models), *notes])]
+    parts += ["## How it was scored", "\n".join(f"- {line}" for line in _signatures(models))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -227,8 +230,8 @@ def _plot(path: Path, models: dict[str, dict]) -> None:
             values = [table[column]["groups"][group]["scores"][metric] for group in groups]
             heights = [value["value"] for value in values]
             errors = [[max(v["value"] - v["low"], 0) for v in values], [max(v["high"] - v["value"], 0) for v in values]]
-            axes.bar(np.arange(len(groups)) + 0.8 * i / len(models), heights, 0.8 / len(models), yerr=errors, label=name,
-                     error_kw={"linewidth": 0.6})
+            axes.bar(np.arange(len(groups)) + 0.8 * i / len(models), heights, 0.8 / len(models), yerr=errors,
+                     label=name, error_kw={"linewidth": 0.6})
         axes.set(ylabel=metric, title=column, xlim=(-0.6, len(groups)))
         axes.set_xticks(np.arange(len(groups)) + 0.4 - 0.4 / len(models), groups, rotation=90, fontsize=6)
     figure.axes[0].legend()

@@ -84,7 +84,7 @@ def tokenize_13a(text: str) -> list[str]:
     return _punctuation_13a(f" {text} ")
 
 
-# U+2001 to U+2A6D is no Chinese: sacreBLEU writes the range U+20000 to U+2A6D6 so, and scores are compared with its own.
+# U+2001 to U+2A6D is no Chinese: sacreBLEU writes U+20000 to U+2A6D6 so, and scores are compared with its own.
 _CHINESE = re.compile("([\u3400-\u4db5\u4e00-\u9fbb\uf900-\ufa2d\ufa30-\ufa6a\ufa70-\ufad9\u2001-\u2a6d\u2f81-\u2fa1"
                       "\uff00-\uffef\u2e80-\u2eff\u3000-\u303f\u31c0-\u31ef\u2f00-\u2fdf\u2ff0-\u2fff\u3100-\u312f"
                       "\u31a0-\u31bf\ufe10-\ufe1f\ufe30-\ufe4f\u2600-\u26ff\u2700-\u27bf\u3200-\u32ff\u3300-\u33ff])")
@@ -136,8 +136,8 @@ def bleu(hypotheses: list[str], references: list[str], tokenizer: str | Path = "
         tokenize, name = TOKENIZERS[tokenizer], tokenizer
     else:
         tokenize, name = _sentencepiece(Path(tokenizer))
-    in_hypothesis, in_reference, matched = matches([tokenize(h) for h in hypotheses], [tokenize(r) for r in references], 4)
-    statistics = np.concatenate([in_hypothesis[:, :1], in_reference[:, :1], matched, in_hypothesis], 1)
+    hypothesis, reference, matched = matches([tokenize(h) for h in hypotheses], [tokenize(r) for r in references], 4)
+    statistics = np.concatenate([hypothesis[:, :1], reference[:, :1], matched, hypothesis], 1)
     return Score(signed("BLEU", nrefs=1, case="mixed", eff="no", tok=name, smooth="exp"), statistics, _bleu)
 
 
@@ -173,12 +173,13 @@ def _chrf(sums: np.ndarray) -> np.ndarray:
 
 
 def chrf(hypotheses: list[str], references: list[str], word_order: int = 0) -> Score:
-    """Corpus chrF (Popović 2015), characters 1 to 6 without white space; word_order 2 makes it chrF++ (Popović 2017)."""
+    """Corpus chrF (Popović 2015) of characters 1 to 6 without white space; word_order 2 is chrF++ (Popović 2017)."""
     hypothesis, reference, matched = matches(["".join(h.split()) for h in hypotheses],
                                              ["".join(r.split()) for r in references], 6)
     if word_order:
         words = matches([_chrf_words(h) for h in hypotheses], [_chrf_words(r) for r in references], word_order)
-        hypothesis, reference, matched = (np.concatenate(pair, 1) for pair in zip((hypothesis, reference, matched), words))
+        both = zip((hypothesis, reference, matched), words)
+        hypothesis, reference, matched = (np.concatenate(pair, 1) for pair in both)
     # as sacreBLEU: an order that the reference lacks does not count against the hypothesis
     statistics = np.concatenate([hypothesis * (reference > 0), reference, matched], 1)
     name = "chrF2" + "+" * word_order

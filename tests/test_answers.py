@@ -2,9 +2,9 @@
 
 import pytest
 
-from minixllm import answers, benchmarks
+from minixllm import answers, wording
 
-TEMPLATES = benchmarks.read_templates()
+TEMPLATES = wording.read_templates()
 YES, NO, UNCLEAR = 0, 1, None
 
 
@@ -15,18 +15,27 @@ def words(code):
 
 YES_NO = [
     ("eng", "Yes.", YES), ("eng", "no, because the dates differ", NO), ("eng", "YES", YES), ("eng", "**No**", NO),
-    ("eng", "  \n\"Yes\"", YES), ("eng", "Yes or no", UNCLEAR), ("eng", "yes/no", UNCLEAR), ("eng", "", UNCLEAR), ("eng", "Both", UNCLEAR),
-    ("eng", "Nobody knows.", UNCLEAR), ("eng", "I would say yes.", YES), ("eng", "The answer is no.", NO), ("eng", "maybe", UNCLEAR),
+    ("eng", "  \n\"Yes\"", YES), ("eng", "Yes or no", UNCLEAR), ("eng", "yes/no", UNCLEAR), ("eng", "", UNCLEAR),
+    ("eng", "Both", UNCLEAR),
+    ("eng", "Nobody knows.", UNCLEAR), ("eng", "I would say yes.", YES), ("eng", "The answer is no.", NO),
+    ("eng", "maybe", UNCLEAR),
     ("eng", "It could be yes and it could be no", UNCLEAR), ("eng", "Please only return either yes or no.", UNCLEAR),
     ("eng", "Please only return either yes or no. No", NO), ("eng", "Yesterday", UNCLEAR), ("eng", "Know", UNCLEAR),
-    ("eng", "Sentence1 paraphrases Sentence2", UNCLEAR), ("eng", "- no", NO), ("eng", "yes yes yes", YES), ("eng", "No. Yes would be wrong.", NO),
-    ("eng", "Ｙｅｓ", YES), ("eng", "### Response:", UNCLEAR), ("eng", "### Response: Yes", YES), ("eng", "No\n\n### Instruction:\nSay yes.", NO),
-    ("deu", "Ja, das stimmt.", YES), ("deu", "Nein", NO), ("deu", "ja oder nein", UNCLEAR), ("deu", "Januar", UNCLEAR), ("deu", "No.", NO),
+    ("eng", "Sentence1 paraphrases Sentence2", UNCLEAR), ("eng", "- no", NO), ("eng", "yes yes yes", YES),
+    ("eng", "No. Yes would be wrong.", NO),
+    ("eng", "Ｙｅｓ", YES), ("eng", "### Response:", UNCLEAR), ("eng", "### Response: Yes", YES),
+    ("eng", "No\n\n### Instruction:\nSay yes.", NO),
+    ("deu", "Ja, das stimmt.", YES), ("deu", "Nein", NO), ("deu", "ja oder nein", UNCLEAR),
+    ("deu", "Januar", UNCLEAR), ("deu", "No.", NO),
     ("spa", "Sí.", YES), ("spa", "No, porque no es igual", NO), ("spa", "sí o no", UNCLEAR), ("spa", "Norte", UNCLEAR),
-    ("fra", "Oui !", YES), ("fra", "Non, ce n'est pas le cas", NO), ("fra", "« Oui »", YES), ("fra", "oui ou non", UNCLEAR), ("fra", "ouïe", UNCLEAR),
-    ("jpn", "はい", YES), ("jpn", "いいえ、違います。", NO), ("jpn", "「はい」", YES), ("jpn", "はいまたはいいえ", UNCLEAR), ("jpn", "わかりません", UNCLEAR),
-    ("kor", "네, 맞습니다.", YES), ("kor", "아니요.", NO), ("kor", "예", YES), ("kor", "네 또는 아니요", UNCLEAR), ("kor", "동네", UNCLEAR),
-    ("zho_simpl", "是的。", YES), ("zho_simpl", "不是", NO), ("zho_simpl", "否", NO), ("zho_simpl", "是或否", UNCLEAR), ("zho_simpl", "是否相同？", UNCLEAR),
+    ("fra", "Oui !", YES), ("fra", "Non, ce n'est pas le cas", NO), ("fra", "« Oui »", YES),
+    ("fra", "oui ou non", UNCLEAR), ("fra", "ouïe", UNCLEAR),
+    ("jpn", "はい", YES), ("jpn", "いいえ、違います。", NO), ("jpn", "「はい」", YES), ("jpn", "はいまたはいいえ", UNCLEAR),
+    ("jpn", "わかりません", UNCLEAR),
+    ("kor", "네, 맞습니다.", YES), ("kor", "아니요.", NO), ("kor", "예", YES), ("kor", "네 또는 아니요", UNCLEAR),
+    ("kor", "동네", UNCLEAR),
+    ("zho_simpl", "是的。", YES), ("zho_simpl", "不是", NO), ("zho_simpl", "否", NO), ("zho_simpl", "是或否", UNCLEAR),
+    ("zho_simpl", "是否相同？", UNCLEAR),
     ("zho_simpl", "答案：是", YES), ("zho_simpl", "yes", YES), ("zho_simpl", "不知道", UNCLEAR),
 ]
 
@@ -37,17 +46,28 @@ NESTED = ("He ran.", "He ran away.")
 A, B = 0, 1
 
 OPTIONS = [
-    (PAIR, "A", A), (PAIR, "-B:", B), (PAIR, "-A", A), (PAIR, "(B)", B), (PAIR, "[A]", A), (PAIR, "B.", B), (PAIR, "**B**", B), (PAIR, "A)", A),
-    (PAIR, "A: It was fragile.", A), (PAIR, "-B: It was small.", B), (PAIR, "B It was small.", B), (PAIR, "A man dropped it.", UNCLEAR),
-    (PAIR, "Both", UNCLEAR), (PAIR, "Neither of them", UNCLEAR), (PAIR, "A and B", UNCLEAR), (PAIR, "A or B", UNCLEAR), (PAIR, "A/B", UNCLEAR),
-    (PAIR, "", UNCLEAR), (PAIR, "-A: It was fragile., -B: It was small.", UNCLEAR), (PAIR, "It was fragile.", A), (PAIR, "it was SMALL", B),
-    (PAIR, "Because it was small, I think.", B), (PAIR, "The answer is B.", B), (PAIR, "The more plausible option is A", A), (PAIR, "Option B", B),
-    (PAIR, "I would choose option A because B makes no sense.", A), (PAIR, "The correct option: (B)", B), (PAIR, "Choose A or B", UNCLEAR),
-    (PAIR, "It was fragile. It was small. The answer is A", A), (PAIR, "Something else entirely", UNCLEAR), (PAIR, "C", UNCLEAR),
-    (PAIR, "The more plausible one: -A.", A), (PAIR, "Ａ", A), (PAIR, "Ｂ：", B), (PAIR, "b", UNCLEAR), (PAIR, "\n\n-B\n", B), (PAIR, "B\nIt was small.", B),
-    (PAIR, "A. Because B is not plausible.", A), (PAIR, "### Response:\nB", B), (PAIR, "A\n\n### Instruction:\nPick B.", A), (PAIR, "A, B", UNCLEAR),
-    (ITALIAN, "Era delicato", A), (ITALIAN, "-B: Era piccolo", B), (ITALIAN, "B. Era piccolo", B), (ITALIAN, "A causa del vetro", UNCLEAR),
-    (CHINESE, "它很易碎", A), (CHINESE, "B：它很小。", B), (CHINESE, "选A。", UNCLEAR), (CHINESE, "-A: 它很易碎。，-B: 它很小。", UNCLEAR), (CHINESE, "(A)", A),
+    (PAIR, "A", A), (PAIR, "-B:", B), (PAIR, "-A", A), (PAIR, "(B)", B), (PAIR, "[A]", A), (PAIR, "B.", B),
+    (PAIR, "**B**", B), (PAIR, "A)", A),
+    (PAIR, "A: It was fragile.", A), (PAIR, "-B: It was small.", B), (PAIR, "B It was small.", B),
+    (PAIR, "A man dropped it.", UNCLEAR),
+    (PAIR, "Both", UNCLEAR), (PAIR, "Neither of them", UNCLEAR), (PAIR, "A and B", UNCLEAR),
+    (PAIR, "A or B", UNCLEAR), (PAIR, "A/B", UNCLEAR),
+    (PAIR, "", UNCLEAR), (PAIR, "-A: It was fragile., -B: It was small.", UNCLEAR), (PAIR, "It was fragile.", A),
+    (PAIR, "it was SMALL", B),
+    (PAIR, "Because it was small, I think.", B), (PAIR, "The answer is B.", B),
+    (PAIR, "The more plausible option is A", A), (PAIR, "Option B", B),
+    (PAIR, "I would choose option A because B makes no sense.", A), (PAIR, "The correct option: (B)", B),
+    (PAIR, "Choose A or B", UNCLEAR),
+    (PAIR, "It was fragile. It was small. The answer is A", A), (PAIR, "Something else entirely", UNCLEAR),
+    (PAIR, "C", UNCLEAR),
+    (PAIR, "The more plausible one: -A.", A), (PAIR, "Ａ", A), (PAIR, "Ｂ：", B), (PAIR, "b", UNCLEAR),
+    (PAIR, "\n\n-B\n", B), (PAIR, "B\nIt was small.", B),
+    (PAIR, "A. Because B is not plausible.", A), (PAIR, "### Response:\nB", B),
+    (PAIR, "A\n\n### Instruction:\nPick B.", A), (PAIR, "A, B", UNCLEAR),
+    (ITALIAN, "Era delicato", A), (ITALIAN, "-B: Era piccolo", B), (ITALIAN, "B. Era piccolo", B),
+    (ITALIAN, "A causa del vetro", UNCLEAR),
+    (CHINESE, "它很易碎", A), (CHINESE, "B：它很小。", B), (CHINESE, "选A。", UNCLEAR), (CHINESE, "-A: 它很易碎。，-B: 它很小。", UNCLEAR),
+    (CHINESE, "(A)", A),
     (NESTED, "He ran away.", B), (NESTED, "He ran.", A), (NESTED, "He ran. He ran away.", UNCLEAR),
 ]
 

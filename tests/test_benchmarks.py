@@ -4,18 +4,22 @@ import json
 
 import pytest
 
-from minixllm import benchmarks
+from minixllm import benchmarks, wording
 from minixllm.benchmarks import Wanted, read
 from minixllm.errors import UserError
 
-PAWSX_ROWS = ["id\tsentence1\tsentence2\tlabel", "1\tHe \"ran\" home.\tHe ran home.\t1", "2\tNS\tNS\t0", "3\tCats sleep.\tDogs bark.\t0"]
-XCOPA_ROWS = [{"premise": "物品用气泡纸包着。", "choice1": "它很易碎。", "choice2": "它很小。", "question": "cause", "label": 0, "idx": 7, "changed": False},
-              {"premise": "我掏空了口袋。", "choice1": "票根。", "choice2": "武器。", "question": "effect", "label": 1, "idx": 8, "changed": True}]
+PAWSX_ROWS = ["id\tsentence1\tsentence2\tlabel", "1\tHe \"ran\" home.\tHe ran home.\t1", "2\tNS\tNS\t0",
+              "3\tCats sleep.\tDogs bark.\t0"]
+XCOPA_ROWS = [{"premise": "物品用气泡纸包着。", "choice1": "它很易碎。", "choice2": "它很小。", "question": "cause", "label": 0,
+               "idx": 7, "changed": False},
+              {"premise": "我掏空了口袋。", "choice1": "票根。", "choice2": "武器。", "question": "effect", "label": 1, "idx": 8,
+               "changed": True}]
 
 
 def lines(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n"
+                            for row in rows), encoding="utf-8")
     return path
 
 
@@ -42,15 +46,18 @@ def flores(tmp_path):
 
 def test_pawsx(pawsx):
     items, notes = read(pawsx, Wanted())
-    assert [(i.group, i.id, i.reference) for i in items] == [(g, n, r) for g in ("deu", "eng", "zho_simpl") for n, r in (("1", "yes"), ("3", "no"))]
+    assert [(i.group, i.id, i.reference) for i in items] == [(g, n, r) for g in ("deu", "eng", "zho_simpl") for n,
+                                                             r in (("1", "yes"), ("3", "no"))]
     assert items[0].prompt() == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\n"
-        "The following are two sentences:\nSentence1: He \"ran\" home.\nSentence2: He ran home..\nYou should provide a yes or no answer to the "
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nThe following are two sentences:\nSentence1: He \"ran\" home.\nSentence2: He ran home..\n"
+        "You should provide a yes or no answer to the "
         "question: Does Sentence1 paraphrase Sentence2?\nPlease only return either yes or no.\n\n### Response:")
     assert sum("1 rows skipped" in note and "NS" in note for note in notes) == 3
     assert items[0].choices == ("yes", "no") and {"ja", "yes"} <= set(items[0].words[0])
     items, _ = read(pawsx, Wanted(mode="understanding", languages=("German",)))
-    assert "Ist Satz1 eine Paraphrase von Satz2?" in items[0].prompt() and items[0].choices == ("ja", "nein") and items[1].reference == "nein"
+    assert "Ist Satz1 eine Paraphrase von Satz2?" in items[0].prompt() and items[0].choices == ("ja", "nein")
+    assert items[1].reference == "nein"
 
 
 def test_xcopa(xcopa):
@@ -73,7 +80,8 @@ def test_translation(flores):
     back = next(i for i in items if i.group == "swh-eng")
     assert back.language == "swh" and back.target == "eng"
     items, notes = read(flores, Wanted(languages=("fra", "deu"), limit=3))
-    assert {i.group for i in items} == {"eng-fra", "fra-eng"} and len(items) == 6 and any("no file for deu" in note for note in notes)
+    assert {i.group for i in items} == {"eng-fra", "fra-eng"} and len(items) == 6
+    assert any("no file for deu" in note for note in notes)
 
 
 def test_directions():
@@ -81,8 +89,10 @@ def test_directions():
     pairs = benchmarks.translation_directions(codes, ["high-low"], seed=3)
     assert len(pairs) == 15 and pairs == benchmarks.translation_directions(codes, ["high-low"], seed=3)
     assert pairs != benchmarks.translation_directions(codes, ["high-low"], seed=4)
-    assert all(column == "high-low" and source in codes[1:7] and target in codes[7:] for source, target, column in pairs)
-    assert benchmarks.translation_directions(codes, ["de-fr", "to-english"], 0)[:2] == [("deu", "fra", "pairs"), ("fra", "eng", "t")]
+    assert all(column == "high-low" and source in codes[1:7] and target in codes[7:] for source, target,
+               column in pairs)
+    assert benchmarks.translation_directions(codes, ["de-fr", "to-english"], 0)[:2] == [("deu", "fra", "pairs"),
+    ("fra", "eng", "t")]
     said = []
     assert benchmarks.translation_directions(codes, ["ita-fra"], 0, said.append) == [] and "ita-fra" in said[0]
     for wrong, named in (("sideways", "sideways"), ("high-middle", "'high'"), ("english-to", "'to'")):
@@ -93,8 +103,10 @@ def test_directions():
 
 
 @pytest.mark.parametrize("name, code", [
-    ("fra.devtest", "fra"), ("fra_Latn.devtest", "fra"), ("zho_Hans.dev", "zho_simpl"), ("zho_simpl.devtest", "zho_simpl"), ("arb_Arab.devtest", "ara"),
-    ("arb_Latn.devtest", None), ("kor_Hang.devtest", "kor"), ("newstest2019-ref.fra.txt", "fra"), ("newstest2019-src.eng.txt", "eng"),
+    ("fra.devtest", "fra"), ("fra_Latn.devtest", "fra"), ("zho_Hans.dev", "zho_simpl"),
+    ("zho_simpl.devtest", "zho_simpl"), ("arb_Arab.devtest", "ara"),
+    ("arb_Latn.devtest", None), ("kor_Hang.devtest", "kor"), ("newstest2019-ref.fra.txt", "fra"),
+    ("newstest2019-src.eng.txt", "eng"),
     ("newstest2019-ref.zho-CN.txt", "zho_simpl"), ("zsm_Latn.devtest", "msa"), ("README.md", None), ("xyz.txt", None)])
 def test_language_of_a_translation_file(tmp_path, name, code):
     assert benchmarks._language_of_file(tmp_path / name) == code
@@ -106,14 +118,16 @@ def test_xlsum_and_self_instruct(tmp_path):
         lines(tmp_path / "xlsum" / f"{name}_test.jsonl", [article] * 260)
     items, notes = read(tmp_path / "xlsum", Wanted())
     assert {i.group for i in items} == {"zho_simpl", "gla", "eng"} and len(items) == 750 and "klingon" in notes[0]
-    assert "The following is an article.\nArticle: Long text with {braces}.\nPlease summarize the provided article.\n" in items[0].prompt()
-    assert "Article: Long\nPlease summarize the provided article." in items[0].prompt(4)      # cut from the article alone
+    assert ("The following is an article.\nArticle: Long text with {braces}.\n"
+            "Please summarize the provided article.\n") in items[0].prompt()
+    assert "Article: Long\nPlease summarize the provided article." in items[0].prompt(4)   # cut from the article alone
     task = {"id": "t0", "instruction": "Schreibe {es} um.", "instances": [{"input": "Das da.", "output": "Dies."}]}
     lines(tmp_path / "self" / "de.jsonl", [task, {**task, "instances": [{"input": "", "output": "x"}]}])
     lines(tmp_path / "self" / "user_oriented_instructions.jsonl", [task])
     items, _ = read(tmp_path / "self", Wanted(mode="understanding"))
     assert [i.group for i in items] == ["deu", "deu", "eng"]
-    assert "### Instruction:\nSchreibe {es} um.\n\n### Input:\nDas da.\n" in items[0].prompt() and "### Input" not in items[1].prompt()
+    assert "### Instruction:\nSchreibe {es} um.\n\n### Input:\nDas da.\n" in items[0].prompt()
+    assert "### Input" not in items[1].prompt()
 
 
 def test_real_files(data):
@@ -126,16 +140,18 @@ def test_real_files(data):
 
 
 def test_understanding_mode_is_shipped_for_pawsx_and_xcopa():
-    shipped = benchmarks.read_templates()
+    shipped = wording.read_templates()
     assert {code for name, code in shipped if name == "pawsx"} == set("deu eng spa fra jpn kor zho_simpl".split())
-    assert {code for name, code in shipped if name == "xcopa"} == set("eng est hat ind ita que swh tam tha tur vie zho_simpl".split())
+    assert {code for name, code in shipped
+            if name == "xcopa"} == set("eng est hat ind ita que swh tam tha tur vie zho_simpl".split())
 
 
 def test_languages_without_an_instruction_are_named(flores, tmp_path):
     with pytest.raises(UserError, match="nothing of FLORES is left"):
         read(flores, Wanted(mode="understanding", directions=("fra-zh",)))
     items, notes = read(flores, Wanted(mode="understanding", directions=("from-english", "to-english")))
-    assert {i.column for i in items} == {"FLORES(f)"} and any("fra-eng: no instruction in fra" in note for note in notes)
+    assert {i.column for i in items} == {"FLORES(f)"} and any("fra-eng: no instruction in fra" in note
+                                                              for note in notes)
     mine = tmp_path / "mine.toml"
     mine.write_text('[translation.fra]\ninstruction = "Traduis du {source_language} : {source}"\n', encoding="utf-8")
     items, _ = read(flores, Wanted(mode="understanding", directions=("fra-eng",), templates=mine))
@@ -143,14 +159,18 @@ def test_languages_without_an_instruction_are_named(flores, tmp_path):
 
 
 @pytest.mark.parametrize("text, said", [
-    ("[xcopa.ita]\ninstruction = 5", r"\[xcopa.ita\]: instruction: found 5"), ("[copa.ita]\ninstruction = 'x'", r"\[copa\]: expected one of"),
-    ("[xcopa.ita]\ninstruction = '{premisse}'", "unknown field {premisse}"), ("[xcopa.ita]\ninstruction = '{premise'", "premise"),
-    ("[pawsx.fin]\ninstruction = 'x'", "yes: found None, expected a list"), ("[xcopa.ita]\ninstrution = 'x'", "unknown key 'instrution'"),
-    ("[xcopa.italien]\ninstruction = 'x'", "did you mean italian"), ("[xcopa", "expected a TOML file"), ("pawsx = 3", "expected one of")])
+    ("[xcopa.ita]\ninstruction = 5", r"\[xcopa.ita\]: instruction: found 5"),
+    ("[copa.ita]\ninstruction = 'x'", r"\[copa\]: expected one of"),
+    ("[xcopa.ita]\ninstruction = '{premisse}'", "unknown field {premisse}"),
+    ("[xcopa.ita]\ninstruction = '{premise'", "premise"),
+    ("[pawsx.fin]\ninstruction = 'x'", "yes: found None, expected a list"),
+    ("[xcopa.ita]\ninstrution = 'x'", "unknown key 'instrution'"),
+    ("[xcopa.italien]\ninstruction = 'x'", "did you mean italian"), ("[xcopa", "expected a TOML file"),
+    ("pawsx = 3", "expected one of")])
 def test_wrong_templates(tmp_path, text, said):
     (tmp_path / "t.toml").write_text(text)
     with pytest.raises(UserError, match=said):
-        benchmarks.read_templates(tmp_path / "t.toml")
+        wording.read_templates(tmp_path / "t.toml")
 
 
 @pytest.mark.parametrize("file, rows, said", [

@@ -15,7 +15,7 @@ import transformers
 from test_benchmarks import PAWSX_ROWS, XCOPA_ROWS, lines
 
 import eval as script
-from minixllm import answers, benchmarks, checkpoint, evaluation, report
+from minixllm import benchmarks, checkpoint, evaluation, report, wording
 from minixllm.build import demo_benchmarks
 from minixllm.errors import UserError
 from minixllm.statistics import democratization
@@ -29,10 +29,13 @@ WORDS = "the dog cat saw a red house by sea and old man went home early today be
 def make_model(folder: Path, architecture: str = "llama", positions: int = 1024) -> Path:
     """A tiny random model, but far from its initial weights, so that its answers differ and some of them end."""
     kind = {"llama": "llama", "bloom": "bloom"}[architecture]
-    texts = [benchmarks.read_templates()["pawsx", "eng"]["instruction"], "Below is an instruction that describes a task.", *XCOPA_ROWS[0].values()]
+    texts = [wording.read_templates()["pawsx", "eng"]["instruction"], "Below is an instruction that describes a task.",
+             *XCOPA_ROWS[0].values()]
     tokenizer = train_sentencepiece([str(text) for text in texts] * 3, folder / "tokenizer.model", vocab_size=400)
-    values = {"llama": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                            max_position_embeddings=positions), "bloom": dict(hidden_size=32, n_layer=2, n_head=4)}[kind]
+    values = {"llama": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                            num_key_value_heads=2,
+                            max_position_embeddings=positions),
+              "bloom": dict(hidden_size=32, n_layer=2, n_head=4)}[kind]
     config_class, model_class = checkpoint.ARCHITECTURES[kind]
     config = config_class.from_dict({"model_type": kind, "vocab_size": tokenizer.vocab_size, **values})
     model = checkpoint.build(config, model_class)
@@ -56,12 +59,15 @@ def five(tmp_path_factory):
     lines(folder / "pawsx/de/test_2k.tsv", PAWSX_ROWS)
     lines(folder / "pawsx/zh/test_2k.tsv", PAWSX_ROWS)
     for tag in ("it", "sw"):
-        lines(folder / f"xcopa/test.{tag}.jsonl", [{**XCOPA_ROWS[0], "premise": " ".join(WORDS[i % 9:i % 9 + 2 + i % 7]), "idx": i} for i in range(30)])
+        lines(folder / f"xcopa/test.{tag}.jsonl",
+              [{**XCOPA_ROWS[0], "premise": " ".join(WORDS[i % 9:i % 9 + 2 + i % 7]), "idx": i} for i in range(30)])
     for code in ("eng", "deu", "zho_simpl", "amh"):
         lines(folder / f"flores/{code}.devtest", [" ".join(WORDS[i:i + 5]) for i in range(6)])
     for name in ("french", "yoruba"):
-        lines(folder / f"xlsum/{name}_test.jsonl", [{"id": f"{i}", "summary": "the red dog", "text": " ".join(WORDS * (i + 1))} for i in range(4)])
-    lines(folder / "self/de.jsonl", [{"id": "a", "instruction": "Say it.", "instances": [{"input": "", "output": "the dog saw"}]}] * 3)
+        lines(folder / f"xlsum/{name}_test.jsonl",
+              [{"id": f"{i}", "summary": "the red dog", "text": " ".join(WORDS * (i + 1))} for i in range(4)])
+    lines(folder / "self/de.jsonl",
+          [{"id": "a", "instruction": "Say it.", "instances": [{"input": "", "output": "the dog saw"}]}] * 3)
     return [str(folder / name) for name in ("pawsx", "xcopa", "flores", "xlsum", "self")]
 
 
@@ -83,14 +89,17 @@ def test_answers_and_likelihoods_are_those_of_each_item_alone(five, tmp_path, ar
         assert prediction["prompt"] == item.prompt() and prediction["cut"] == 0
         ids = torch.tensor([evaluation.encode_prompt(tokenizer, item.prompt())])
         with torch.no_grad():
-            new = theirs.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=tokenizer.eos_id, pad_token_id=0,
+            new = theirs.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=tokenizer.eos_id,
+                                  pad_token_id=0,
                                   attention_mask=torch.ones_like(ids))[0, ids.shape[1]:].tolist()
-            assert prediction["answer"] == tokenizer.decode(new[:new.index(tokenizer.eos_id)] if tokenizer.eos_id in new else new)
+            assert prediction["answer"] == tokenizer.decode(new[:new.index(tokenizer.eos_id)]
+                                                            if tokenizer.eos_id in new else new)
             for choice, logp in zip(item.choices, prediction.get("logps", [])):
                 tokens = tokenizer.encode(choice)
                 whole = torch.cat([ids, torch.tensor([tokens])], 1)
                 logits = theirs(whole).logits[0, ids.shape[1] - 1:-1].log_softmax(-1)
-                assert logp == pytest.approx(logits[range(len(tokens)), tokens].sum().item(), abs=1e-5 * len(tokens), rel=1e-5)
+                assert logp == pytest.approx(logits[range(len(tokens)), tokens].sum().item(), abs=1e-5 * len(tokens),
+                                             rel=1e-5)
 
 
 def test_a_prompt_too_long_is_cut_from_the_article_alone(tmp_path, five):
@@ -98,50 +107,65 @@ def test_a_prompt_too_long_is_cut_from_the_article_alone(tmp_path, five):
     article = items_of(five[3:4])[3]
     ids, prompt, cut = evaluation.fit(model, tokenizer, article, 20)
     assert 0 < cut < len(article.fields["article"]) and len(ids) + 20 <= 200
-    assert prompt == article.prompt(len(article.fields["article"]) - cut) and prompt.endswith("Please summarize the provided article.\n\n### Response:")
-    assert len(evaluation.encode_prompt(tokenizer, article.prompt(len(article.fields["article"]) - cut + 1))) + 20 > 200      # no less would do
+    assert prompt == article.prompt(len(article.fields["article"]) - cut)
+    assert prompt.endswith("Please summarize the provided article.\n\n### Response:")
+    one_more = article.prompt(len(article.fields["article"]) - cut + 1)
+    assert len(evaluation.encode_prompt(tokenizer, one_more)) + 20 > 200      # no smaller cut would do
     assert evaluation.fit(model, tokenizer, article, 5)[2] < cut
     pawsx = items_of(five[:1])[0]
     assert evaluation.fit(model, tokenizer, pawsx, 190)[2] is None                # nothing there may be cut
     new = 201 - len(evaluation.encode_prompt(tokenizer, pawsx.prompt()))           # one token too many
     short, long = evaluation.predict(model, tokenizer, [article, pawsx], ALONE, tmp_path / "out", max_new_tokens=new)
-    assert short["cut"] > 0 and long["cut"] is None and long["answer"] == "" and long["parsed"] is None and long["logps"] is None
+    assert short["cut"] > 0 and long["cut"] is None and long["answer"] == "" and long["parsed"] is None
+    assert long["logps"] is None
     scores = report.score([long])
     assert scores["accuracy"].value == scores["acc"].value == 0
 
 
 def test_likelihood_metrics_divide_by_what_they_say():
-    predictions = [{"logps": [-4.0, -5.0], "choices": ["abc", "abcdef"], "reference": "abcdef"},            # by length the second
-                   {"logps": [-4.0, -3.9], "choices": ["яяя", "abcd"], "reference": "яяя"},                # by bytes, not characters, the first
-                   {"logps": [-2.0, -2.0], "choices": ["aa", "bb"], "reference": "aa"}]                    # a tie goes to the first
+    predictions = [{"logps": [-4.0, -5.0], "choices": ["abc", "abcdef"], "reference": "abcdef"},
+                   # by length the second
+                   {"logps": [-4.0, -3.9], "choices": ["яяя", "abcd"], "reference": "яяя"},
+                   # by bytes, not characters, the first
+                   {"logps": [-2.0, -2.0], "choices": ["aa", "bb"],
+                    "reference": "aa"}]                    # a tie goes to the first
     assert {name: score.value for name, score in report.likelihood(predictions).items()} == pytest.approx(
         {"acc": 100 / 3, "acc_char": 200 / 3, "acc_byte": 100})
 
 
 def test_tables_of_five_benchmarks_and_two_models(model_directory, five, tmp_path, capsys):
     other = make_model(tmp_path / "other")
-    arguments = ["--model", str(model_directory), str(other), "--names", "base", "SFT", "--benchmarks", *five, "--max-new-tokens", "12"]
+    arguments = ["--model", str(model_directory), str(other), "--names", "base", "SFT", "--benchmarks", *five,
+                 "--max-new-tokens", "12"]
     script.main([*arguments, "--output", str(tmp_path / "out")])
     said = capsys.readouterr().out
-    assert "| base |" in said and "| SFT |" in said and "XCOPA low" in said and "FLORES(f) high" in said and "stand-ins" not in said
+    assert "| base |" in said and "| SFT |" in said and "XCOPA low" in said and "FLORES(f) high" in said
+    assert "stand-ins" not in said
     results = json.loads((tmp_path / "out/results.json").read_text())
     table = results["models"]["SFT"]
     assert set(table) == {"PAWS-X", "XCOPA", "FLORES(f)", "FLORES(t)", "XL-Sum", "Self-Inst*"}
     swahili = table["XCOPA"]["groups"]["swh"]
-    assert swahili["items"] == 30 and swahili["tier"] == "low" and {"accuracy", "acc", "acc_char", "acc_byte"} == set(swahili["scores"])
+    assert swahili["items"] == 30 and swahili["tier"] == "low" and {"accuracy", "acc", "acc_char",
+                                                                    "acc_byte"} == set(swahili["scores"])
     assert table["FLORES(f)"]["groups"]["eng-zho_simpl"]["scores"]["BLEU"]["signature"].count("tok:zh")
-    assert "p" in swahili["scores"]["accuracy"] and swahili["scores"]["accuracy"]["p"] == 1        # the same model twice
+    assert "p" in swahili["scores"]["accuracy"]
+    assert swahili["scores"]["accuracy"]["p"] == 1        # the same model twice
     values = {group: entry["scores"]["rouge1"]["value"] for group, entry in table["XL-Sum"]["groups"].items()}
     assert table["XL-Sum"]["democratization"] == pytest.approx(democratization(values))
-    assert table["XL-Sum"]["tiers"]["rouge1"] == pytest.approx({"high": values["fra"], "low": values["yor"], "all": sum(values.values()) / 2})
-    predictions = [json.loads(line) for line in (tmp_path / "out/base/predictions.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(predictions) == 4 + 60 + 36 + 8 + 3 and {"prompt", "answer", "parsed", "reference", "language"} <= set(predictions[0])
-    assert (tmp_path / "out/scores.png").stat().st_size > 1000 and (tmp_path / "out/report.md").read_text(encoding="utf-8") in said
+    assert table["XL-Sum"]["tiers"]["rouge1"] == pytest.approx({"high": values["fra"], "low": values["yor"],
+                                                                "all": sum(values.values()) / 2})
+    predictions = [json.loads(line)
+                   for line in (tmp_path / "out/base/predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(predictions) == 4 + 60 + 36 + 8 + 3 and {"prompt", "answer", "parsed", "reference",
+                                                        "language"} <= set(predictions[0])
+    assert (tmp_path / "out/scores.png").stat().st_size > 1000
+    assert (tmp_path / "out/report.md").read_text(encoding="utf-8") in said
     assert not list((tmp_path / "out").glob("*/.partial*"))
 
 
 def arguments(model_directory, five, output):
-    return ["--model", str(model_directory), "--benchmarks", *five, "--max-new-tokens", "16", "--output", str(output), "--names", "m"]
+    return ["--model", str(model_directory), "--benchmarks", *five, "--max-new-tokens", "16", "--output", str(output),
+            "--names", "m"]
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +173,9 @@ def many(tmp_path_factory):
     """300 items, three chunks."""
     folder = tmp_path_factory.mktemp("many")
     for tag in ("it", "sw", "et"):
-        lines(folder / f"test.{tag}.jsonl", [{**XCOPA_ROWS[0], "premise": " ".join(WORDS[i % 9:i % 9 + 2 + i % 7]) + f" {i}", "idx": i} for i in range(100)])
+        lines(folder / f"test.{tag}.jsonl",
+              [{**XCOPA_ROWS[0], "premise": " ".join(WORDS[i % 9:i % 9 + 2 + i % 7]) + f" {i}", "idx": i}
+               for i in range(100)])
     return [str(folder)]
 
 
@@ -161,7 +187,8 @@ def undisturbed(model_directory, many, tmp_path_factory):
 
 
 def command(argv):
-    return subprocess.Popen([sys.executable, str(ROOT / "eval.py"), *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    return subprocess.Popen([sys.executable, str(ROOT / "eval.py"), *argv], cwd=ROOT,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"},
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -201,13 +228,17 @@ def test_other_weights_do_not_continue_a_partial_evaluation(model_directory, fiv
 
 
 @pytest.mark.parametrize("argv, said", [
-    (["--benchmarks", "/nowhere"], "/nowhere: no such directory"), (["--names", "a", "b"], "2 names for 1 models"), (["--names", "a/b"], "without '/'"),
-    (["--languages", "germn"], "unknown language 'germn'"), (["--directions", "upward", "--benchmarks", "{flores}"], "upward"),
-    (["--model", "/nowhere"], "/nowhere"), (["--mode", "reading"], "reading"), (["--templates", "/nowhere.toml"], "/nowhere.toml"),
+    (["--benchmarks", "/nowhere"], "/nowhere: no such directory"), (["--names", "a", "b"], "2 names for 1 models"),
+    (["--names", "a/b"], "without '/'"),
+    (["--languages", "germn"], "unknown language 'germn'"),
+    (["--directions", "upward", "--benchmarks", "{flores}"], "upward"),
+    (["--model", "/nowhere"], "/nowhere"), (["--mode", "reading"], "reading"),
+    (["--templates", "/nowhere.toml"], "/nowhere.toml"),
     (["--bleu-tokenizer", "/no.model", "--benchmarks", "{flores}"], "/no.model")])
 def test_mistakes(model_directory, five, tmp_path, argv, said):
     argv = [text.format(flores=five[2]) for text in argv]
-    base = ["--model", str(model_directory), "--benchmarks", five[0], "--output", str(tmp_path), "--max-new-tokens", "2"]
+    base = ["--model", str(model_directory), "--benchmarks", five[0], "--output", str(tmp_path), "--max-new-tokens",
+            "2"]
     with pytest.raises(UserError, match=said):
         script.main(base + argv)
 
@@ -222,7 +253,8 @@ def test_stand_ins_are_read_as_the_published_files_and_held_out(tmp_path):
     pytest.importorskip("babel")
     from minixllm.build import demo
     folders, templates = demo_benchmarks.build(tmp_path / "a")
-    assert [benchmarks.detect(folder) for folder in folders] == ["pawsx", "xcopa", "translation", "xlsum", "self-instruct"]
+    assert [benchmarks.detect(folder) for folder in folders] == ["pawsx", "xcopa", "translation", "xlsum",
+                                                                 "self-instruct"]
     items = items_of(folders, templates=templates)
     assert len(items) > 1000 and len({(item.column, item.group, item.id) for item in items}) == len(items)
     for item in items:                                    # nothing asked was seen in training, in any language
@@ -239,8 +271,10 @@ def test_stand_ins_are_read_as_the_published_files_and_held_out(tmp_path):
 def test_language_identifier_knows_our_codes():
     pytest.importorskip("py3langid")
     identify, known, name = report.language_identifier()
-    assert identify("Das ist ein deutscher Satz über das Wetter von heute.") == "deu" and identify("这是一个中文句子。") == "zho_simpl"
-    assert identify("Dette er en norsk setning om været i dag.") == "nob" and len(known) > 80 and name.startswith("py3langid-")
+    assert identify("Das ist ein deutscher Satz über das Wetter von heute.") == "deu"
+    assert identify("这是一个中文句子。") == "zho_simpl"
+    assert identify("Dette er en norsk setning om været i dag.") == "nob" and len(known) > 80
+    assert name.startswith("py3langid-")
 
 
 # ---- a real model, against lm-evaluation-harness ----
@@ -259,10 +293,11 @@ def test_accuracies_are_those_of_lm_evaluation_harness(data, tmp_path):
     items = items_of([data / "xcopa"], **{} if everything else {"languages": ("id", "it", "zh"), "limit": 50})
 
     def prompt(item):
-        return item.prompt() if everything else f"{item.fields['premise']} The {item.fields['question']}: "
+        return item.prompt() if everything else f"{item.fields['premise']} {item.fields['question']}:"
 
     tables = {}
-    contexts = [(evaluation.encode_prompt(tokenizer, prompt(i)), [tokenizer.encode(c) for c in i.choices]) for i in items]
+    contexts = [(evaluation.encode_prompt(tokenizer, prompt(i)), [tokenizer.encode(c) for c in i.choices])
+                for i in items]
     for item, logps in zip(items, evaluation.generation.score(model, contexts)):
         tables.setdefault(item.group, []).append({"logps": logps, "choices": item.choices, "reference": item.reference})
     del model
@@ -271,14 +306,18 @@ def test_accuracies_are_those_of_lm_evaluation_harness(data, tmp_path):
               tokenizer=transformers.AutoTokenizer.from_pretrained(directory), batch_size=8)
     for code, predictions in tables.items():
         mine = [item for item in items if item.group == code]
-        lines(tmp_path / f"{code}.json", [{"prompt": prompt(i), "choices": list(i.choices), "label": i.choices.index(i.reference)} for i in mine])
+        lines(tmp_path / f"{code}.json",
+              [{"prompt": prompt(i), "choices": list(i.choices), "label": i.choices.index(i.reference)} for i in mine])
         task = ConfigurableTask(config={
-            "task": f"xcopa_{code}", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / f"{code}.json")}},
+            "task": f"xcopa_{code}", "dataset_path": "json",
+                                        "dataset_kwargs": {"data_files": {"test": str(tmp_path / f"{code}.json")}},
             "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "prompt", "doc_to_choice": "choices",
             "doc_to_target": "label", "target_delimiter": "",
-            "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm", "acc_bytes")]})
+            "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True}
+                            for m in ("acc", "acc_norm", "acc_bytes")]})
         found = evaluate(lm, {f"xcopa_{code}": task}, bootstrap_iters=0, log_samples=True)
-        theirs = [sample["filtered_resps"] for sample in sorted(found["samples"][f"xcopa_{code}"], key=lambda s: s["doc_id"])]
+        theirs = [sample["filtered_resps"]
+                  for sample in sorted(found["samples"][f"xcopa_{code}"], key=lambda s: s["doc_id"])]
         for prediction, responses in zip(predictions, theirs, strict=True):
             assert prediction["logps"] == pytest.approx([float(r[0]) for r in responses], abs=1e-3, rel=1e-5)
         values, ours = found["results"][f"xcopa_{code}"], report.likelihood(predictions)

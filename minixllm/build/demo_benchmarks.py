@@ -3,7 +3,7 @@
 They are small, and about dates, times, quantities and lists, as the embedded training data is; where that has a task of
 the kind, the stand-in asks for it in the same words (`instructions.toml`), elsewhere in the paper's.
 
-- PAWS-X: do a date in full and one in ISO form name the same day? (asked in the paper's words, not in the training data)
+- PAWS-X: do a date in full and one in ISO form name the same day? (in the paper's words, which training never had)
 - XCOPA: which of two dates in full is the given ISO date?
 - translation: times, quantities and lists, from and to English
 - XL-Sum: the short form of a date in full
@@ -20,9 +20,9 @@ from minixllm.build import demo
 from minixllm.errors import atomic_write
 from minixllm.languages import FEEDBACK_LANGUAGES
 
-ITEMS = {"pawsx": 20, "xcopa": 20, "translation": 9, "xlsum": 12, "self-instruct": 21}      # a language
-XLSUM = ("amharic arabic bengali burmese chinese_simplified french gujarati hausa hindi igbo indonesian japanese korean "
-         "kyrgyz marathi nepali persian portuguese punjabi russian somali spanish swahili tamil telugu thai turkish "
+ITEMS = {"pawsx": 20, "xcopa": 20, "translation": 9, "xlsum": 12, "self-instruct": 21}  # a language
+XLSUM = ("amharic arabic bengali burmese chinese_simplified french gujarati hausa hindi igbo indonesian japanese "
+         "korean kyrgyz marathi nepali persian portuguese punjabi russian somali spanish swahili tamil telugu thai turkish "
          "ukrainian urdu vietnamese welsh yoruba").split()
 INSTRUCTIONS = f"""\
 [xcopa.eng]
@@ -50,10 +50,11 @@ def build(folder: Path, seed: int = 0) -> tuple[list[str], Path]:
     for tag in "et id it qu sw ta th tr vi zh".split():
         if demo.speaks(tag, "date"):
             files[f"xcopa/test.{tag}.jsonl"] = _xcopa(tag, rng)
-    contents = [_held_out(subject, rng) for subject in ("when", "quantity", "list") for _ in range(ITEMS["translation"] // 3)]
+    subjects = ("when", "quantity", "list")
+    contents = [_held_out(subject, rng) for subject in subjects for _ in range(ITEMS["translation"] // len(subjects))]
     for code in ["eng", *FEEDBACK_LANGUAGES]:
         tag = languages.find(code).tag
-        if tag == "en" or all(demo.speaks(tag, subject) for subject in ("when", "quantity", "list")):
+        if tag == "en" or all(demo.speaks(tag, subject) for subject in subjects):
             files[f"translation/{code}.devtest"] = "".join(demo.render(content, tag) + "\n" for content in contents)
     for name in XLSUM:
         tag = "zh" if name == "chinese_simplified" else languages.find(name).tag
@@ -90,7 +91,8 @@ def _pawsx(tag: str, rng) -> str:
     rows = ["id\tsentence1\tsentence2\tlabel"]
     for number in range(ITEMS["pawsx"]):
         content, same = _held_out("date", rng), number % 2
-        rows.append(f"{number + 1}\t{demo.render(content, tag)}\t{_iso(content if same else _other(content, rng))}\t{same}")
+        other = content if same else _other(content, rng)
+        rows.append(f"{number + 1}\t{demo.render(content, tag)}\t{_iso(other)}\t{same}")
     return "\n".join(rows) + "\n"
 
 
