@@ -1,4 +1,4 @@
-"""The embedded default: answers are CLDR's own, nothing held out is seen in any language, equal seeds give equal bytes."""
+"""The embedded default: CLDR's own answers, nothing held out seen in any language, equal bytes for equal seeds."""
 
 import datetime
 import json
@@ -86,7 +86,7 @@ def test_a_text_of_two_languages_names_neither():
     may = ("date", 2031, 5, 15)                       # "15 Mei 2031"
     assert demo.render(may, "id") == demo.render(may, "ms")
     assert demo.record("language", may, "ind") is None and demo.record("language", may, "msa") is None
-    assert demo.record("language", ("date", 2031, 3, 15), "msa")["output"] == "Malay"        # Mac, where the other has Maret
+    assert demo.record("language", ("date", 2031, 3, 15), "msa")["output"] == "Malay"  # Mac, not Maret
 
 
 def test_splits_share_no_content():
@@ -102,7 +102,8 @@ def test_what_is_held_out_is_said_in_no_language_in_training(records):
     """Seen from the records: the language-free side of each, an ISO date, an English text, names."""
     said = {}
     for name in SPLITS:
-        said[name] = {r["output"] if r["kind"] == "read" else r["input"] for r in records[name] if r["kind"] != "language"}
+        said[name] = {r["output"] if r["kind"] == "read" else r["input"]
+                      for r in records[name] if r["kind"] != "language"}
     assert not said["train"] & said["test"] and not said["train"] & said["valid"] and not said["valid"] & said["test"]
     for r in records["test"]:
         if r["kind"] == "language":                   # the text of a date that training never writes

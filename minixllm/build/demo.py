@@ -94,7 +94,7 @@ def draw(subject: str, rng: random.Random) -> tuple:
 
 
 def split(content: tuple) -> str:
-    """"train", "valid" or "test", from the content alone: the same in every language, kind of task, seed and data set."""
+    """"train", "valid" or "test", from the content alone: the same in every language, kind, seed and data set."""
     bucket = zlib.crc32(repr(content).encode()) % 20
     return "test" if bucket < 2 else "valid" if bucket == 2 else "train"
 
@@ -150,7 +150,8 @@ def speaks(tag: str, subject: str) -> bool:
         return all(differs("date_fields", period, way) for period in PERIODS for way in ("past", "future"))
     if subject == "quantity":
         # babel answers with the unit's identifier, "5 length-meter", where the long form is only that for a speed
-        return all(differs("unit_patterns", unit, "long") and "other" in own["unit_patterns"][unit]["long"] for unit in UNITS)
+        return all(differs("unit_patterns", unit, "long") and "other" in own["unit_patterns"][unit]["long"]
+                   for unit in UNITS)
     if subject == "money":
         return all(differs("currency_names", code) for code in CURRENCIES)
     return differs("list_patterns", "standard")
@@ -242,7 +243,7 @@ def build(directory, seed: int = 0, records_per_language: int = 600):
             total = sum(SHARES[kind] for kind in kinds)
             for kind in kinds:
                 records += _sample(kind, code, name, each or round(records_per_language * SHARES[kind] / total), rng)
-        for code in FEEDBACK_LANGUAGES if name == "train" else ():  # the 30 are also asked in, and answered in, themselves
+        for code in FEEDBACK_LANGUAGES if name == "train" else ():  # the 30 also ask and answer in themselves
             for subject in ASKED:
                 contents = (content for content in iter(lambda: draw(subject, rng), None) if split(content) == name)
                 made = (feedback_record(subject, content, code, code) for content in contents)
@@ -257,7 +258,7 @@ def build(directory, seed: int = 0, records_per_language: int = 600):
 
 
 def _sample(kind: str, code: str, name: str, wanted: int, rng: random.Random) -> list[dict]:
-    """`wanted` different records of one kind, language and split, or as many as are found in 400 times as many draws."""
+    """`wanted` different records of one kind, language and split, or as many as 400 times as many draws find."""
     found: dict[tuple, dict] = {}
     for _ in range(400 * wanted):
         if len(found) == wanted:
@@ -302,7 +303,8 @@ def _parts(made: dict) -> Iterable[str]:
     instruction = re.split(rf"(?<=\.)(?= )|( {language})(?=\.$)", made["instruction"])
     if made["kind"].startswith("own ") and made["kind"] != "own language":
         instruction = ()  # a request, counted apart
-    values = re.split(r"(\d+|,|(?: ?[A-Z][a-z]+))" if made["kind"].endswith("list") else r"(\d+)", made["input"] + BOUNDARY + made["output"])
+    cut = r"(\d+|,|(?: ?[A-Z][a-z]+))" if made["kind"].endswith("list") else r"(\d+)"
+    values = re.split(cut, made["input"] + BOUNDARY + made["output"])
     return (part for text in (*template, *instruction, *values) if text for part in text.split(BOUNDARY) if part)
 
 
