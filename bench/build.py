@@ -23,15 +23,29 @@ def build(folder: Path, records: int, url: str, languages: list[str], core: int)
     """(seconds, requests, bytes of memory) of a build."""
     with open(folder / f"{records}.jsonl", "w", encoding="utf-8") as file:
         for i in range(records):
-            file.write(json.dumps({"instruction": f"Describe the town of the {i}th traveller in one or two short sentences.",
-                                   "input": "", "output": "It lies by the river and has many old houses, a mill and a market."}) + "\n")
+            file.write(
+                json.dumps(
+                    {
+                        "instruction": f"Describe the town of the {i}th traveller in one or two short sentences.",
+                        "input": "",
+                        "output": "It lies by the river and has many old houses, a mill and a market.",
+                    }
+                )
+                + "\n"
+            )
     command = [sys.executable, "-m", "minixllm.build", "instructions", "--data", str(folder / f"{records}.jsonl"),
                "--output", str(folder / f"out-{records}"), "--languages", *languages, "--translator", f"google@{url}",
                "--generator", f"chat:instant@{url}", "--quality-sample", "20"]
     start = time.perf_counter()
-    child = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "GOOGLE_API_KEY": "no-secret", "OMP_NUM_THREADS": "1"},
-                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                             preexec_fn=lambda: hasattr(os, "sched_setaffinity") and os.sched_setaffinity(0, {core}))
+    child = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "GOOGLE_API_KEY": "no-secret", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: hasattr(os, "sched_setaffinity") and os.sched_setaffinity(0, {core}),
+    )
     printed = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)
     seconds = time.perf_counter() - start
@@ -50,8 +64,10 @@ def main():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    server = subprocess.Popen([sys.executable, str(ROOT / "tests/fake_services.py"), str(port)],
-                              preexec_fn=lambda: hasattr(os, "sched_setaffinity") and os.sched_setaffinity(0, {cores[-1]}))
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests/fake_services.py"), str(port)],
+        preexec_fn=lambda: hasattr(os, "sched_setaffinity") and os.sched_setaffinity(0, {cores[-1]}),
+    )
     try:
         for _ in range(100):
             with socket.socket() as s:
@@ -62,10 +78,15 @@ def main():
         first = None
         with tempfile.TemporaryDirectory() as folder:
             for records in args.records:
-                seconds, requests, memory = build(Path(folder), records, f"http://127.0.0.1:{port}/v1", args.languages, cores[0])
+                seconds, requests, memory = build(
+                    Path(folder), records, f"http://127.0.0.1:{port}/v1", args.languages, cores[0]
+                )
                 first = first or (records, memory)
                 growth = f"{(memory - first[1]) / (records - first[0]):.0f}" if records > first[0] else ""
-                print(f"{records:>10,}{seconds:>10.1f}{requests / seconds:>12,.0f}{memory / 1e6:>8.0f}{growth:>16}", flush=True)
+                print(
+                    f"{records:>10,}{seconds:>10.1f}{requests / seconds:>12,.0f}{memory / 1e6:>8.0f}{growth:>16}",
+                    flush=True,
+                )
     finally:
         server.terminate()
 

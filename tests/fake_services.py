@@ -1,4 +1,4 @@
-"""A server of Google's translation and of OpenAI's chat that answers at once, always the same, or misbehaves on purpose.
+"""A server of Google's translation and of OpenAI's chat: it answers at once, always the same, or misbehaves on purpose.
 
 As a translator it turns the letters of each word around, so that translating back restores the text. As a chat model it
 answers an instruction with words made from it and the seed; as a judge it prefers the longer answer.
@@ -28,8 +28,12 @@ def chat(body: dict) -> str:
     prompt = body["messages"][-1]["content"]
     if judged := re.search(r'{"id": "(\w+)"', prompt):
         tag = judged[1]
-        first, second = (re.search(rf"\[{tag}\] {side} answer\n(.*?)\n\[{tag}\]", prompt, re.S)[1] for side in ("first", "second"))
-        better, worse = dict.fromkeys(("helpfulness", "correctness", "language"), 9), dict.fromkeys(("helpfulness", "correctness", "language"), 3)
+        first, second = (
+            re.search(rf"\[{tag}\] {side} answer\n(.*?)\n\[{tag}\]", prompt, re.S)[1] for side in ("first", "second")
+        )
+        better, worse = dict.fromkeys(("helpfulness", "correctness", "language"), 9), dict.fromkeys(
+            ("helpfulness", "correctness", "language"), 3
+        )
         return json.dumps({"id": tag, "first": better if len(first) > len(second) else worse,
                            "second": better if len(second) > len(first) else worse})
     if marked := re.search(r"two lines (\w{16}) .*?\n\1\n(.*)\n\1", prompt, re.S):
@@ -41,8 +45,8 @@ def chat(body: dict) -> str:
 class Server:
     """`with Server(fault) as server:` serves on server.port of 127.0.0.1, in a thread.
 
-    fault: (request number, body) -> None, or "silence", "cut", "text", "shape", "huge", a status such as "429", or "closed"
-    after a good answer.
+    fault: (request number, body) -> None, or "silence", "cut", "text", "shape", "huge", a status such as "429", or
+    "closed" after a good answer.
     `asked` holds the bodies of all requests, `answered` of those answered well, `all_headers` the heads.
     """
 
@@ -64,7 +68,9 @@ class Server:
 
     async def serve(self, started=None):
         self.loop, self.done = asyncio.get_running_loop(), asyncio.Event()
-        server = await self.loop.create_server(lambda: Connection(self), "127.0.0.1", self.port, ssl=self.tls, backlog=512)
+        server = await self.loop.create_server(
+            lambda: Connection(self), "127.0.0.1", self.port, ssl=self.tls, backlog=512
+        )
         self.port = server.sockets[0].getsockname()[1]
         if started:
             started.set()
@@ -105,11 +111,15 @@ class Connection(asyncio.Protocol):
             answer = {"data": {"translations": [{"translatedText": translated(body)}]}}
         answer = json.dumps(answer).encode()
         if server.echo:
-            answer = answer.replace(b'": "Ondoka', b'": "' + head.split(b"Bearer ")[-1][:60].split(b"\r\n")[0] + b" Ondoka")
+            answer = answer.replace(
+                b'": "Ondoka', b'": "' + head.split(b"Bearer ")[-1][:60].split(b"\r\n")[0] + b" Ondoka"
+            )
         if fault == "silence":
             return
         if fault == "cut":
-            self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(answer) + answer[:len(answer) // 2])
+            self.transport.write(
+                b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(answer) + answer[: len(answer) // 2]
+            )
             self.transport.close()
             return
         status, extra = "200 OK", ""

@@ -25,13 +25,21 @@ WORDS = "the town lies by the river and has many old houses a mill and a market 
 
 def alpaca(folder):
     path = folder / "alpaca.jsonl"
-    path.write_text("".join(json.dumps({"instruction": f"Describe {word} town.", "input": "", "output": f"The {word} town."}) + "\n"
-                            for word in ("this", "that", "every")))
+    path.write_text(
+        "".join(
+            json.dumps({"instruction": f"Describe {word} town.", "input": "", "output": f"The {word} town."}) + "\n"
+            for word in ("this", "that", "every")
+        )
+    )
     return path
 
 
 def test_which_service_translates_what():
-    assert languages.google_code("zho_simpl") == "zh-CN" and languages.google_code("nob") == "no" and languages.google_code("eng") == "en"
+    assert (
+        languages.google_code("zho_simpl") == "zh-CN"
+        and languages.google_code("nob") == "no"
+        and languages.google_code("eng") == "en"
+    )
     assert [code for code in languages.LANGUAGES if languages.google_code(code) is None] == sorted(
         languages.NOT_ON_GOOGLE, key=list(languages.LANGUAGES).index)
     from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
@@ -43,7 +51,11 @@ def test_which_service_translates_what():
 def test_texts_are_cut_into_sentences_without_loss():
     for text in ("One. Two!\n\n  Three?  Four", "一。二！三", "\n\n", "", "no end", "1.5 and e.g. this."):
         assert "".join(services.sentences(text)) == text
-    assert [part for part in services.sentences("One. Two!\nThree 1.5") if part.strip()] == ["One.", "Two!", "Three 1.5"]
+    assert [part for part in services.sentences("One. Two!\nThree 1.5") if part.strip()] == [
+        "One.",
+        "Two!",
+        "Three 1.5",
+    ]
 
 
 def test_a_chat_model_translates(monkeypatch):
@@ -54,7 +66,10 @@ def test_a_chat_model_translates(monkeypatch):
         answer, used = chat.ask(Translate(text, "eng", "zul"))
         assert answer == turned(text) and used == {"requests": 1, "tokens": 50}
         assert used["tokens"] <= chat.cost(Translate(text, "eng", "zul"))["tokens"]
-        assert "from English to Zulu" in server.asked[0]["messages"][0]["content"] and server.asked[0]["model"] == "some/model"
+        assert (
+            "from English to Zulu" in server.asked[0]["messages"][0]["content"]
+            and server.asked[0]["model"] == "some/model"
+        )
         assert chat.name == f"chat:some/model@127.0.0.1:{server.port}"
     with pytest.raises(Failure, match="no answer in time") as failure:
         chat.ask(Prompt("x"))
@@ -64,7 +79,9 @@ def test_a_chat_model_translates(monkeypatch):
 def test_half_an_answer_is_none(monkeypatch):
     with Server() as server:
         chat = services.service(f"chat:m@{server.url}")
-        monkeypatch.setattr(chat.endpoint, "post", lambda *_: {"choices": [{"message": {"content": "cut"}, "finish_reason": "length"}]})
+        monkeypatch.setattr(
+            chat.endpoint, "post", lambda *_: {"choices": [{"message": {"content": "cut"}, "finish_reason": "length"}]}
+        )
         assert chat.ask(Prompt("x"))[0] == ""
 
 
@@ -81,48 +98,109 @@ def test_nllb_in_ctranslate2(tmp_path, monkeypatch):
     theirs, directory = tmp_path / "hf", tmp_path / "nllb"
     theirs.mkdir()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([" ".join(WORDS[i % 7:i % 7 + 9]) for i in range(200)]), model_prefix=str(theirs / "sentencepiece.bpe"),
-        vocab_size=80, model_type="bpe", hard_vocab_limit=False, minloglevel=2)
-    tokenizer = transformers.NllbTokenizer.from_pretrained(theirs, src_lang="eng_Latn", extra_special_tokens=["eng_Latn", "umb_Latn"])
+        sentence_iterator=iter([" ".join(WORDS[i % 7 : i % 7 + 9]) for i in range(200)]),
+        model_prefix=str(theirs / "sentencepiece.bpe"),
+        vocab_size=80,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = transformers.NllbTokenizer.from_pretrained(
+        theirs, src_lang="eng_Latn", extra_special_tokens=["eng_Latn", "umb_Latn"]
+    )
     tokenizer.save_pretrained(theirs)
     torch.manual_seed(0)
-    model = transformers.M2M100ForConditionalGeneration(transformers.M2M100Config(
-        vocab_size=len(tokenizer), d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=600, init_std=0.3)).eval()
+    model = transformers.M2M100ForConditionalGeneration(
+        transformers.M2M100Config(
+            vocab_size=len(tokenizer),
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=64,
+            decoder_ffn_dim=64,
+            max_position_embeddings=600,
+            init_std=0.3,
+        )
+    ).eval()
     model.save_pretrained(theirs)
-    ctranslate2.converters.TransformersConverter(str(theirs), copy_files=["sentencepiece.bpe.model"]).convert(str(directory))
+    ctranslate2.converters.TransformersConverter(str(theirs), copy_files=["sentencepiece.bpe.model"]).convert(
+        str(directory)
+    )
 
     nllb = services.service(f"nllb:{directory}")
     first, second = "the town lies by the river.", "people live there since years."
     translations = {}
     for text in (first, second):
-        ids = torch.tensor([tokenizer.convert_tokens_to_ids(["eng_Latn", *nllb.pieces.encode(text, out_type=str), "</s>"])])
+        ids = torch.tensor(
+            [tokenizer.convert_tokens_to_ids(["eng_Latn", *nllb.pieces.encode(text, out_type=str), "</s>"])]
+        )
         with torch.no_grad():
-            beams = model.generate(ids, num_beams=4, max_length=513, forced_bos_token_id=tokenizer.convert_tokens_to_ids("umb_Latn"))
+            beams = model.generate(
+                ids, num_beams=4, max_length=513, forced_bos_token_id=tokenizer.convert_tokens_to_ids("umb_Latn")
+            )
         translations[text] = tokenizer.decode(beams[0], skip_special_tokens=True)
         assert nllb.ask(Translate(text, "eng", "umb"))[0] == translations[text] != ""
-    assert nllb.ask(Translate(f"{first}\n\n{second}", "eng", "umb"))[0] == f"{translations[first]}\n\n{translations[second]}"
+    assert (
+        nllb.ask(Translate(f"{first}\n\n{second}", "eng", "umb"))[0]
+        == f"{translations[first]}\n\n{translations[second]}"
+    )
 
     monkeypatch.setenv("GOOGLE_API_KEY", "google-key")
     with Server() as server:
-        command.main(["instructions", "--data", str(alpaca(tmp_path)), "--output", str(tmp_path / "out"), "--languages", "umb", "mri",
-                      "--translator", f"google@{server.url}", f"nllb:{directory}", "--generator", f"chat:m@{server.url}",
-                      "--quality-sample", "3", "--min-bleu", "50"])
+        command.main(
+            [
+                "instructions",
+                "--data",
+                str(alpaca(tmp_path)),
+                "--output",
+                str(tmp_path / "out"),
+                "--languages",
+                "umb",
+                "mri",
+                "--translator",
+                f"google@{server.url}",
+                f"nllb:{directory}",
+                "--generator",
+                f"chat:m@{server.url}",
+                "--quality-sample",
+                "3",
+                "--min-bleu",
+                "50",
+            ]
+        )
     report = json.loads((tmp_path / "out/build/report.json").read_text())
-    assert report["mri"]["translator"] == "google" and report["umb"]["translator"] == nllb.name and report["umb"]["answers"] == "translated"
+    assert (
+        report["mri"]["translator"] == "google"
+        and report["umb"]["translator"] == nllb.name
+        and report["umb"]["answers"] == "translated"
+    )
     with pytest.raises(UserError, match="sentencepiece.bpe.model, expected NLLB converted"):
         (directory / "sentencepiece.bpe.model").unlink()
         services.service(f"nllb:{directory}")
 
 
 def test_a_local_model_directory(tmp_path):
-    tokenizer = train_sentencepiece([" ".join(WORDS[i:]) for i in range(10)] * 9, tmp_path / "tokenizer.model", vocab_size=300)
-    model = build(LlamaConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-                              num_attention_heads=2), Llama)
+    tokenizer = train_sentencepiece(
+        [" ".join(WORDS[i:]) for i in range(10)] * 9, tmp_path / "tokenizer.model", vocab_size=300
+    )
+    model = build(
+        LlamaConfig(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        ),
+        Llama,
+    )
     initialise(model, seed=0)
     save_model(model, tmp_path / "model", tokenizer)
     local = services.service(f"local:{tmp_path / 'model'}")
-    answers = [local.ask(Prompt("Describe the town.", temperature=1.0, seed=seed, max_new_tokens=2000)) for seed in (1, 1, 2)]
+    answers = [
+        local.ask(Prompt("Describe the town.", temperature=1.0, seed=seed, max_new_tokens=2000)) for seed in (1, 1, 2)
+    ]
     assert answers[0] == answers[1] != answers[2] and any(text for text, _ in answers)
     assert 30 < answers[0][1]["tokens"] <= local.cost(Prompt("Describe the town.", max_new_tokens=2000))["tokens"]
     assert not local.does(Translate("a", "eng", "spa")) and local.name.startswith("local:model-")
@@ -138,19 +216,42 @@ def test_transformers_serve(tmp_path, monkeypatch):
     bytes_ = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
     bytes_.pre_tokenizer, bytes_.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     template = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}<s>assistant:"
-    transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_, bos_token="<s>", eos_token="</s>", chat_template=template
-                                         ).save_pretrained(tmp_path / "model")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bytes_, bos_token="<s>", eos_token="</s>", chat_template=template
+    ).save_pretrained(tmp_path / "model")
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(pieces), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, bos_token_id=0,
-        eos_token_id=list(range(1, 30)), max_position_embeddings=4096))   # many ends, or it would hardly come to one
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=len(pieces),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            bos_token_id=0,
+            eos_token_id=list(range(1, 30)),
+            max_position_embeddings=4096,
+        )
+    )  # many ends, or it would hardly come to one
     model.generation_config.do_sample = True
     model.save_pretrained(tmp_path / "model")
     port = free_port()
     with open(tmp_path / "log", "w") as log:
-        server = subprocess.Popen([sys.executable, "-m", "transformers.cli.transformers", "serve", str(tmp_path / "model"), "--port", str(port),
-                                   "--device", "cpu"], stdout=log, stderr=log,
-                                  env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+        server = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "transformers.cli.transformers",
+                "serve",
+                str(tmp_path / "model"),
+                "--port",
+                str(port),
+                "--device",
+                "cpu",
+            ],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        )
     try:
         chat = f"chat:{tmp_path / 'model'}@http://127.0.0.1:{port}/v1"
         for _ in range(240):
@@ -162,8 +263,23 @@ def test_transformers_serve(tmp_path, monkeypatch):
                 time.sleep(0.25)
         monkeypatch.setenv("GOOGLE_API_KEY", "google-key")
         with Server() as google:
-            flags = ["instructions", "--data", str(alpaca(tmp_path)), "--output", str(tmp_path / "out"), "--languages", "mri", "--translator",
-                     f"google@{google.url}", "--generator", chat, "--quality-sample", "2", "--max-new-tokens", "500"]
+            flags = [
+                "instructions",
+                "--data",
+                str(alpaca(tmp_path)),
+                "--output",
+                str(tmp_path / "out"),
+                "--languages",
+                "mri",
+                "--translator",
+                f"google@{google.url}",
+                "--generator",
+                chat,
+                "--quality-sample",
+                "2",
+                "--max-new-tokens",
+                "500",
+            ]
             command.main(flags)
             written = (tmp_path / "out/mri.jsonl").read_bytes()
             command.main(flags)   # answers are drawn at random: only stored ones come out the same

@@ -1,6 +1,6 @@
 """Build the data sets out of services that translate and chat (README, "Building the data").
 
-    python -m minixllm.build instructions --data alpaca_data.json --output data/instructions --translator google nllb:DIR
+    python -m minixllm.build instructions --data alpaca.json --output data/instructions --translator google nllb:DIR
     python -m minixllm.build feedback --data data/instructions --output data/feedback
 
 Both go on where they were stopped when they are given again, and tell beforehand with --dry-run what they would ask.
@@ -29,7 +29,8 @@ def main(argv):
     try:
         finished = build(settings)
     except (OSError, sqlite3.Error) as error:  # a full disk above all
-        raise UserError(f"{getattr(error, 'filename', None) or settings.output}: {getattr(error, 'strerror', None) or error}") from None
+        where, why = getattr(error, "filename", None), getattr(error, "strerror", None)
+        raise UserError(f"{where or settings.output}: {why or error}") from None
     if not finished:
         sys.exit(1)
 

@@ -2,16 +2,16 @@
 
 Instruction and input are translated. The answer is translated too where the language's translations are poor, and
 written by a chat model in the language where they are good: which, is told by translating a sample of instructions into
-the language and back and scoring it against the original. Translations and answers that are visibly broken are left out.
+the language and back and scoring it against the original. What is visibly broken is left out.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import random
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,25 +20,24 @@ import numpy as np
 
 from minixllm import languages, scorers
 from minixllm.build import services
-from minixllm.build.runner import Estimate, Missing, Runner, RunnerSettings
+from minixllm.build.runner import Estimate, LeftOut, Missing, Runner, RunnerSettings
 from minixllm.build.services import Prompt, Translate
 from minixllm.errors import UserError, atomic_write
 from minixllm.languages import LANGUAGES
 from minixllm.records import Instruction, read_instructions
 from minixllm.settings import setting
 
-EXAMPLES = 3        # of each reason for leaving a record out, in the report
 DRY_RUN_SAMPLE = 500
 
 
 @dataclass
 class InstructionSettings(RunnerSettings):
-    data: list[str] = setting([], "English files of instruction, input and output (JSON or JSONL), optionally with an id")
+    data: list[str] = setting([], "English files of instruction, input and output, optionally with an id")
     languages: list[str] = setting([], "codes, tags or names of languages; none: all 100")
     translator: list[str] = setting(["google"], "services; a language is translated by the first that knows it: "
                                                 "google nllb:DIR is the paper's choice")
     generator: str = setting("chat:gpt-4o-mini@https://api.openai.com/v1", "the service that answers in the language")
-    quality_sample: int = setting(100, "instructions a language that are translated there and back to judge its quality")
+    quality_sample: int = setting(100, "instructions translated there and back to judge a language's quality")
     min_bleu: float = setting(30.0, "where these reach this BLEU, answers are generated; below, translated")
     max_new_tokens: int = setting(1024, "tokens of the longest generated answer; what is longer is left out")
     temperature: float = setting(0.7, "at which answers are generated")
@@ -65,53 +64,47 @@ def build(settings: InstructionSettings) -> bool:
     if settings.quality_sample < 1:
         raise UserError(f"--quality-sample is {settings.quality_sample}, expected 1 or more")
     total = check_source(settings.data)
-    sample = sorted(random.Random(settings.seed).sample(range(total), min(settings.quality_sample, total)))
-    opened = [services.service(word, settings.timeout) for word in settings.translator]
+    sample = set(random.Random(settings.seed).sample(range(total), min(settings.quality_sample, total)))
     generator = services.service(settings.generator, settings.timeout)
     if not generator.does(Prompt("")):
-        raise UserError(f"--generator {settings.generator} does not answer instructions: expected chat:... or local:...")
-    translators = {code: next((each for each in opened if all(map(each.does, there_and_back(code)))), None) for code in codes}
-    if unknown := [code for code, translator in translators.items() if translator is None]:
+        raise UserError(f"--generator {settings.generator} only translates: expected chat:MODEL@URL or local:DIR")
+    translators = [services.service(word, settings.timeout) for word in settings.translator]
+    prompt = dict(max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, seed=settings.seed)
+    plans, unknown = [], []
+    for code in codes:
+        able = [each for each in translators if all(map(each.does, there_and_back(code)))]
+        plans += [Plan(code, each, generator, prompt) for each in able[:1]]
+        unknown += [] if able else [code]
+    if unknown:
         raise UserError(f"{' '.join(settings.translator)}: no translator for {', '.join(unknown)}: add nllb:DIR or "
                         "chat:MODEL@URL to --translator")
-    prompt = dict(max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, seed=settings.seed)
     if settings.dry_run:
-        print(estimate(settings, total, [Plan(code, translators[code], generator, prompt) for code in codes], len(sample)))
+        print(estimate(settings, total, plans, len(sample)))
         return True
 
-    wrong_language = identifier()
-    report, failures = {}, []
+    wrong_language, report = identifier(), {}
     with Runner(settings) as runner:
-        for each in dict.fromkeys((*translators.values(), generator)):
+        for each in dict.fromkeys((*(plan.translator for plan in plans), generator)):
             runner.reach(each)
-        for number, code in enumerate(codes, start=1):
-            label = f"{code} {number}/{len(codes)}"
-            plan = Plan(code, translators[code], None, prompt)
+        for number, plan in enumerate(plans, start=1):
+            label = f"{plan.code} {number}/{len(plans)}"
             if (scores := quality(runner, settings.data, sample, plan, label)) is None:
                 break
-            if scores["bleu"] >= settings.min_bleu:
-                plan = dataclasses.replace(plan, generator=generator)
+            if scores["bleu"] < settings.min_bleu:
+                plan = dataclasses.replace(plan, generator=None)
             runner.work(lambda ask, item: make(ask, item[1], plan), sources(settings.data), total, label)
-            if (written := write(runner, settings, plan, scores, wrong_language, failures)) is None:
+            finished = functools.partial(finish, plan=plan, scores=scores, wrong_language=wrong_language,
+                                         is_new=runner.is_new)
+            counts = runner.write(Path(settings.output) / f"{plan.code}.jsonl", finished, sources(settings.data),
+                                  lambda item: {"language": plan.code, "id": identity(*item)})
+            if counts is None:
                 break
-            report[code] = {**scores, "translator": plan.translator.name,
-                            "answers": plan.generator.name if plan.generator else "translated", **written}
-            write_report(Path(settings.output) / "build", report, settings.min_bleu)
-        return conclude(runner, settings.output, failures, f"{len(report)} of {len(codes)} languages are finished")
-
-
-def conclude(runner: Runner, folder, failures: list, state: str) -> bool:
-    """Write failures.jsonl, print how the run ended; whether it has done all it should."""
-    with atomic_write(Path(folder) / "build/failures.jsonl") as file:
-        file.writelines(json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures)
-    print(f"{state}; asked in this run: " + ", ".join(f"{n:,} {unit}" for unit, n in runner.spent.items()))
-    for reason, count in Counter(failure["reason"] for failure in failures).most_common(5):
-        print(f"no answer for {count} records: {reason}")
-    if runner.why_stopped:
-        print(f"stopped: {runner.why_stopped}")
-    if failures or runner.why_stopped:
-        print(f"run the same command again to go on with what is missing; {Path(folder) / 'build/failures.jsonl'} lists what failed")
-    return not (failures or runner.why_stopped)
+            report[plan.code] = {**scores, "translator": plan.translator.name,
+                                 "answers": plan.generator.name if plan.generator else "translated", **counts}
+            write_report(runner.folder, report, settings.min_bleu)
+            print(f"{label}: {counts['records']:,} records, {sum(counts['left_out'].values()):,} left out, "
+                  f"{counts['failed']:,} failed", flush=True)
+        return runner.conclude(f"{len(report)} of {len(plans)} languages are finished")
 
 
 def chosen_languages(words: list[str]) -> list[str]:
@@ -137,21 +130,20 @@ def identity(number: int, record: Instruction) -> str:
 
 def check_source(paths) -> int:
     """How many records there are. Raises UserError for a broken one, or two with one id."""
-    digests = np.fromiter((hash(identity(*item)) for item in sources(paths)), dtype=np.int64)  # 8 bytes a record
-    ordered = np.sort(digests)
-    suspects, seen = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist()), {}
+    digests = np.sort(np.fromiter((hash(identity(*item)) for item in sources(paths)), dtype=np.int64))  # 8 bytes each
+    suspects, seen = set(digests[1:][digests[1:] == digests[:-1]].tolist()), {}
     for path in paths if suspects else ():
         for record in read_instructions(path):
-            own = record.extra.get("id")
-            if own is not None and hash(str(own)) in suspects:
-                if str(own) in seen:
-                    raise UserError(f"{path}, line {record.line}: id {own!r} again, first in {seen[str(own)]}; expected "
-                                    "every record to have its own")
-                seen[str(own)] = f"{path}, line {record.line}"
+            own = str(record.extra.get("id", ""))
+            if own in seen:
+                raise UserError(f"{path}, line {record.line}: id {own!r} again, first in {seen[own]}; expected every "
+                                "record to have its own")
+            if own and hash(own) in suspects:
+                seen[own] = f"{path}, line {record.line}"
     return len(digests)
 
 
-# -- making records ---------------------------------------------------------------------------------------------------
+# -- making records -------------------------------------------------------------------------------------------------
 
 
 def make(ask, record: Instruction, plan: Plan) -> tuple[str, str, str]:
@@ -165,14 +157,27 @@ def make(ask, record: Instruction, plan: Plan) -> tuple[str, str, str]:
     return instruction, input, ask(plan.generator, Prompt(instruction, input, system, **plan.prompt))
 
 
+def finish(ask, item, plan: Plan, scores: dict, wrong_language, is_new) -> dict:
+    """The record as it is written. Raises LeftOut."""
+    number, record = item
+    made = make(ask, record, plan)
+    reason = (fault(record, made, plan.generator is not None)
+              or wrong_language(made[2], plan.code) or wrong_language(made[0], plan.code)
+              or (None if is_new(f"{plan.code} {normal(made[0])}|{normal(made[1])}") else "duplicate"))
+    if reason:
+        raise LeftOut(reason, *made)
+    return {**dict(zip(("instruction", "input", "output"), made)), "language": plan.code,
+            "id": identity(number, record), "translator": plan.translator.name,
+            "generator": plan.generator.name if plan.generator else None, "bleu": scores["bleu"], "chrf": scores["chrf"]}
+
+
 def there_and_back(code: str, text: str = "") -> tuple[Translate, Translate]:
     return Translate(text, "eng", code), Translate(text, code, "eng")
 
 
-def quality(runner: Runner, paths, sample: list[int], plan: Plan, label: str) -> dict | None:
+def quality(runner: Runner, paths, sample: set[int], plan: Plan, label: str) -> dict | None:
     """BLEU and chrF of the sampled instructions, translated there and back; None if the run stopped meanwhile."""
-    wanted = set(sample)
-    texts = [record.instruction for number, record in sources(paths) if number in wanted]
+    texts = [record.instruction for number, record in sources(paths) if number in sample]
 
     def back(ask, text):
         there = ask(plan.translator, Translate(text, "eng", plan.code))
@@ -187,56 +192,21 @@ def quality(runner: Runner, paths, sample: list[int], plan: Plan, label: str) ->
             if missing.reason is None:
                 return None
     if 2 * len(pairs) < len(texts):
-        runner.stop(f"{plan.code}: {len(texts) - len(pairs)} of {len(texts)} sampled instructions could not be translated")
+        runner.stop(f"{plan.code}: of {len(texts)} sampled instructions only {len(pairs)} could be translated")
         return None
     scores = {"bleu": scorers.bleu(*zip(*pairs)), "chrf": scorers.chrf(*zip(*pairs))}
     return {name: round(score.value, 2) for name, score in scores.items()} | {
         "signatures": [score.signature for score in scores.values()], "sampled": len(pairs)}
 
 
-def write(runner: Runner, settings, plan: Plan, scores: dict, wrong_language, failures: list) -> dict | None:
-    """Write one language's file out of stored answers; its counts, or None when answers are still to be asked for."""
-    kept, reasons, examples = 0, Counter(), {}
-    failed = []
-    provenance = {"translator": plan.translator.name, "generator": plan.generator.name if plan.generator else None,
-                  "bleu": scores["bleu"], "chrf": scores["chrf"]}
-    try:
-        with atomic_write(Path(settings.output) / f"{plan.code}.jsonl") as file:
-            for number, record in sources(settings.data):
-                try:
-                    made = make(runner.recall, record, plan)
-                except Missing as missing:
-                    if missing.reason is None:
-                        raise
-                    failed.append({"language": plan.code, "id": identity(number, record), "reason": missing.reason})
-                    continue
-                reason = (fault(record, made, plan.generator is not None) or wrong_language(made[2], plan.code)
-                          or wrong_language(made[0], plan.code) or None)
-                if reason is None and not runner.is_new(f"{plan.code} {normal(made[0])}|{normal(made[1])}"):
-                    reason = "duplicate"
-                if reason:
-                    reasons[reason] += 1
-                    if len(examples.setdefault(reason, [])) < EXAMPLES:
-                        examples[reason].append([identity(number, record), *(text[:200] for text in made)])
-                    continue
-                instruction, input, output = made
-                entry = {"instruction": instruction, "input": input, "output": output, "language": plan.code,
-                         "id": identity(number, record), **provenance}
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-                kept += 1
-    except Missing:
-        return None
-    failures += failed
-    return {"records": kept, "failed": len(failed), "left_out": dict(sorted(reasons.items())), "examples": dict(sorted(examples.items()))}
+# -- filters --------------------------------------------------------------------------------------------------------
 
-
-# -- filters ------------------------------------------------------------------------------------------------------------
-
-REFUSALS = re.compile(r"\W*(?:as an ai\b|as a(?: large)? language model|i(?:'|’)?m sorry,? (?:but|i)|i apologi[sz]e,? but|"
-                      r"sorry,? (?:but )?i (?:can|am)|i(?: am|'m|’m) (?:unable|not able) to|i can(?:not|'t|’t) (?:help|assist|fulfil|provide))",
-                      re.IGNORECASE)
+REFUSALS = re.compile(r"\W*(?:as an ai\b|as a(?: large)? language model|i['’]?m sorry,? (?:but|i)|"
+                      r"i apologi[sz]e,? but|sorry,? (?:but )?i (?:can|am)|i(?: am|['’]m) (?:unable|not able) to|"
+                      r"i can(?:not|['’]t) (?:help|assist|fulfil|provide))", re.IGNORECASE)
 # what a translation must keep as it is
-VERBATIM = re.compile(r"https?://[^\s<>\"')\]]+|www\.[^\s<>\"')\]]+|```.*?```|`[^`\n]+`|\{\{?\w*\}?\}|%[sd]\b|</?[A-Za-z_][\w-]*>|_{3,}", re.DOTALL)
+VERBATIM = re.compile(r"(?:https?://|www\.)[^\s<>\"')\]]+|```.*?```|`[^`\n]+`|\{\{?\w*\}?\}|%[sd]\b|"
+                      r"</?[A-Za-z_][\w-]*>|_{3,}", re.DOTALL)
 NUMBER = re.compile(r"\d+(?:[.,'’\u00a0\u202f\u066b\u066c]\d+)*")
 # one word eight times, or one piece of up to twelve characters, with a letter in it, ten times
 LOOP = re.compile(r"(?<!\S)(?=\S{0,39}[^\W\d_])(\S{1,40})(?:\s+\1){7}(?!\S)|([^\W\d_]\S{0,11}?)\2{9}")
@@ -275,8 +245,7 @@ def words(text: str) -> list[str]:
 def numbers(text: str) -> set[str]:
     """The numbers of two or more digits, in ASCII digits and without separators: these differ between languages, and
     small numbers are written as words."""
-    digits = "".join(str(d) if (d := unicodedata.decimal(c, None)) is not None else c for c in text) if not text.isascii() else text
-    found = (re.sub(r"\D", "", number).lstrip("0") for number in NUMBER.findall(digits))
+    found = ("".join(str(unicodedata.decimal(c, "")) for c in number).lstrip("0") for number in NUMBER.findall(text))
     return {number for number in found if len(number) >= 2}
 
 
@@ -295,7 +264,7 @@ def identifier():
     text is English. Raises UserError where it is not installed."""
     from minixllm.report import language_identifier
     if (found := language_identifier()) is None:
-        raise UserError("a language identifier is needed to leave out answers in the wrong language: pip install 'minixllm[lid]'")
+        raise UserError("to know in what language answers are takes the package py3langid: pip install 'minixllm[lid]'")
     identify, known, _ = found
 
     def wrong_language(text: str, code: str) -> str | None:
@@ -309,7 +278,7 @@ def identifier():
     return wrong_language
 
 
-# -- reports ------------------------------------------------------------------------------------------------------------
+# -- reports --------------------------------------------------------------------------------------------------------
 
 
 def write_report(folder: Path, report: dict, min_bleu: float) -> None:
@@ -325,8 +294,8 @@ def write_report(folder: Path, report: dict, min_bleu: float) -> None:
               "| language | BLEU | chrF | answers | records | left out | failed |", "|---|---|---|---|---|---|---|"]
     for code, entry in report.items():
         left_out = ", ".join(f"{reason} {count:,}" for reason, count in entry["left_out"].items()) or "none"
-        lines.append(f"| {LANGUAGES[code].name} ({code}) | {entry['bleu']:.1f} | {entry['chrf']:.1f} | {entry['answers']} | "
-                     f"{entry['records']:,} | {left_out} | {entry['failed']:,} |")
+        lines.append(f"| {LANGUAGES[code].name} ({code}) | {entry['bleu']:.1f} | {entry['chrf']:.1f} | "
+                     f"{entry['answers']} | {entry['records']:,} | {left_out} | {entry['failed']:,} |")
     with atomic_write(folder / "report.md") as file:
         file.write("\n".join(lines) + "\n")
 
@@ -336,7 +305,8 @@ def estimate(settings, total: int, plans: list[Plan], sampled: int) -> str:
     chosen = set(random.Random(settings.seed).sample(range(total), min(DRY_RUN_SAMPLE, total)))
     records = [record for number, record in sources(settings.data) if number in chosen]
     answer = sum(len(record.output) for record in records) // len(records)
-    lines = [f"{total:,} records, {len(plans)} languages; counted on {len(records)} records, all answers translated to all generated"]
+    lines = [f"{total:,} records, {len(plans)} languages, counted on {len(records)} records; from all answers "
+             "translated to all generated:"]
     bounds = []
     for generated in (False, True):
         estimate, back = Estimate(answer), Estimate(answer)

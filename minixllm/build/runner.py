@@ -2,8 +2,8 @@
 
 A build is a pure function from a source record and the answers it asks for to an output record. It runs twice: in
 `Runner.work` by many threads, where `Runner.ask` gets each answer and stores it under a hash of its request; then in
-source order, where `Runner.recall` finds all of them stored. So what is written depends neither on the order in which
-answers came nor on how often the build was killed.
+source order in `Runner.write`, where all of them are found stored. So what is written depends neither on the order in
+which answers came nor on how often the build was killed.
 """
 
 import dataclasses
@@ -14,27 +14,29 @@ import sqlite3
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from minixllm.build.services import Failure, Prompt, Translate
-from minixllm.errors import UserError
+from minixllm.errors import UserError, atomic_write
 from minixllm.settings import setting
 
 ATTEMPTS = 6
 BACKOFF = 0.5         # seconds before the second attempt, doubled each time
 LONGEST_WAIT = 600.0  # seconds; a server that asks for more has failed
 FAILURES_IN_A_ROW = 40
+EXAMPLES = 3          # of each reason for leaving a record out
 
 
 @dataclass
 class RunnerSettings:
     """What both builds can be told about asking."""
 
-    output: str | None = setting(None, "directory of the finished files; in its folder build, the report, what failed, and "
-                                        "cache.sqlite with every answer")
+    output: str | None = setting(None, "directory of the finished files; its folder build has the report, what failed, "
+                                       "and cache.sqlite with every answer")
     concurrency: int = setting(16, "requests on their way at once")
     timeout: float = setting(120.0, "seconds without a sign of life after which a request is made again")
     budget_requests: int | None = setting(None, "requests of this run; it stops before there are more")
@@ -51,18 +53,26 @@ class Missing(Exception):
         self.reason = reason
 
 
+class LeftOut(Exception):
+    """A record is not to be written: for what reason, and texts for an example of it."""
+
+    def __init__(self, reason: str, *example: str):
+        super().__init__(reason)
+        self.reason, self.example = reason, [text[:200] for text in example]
+
+
 class Stopped(Exception):
     """The run is ending: nothing more is asked."""
 
 
 class Runner:
-    """The threads, the budget and the stored answers of one run. `spent`: what the run has used up so far."""
+    """The threads, the budget and the stored answers of one run."""
 
     def __init__(self, settings: RunnerSettings):
         for name in ("concurrency", "timeout"):
             if getattr(settings, name) <= 0:
                 raise UserError(f"--{name} is {getattr(settings, name)}, expected more than 0")
-        folder = Path(settings.output) / "build"
+        self.folder = folder = Path(settings.output) / "build"
         folder.mkdir(parents=True, exist_ok=True)
         self.threads = settings.concurrency
         self.limits = {unit: limit for unit in ("requests", "tokens", "characters")
@@ -70,11 +80,12 @@ class Runner:
         self.spent, self._reserved = dict.fromkeys(("requests", "tokens", "characters"), 0), {}
         self._settled = threading.Condition()
         self._stop, self.why_stopped, self._error = threading.Event(), None, None
-        self._failed_in_a_row, self._resume_at = 0, {}
+        self._failed_in_a_row, self._resume_at, self.failures = 0, {}, []
 
         # WAL: a stored answer survives the death of this process at once; exclusive: two builds may not share a folder
         self._lock = threading.Lock()
-        self._database = sqlite3.connect(folder / "cache.sqlite", timeout=0.1, isolation_level=None, check_same_thread=False)
+        self._database = sqlite3.connect(folder / "cache.sqlite", timeout=0.1, isolation_level=None,
+                                         check_same_thread=False)
         try:
             self._database.executescript("""
                 PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
@@ -193,7 +204,7 @@ class Runner:
             while any(self.spent[unit] + self._reserved.get(unit, 0) + amount > self.limits.get(unit, float("inf"))
                       for unit, amount in cost.items()):
                 if not self._reserved.get("requests"):
-                    self.stop("the budget of " + ", ".join(f"{n:,} {unit}" for unit, n in self.limits.items()) + " is spent")
+                    self.stop(f"the budget of {_amounts(self.limits)} is spent")
                 if self._stop.is_set():
                     raise Stopped
                 self._settled.wait(0.5)
@@ -215,7 +226,7 @@ class Runner:
         self._stop.set()
 
     def work(self, task, items, total: int, label: str) -> None:
-        """task(ask, item) for every item, `concurrency` at a time, with a progress bar; results are only stored answers.
+        """task(ask, item) for every item, `concurrency` at a time, with a progress bar; its results are thrown away.
 
         Raises what reading the items raised, and UserErrors of services; goes on after Failures, ends when stopped.
         """
@@ -249,6 +260,53 @@ class Runner:
                     each.join(0.2)
         if self._error:
             raise self._error
+
+    def write(self, path, task, items, name) -> dict | None:
+        """Write task(recall, item) of every item in order, as JSON lines; None when answers are still to be asked for.
+
+        Returns the counts of records written, failed, and left out by reason, these with examples. name: what tells
+        an item from others, {"id": ...}.
+        """
+        written, failures, reasons, examples = 0, [], Counter(), {}
+        try:
+            with atomic_write(path) as file:
+                for item in items:
+                    try:
+                        record = task(self.recall, item)
+                    except Missing as missing:
+                        if missing.reason is None:
+                            raise
+                        failures.append({**name(item), "reason": missing.reason})
+                    except LeftOut as out:
+                        reasons[out.reason] += 1
+                        if len(examples.setdefault(out.reason, [])) < EXAMPLES:
+                            examples[out.reason].append({**name(item), "texts": out.example})
+                    else:
+                        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                        written += 1
+        except Missing:
+            return None
+        self.failures += failures
+        return {"records": written, "failed": len(failures), "left_out": dict(sorted(reasons.items())),
+                "examples": dict(sorted(examples.items()))}
+
+    def conclude(self, state: str) -> bool:
+        """Write failures.jsonl, print how the run ended; whether it has done all it should."""
+        with atomic_write(self.folder / "failures.jsonl") as file:
+            file.writelines(json.dumps(failure, ensure_ascii=False) + "\n" for failure in self.failures)
+        print(f"{state}; asked in this run: {_amounts(self.spent)}")
+        for reason, count in Counter(failure["reason"] for failure in self.failures).most_common(5):
+            print(f"no answer for {count} records: {reason}")
+        if self.why_stopped:
+            print(f"stopped: {self.why_stopped}")
+        if self.failures or self.why_stopped:
+            print(f"the same command goes on with what is missing; {self.folder / 'failures.jsonl'} lists what failed")
+            return False
+        return True
+
+
+def _amounts(amounts: dict) -> str:
+    return ", ".join(f"{amount:,} {unit}" for unit, amount in amounts.items())
 
 
 def _key(service, request) -> bytes:

@@ -1,15 +1,15 @@
 """The services that write the data, translators and chat models, behind one small interface.
 
-    google                    Google Cloud Translation (REST v2); its key in GOOGLE_API_KEY. google@URL: at another address
+    google                    Google Cloud Translation (REST v2), its key in GOOGLE_API_KEY; google@URL: elsewhere
     nllb:DIR                  NLLB, converted for CTranslate2, with its sentencepiece.bpe.model beside it
     chat:MODEL@URL            an OpenAI-compatible endpoint: chat:gpt-4o-mini@https://api.openai.com/v1 (its key in
                               OPENAI_API_KEY), or vLLM, llama.cpp, Ollama, `transformers serve`, mostly without a key
     chat:MODEL@URL#VARIABLE   the same, its key in this environment variable
     local:DIR                 a LLaMA or BLOOM directory, with this project's own generator
 
-`service(word)` opens one. It has `name`, `does(request)`, `cost(request)`, an upper bound, and `ask(request)`, which gives
-(answer, what it cost) or raises `Failure`: asking again, waiting and remembering are `runner`'s. Keys come from the
-environment, go into a header, and are cut out of whatever a server sends back.
+`service(word)` opens one. It has `name`, `does(request)`, `cost(request)`, an upper bound, and `ask(request)`, which
+gives (answer, what it cost) or raises `Failure`: asking again, waiting and remembering are `runner`'s. Keys come from
+the environment, go into a header, and are cut out of whatever a server sends back.
 """
 
 import email.utils
@@ -86,7 +86,7 @@ def sentences(text: str) -> list[str]:
     return re.split(r"(\s*\n\s*|(?<=[.!?])\s+|(?<=[。！？।]))", text)
 
 
-# -- over HTTP --------------------------------------------------------------------------------------------------------
+# -- over HTTP ------------------------------------------------------------------------------------------------------
 
 
 class _Endpoint:
@@ -94,23 +94,18 @@ class _Endpoint:
 
     def __init__(self, url: str, header: str, variable: str | None, timeout: float):
         parts = urlsplit(url)
-        try:
-            port = parts.port
-        except ValueError:
-            port = -1
-        if parts.scheme not in ("http", "https") or not parts.hostname or port == -1 or "@" in parts.netloc or parts.query:
+        if not re.fullmatch(r"https?://(\[[\da-fA-F:.]+\]|[\w.-]+)(:\d+)?(/[^?#]*)?", url):
             raise UserError(f"{parts.scheme}://{parts.hostname or ''}...: expected the address of a service, http(s)://"
                             "HOST[:PORT]/PATH; keys and passwords belong in the environment, not in it")
-        self.host, self.path = parts.hostname + (f":{port}" if port else ""), parts.path.rstrip("/")
+        self.host, self.path = parts.netloc, parts.path.rstrip("/")
         self.variable, self.key = variable, os.environ.get(variable, "").strip() if variable else ""
         self.headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "minixllm"}
         if self.key:
             self.headers[header] = f"Bearer {self.key}" if header == "Authorization" else self.key
+        self._connect = functools.partial(http.client.HTTPConnection, self.host, timeout=timeout)
         if parts.scheme == "https":
-            self._connect = functools.partial(http.client.HTTPSConnection, parts.hostname, port, timeout=timeout,
+            self._connect = functools.partial(http.client.HTTPSConnection, self.host, timeout=timeout,
                                               context=ssl.create_default_context())
-        else:
-            self._connect = functools.partial(http.client.HTTPConnection, parts.hostname, port, timeout=timeout)
         self._thread = threading.local()
 
     def post(self, path: str, body: dict) -> dict:
@@ -133,9 +128,10 @@ class _Endpoint:
         except ssl.SSLCertVerificationError as error:
             raise UserError(f"{self.host}: its certificate is not valid: {error.verify_message}") from None
         except (OSError, http.client.HTTPException) as error:
-            why = "no answer in time" if isinstance(error, TimeoutError) else self.clean(str(error) or type(error).__name__)
+            why = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
             # a server may close an idle connection: that says nothing of the next one, which is made at once
-            raise Failure(f"{self.host}: {why}", after=0.0 if used and isinstance(error, ConnectionError) else None) from None
+            idle = used and isinstance(error, ConnectionError)
+            raise Failure(f"{self.host}: {self.clean(why)}", after=0.0 if idle else None) from None
         finally:
             if not self._thread.used:
                 connection.close()
@@ -148,9 +144,10 @@ class _Endpoint:
                 raise self.misshapen(raw)
             return answer
         reason = f"{self.host}: {response.status} {response.reason}: {self.excerpt(raw)}"
-        if response.status in (401, 404) or response.status == 403 and b"imit" not in raw:  # 403: Google's rate limit, too
+        limited = response.status == 403 and b"imit" in raw  # Google's way to say 429
+        if response.status in (401, 403, 404) and not limited:
             raise UserError(reason)
-        again = response.status in (403, 408, 429) or response.status >= 500
+        again = limited or response.status in (408, 429) or response.status >= 500
         raise Failure(reason, again, _seconds(response.getheader("Retry-After")), charged=False)
 
     def misshapen(self, answer) -> Failure:
@@ -183,7 +180,8 @@ class Google:
     name = "google"
 
     def __init__(self, url: str, timeout: float):
-        self.endpoint = _Endpoint(url, "X-goog-api-key", "GOOGLE_API_KEY", timeout)  # not in the address, which gets logged
+        # the key is in a header, not in the address, for addresses get logged
+        self.endpoint = _Endpoint(url, "X-goog-api-key", "GOOGLE_API_KEY", timeout)
 
     def does(self, request) -> bool:
         return isinstance(request, Translate) and all(map(languages.google_code, (request.source, request.target)))
@@ -252,7 +250,7 @@ class Chat:
             f"\n{mark}\n{request.text}\n{mark}", max_new_tokens=128 + 3 * len(request.text.encode()))
 
 
-# -- on this machine ----------------------------------------------------------------------------------------------------
+# -- on this machine ------------------------------------------------------------------------------------------------
 
 
 def _fingerprint(directory) -> str:
@@ -305,7 +303,7 @@ class Nllb:
             for i, part in enumerate(job["parts"]):
                 if part.strip():
                     ids = self.pieces.encode(part.strip(), out_type=str)
-                    todo += [(job["parts"], i, job["request"], ids[start:start + 400]) for start in range(0, len(ids), 400)]
+                    todo += [(job["parts"], i, job["request"], ids[at:at + 400]) for at in range(0, len(ids), 400)]
         try:
             results = self.model.translate_batch(
                 [[languages.nllb_code(request.source), *ids, "</s>"] for _, _, request, ids in todo],
@@ -337,7 +335,8 @@ class Local:
         return isinstance(request, Prompt)
 
     def cost(self, request) -> dict:
-        return {"requests": 1, "tokens": len(request.text.encode()) + len(request.input.encode()) + 512 + request.max_new_tokens}
+        text = len(request.text.encode()) + len(request.input.encode())
+        return {"requests": 1, "tokens": text + 512 + request.max_new_tokens}  # 512: the template
 
     def ask(self, request: Prompt) -> tuple[str, dict]:
         from minixllm.datasets import encode_prompt
