@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from minixllm.errors import UserError
 
@@ -95,6 +96,8 @@ def shard(model, world: World, dtype: torch.dtype):
     # Inputs are not cast: blocks receive fp32 rotary angles and integer positions that must stay what they are.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     model.is_gathered = False
+    if world.size == 1 and all(parameter.dtype == dtype for parameter in model.parameters()):
+        return model  # nothing to shard, nothing to cast: FSDP2 would copy every weight and gradient, a sixth of a step
     for module in (*model.blocks, model):
         # The root is needed again at once: the backward begins with the head.
         fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=module is not model)
@@ -104,6 +107,11 @@ def shard(model, world: World, dtype: torch.dtype):
     model.register_forward_hook(_reshard_without_backward)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # a loss never changes it in place
     return model
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a parameter or gradient, sharded or not."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _reshard_without_backward(model, inputs, output) -> None:

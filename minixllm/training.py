@@ -20,7 +20,7 @@ from minixllm.attention import Packed
 from minixllm.datasets import in_order
 from minixllm.errors import UserError, atomic_write
 from minixllm.meter import Meter, announce
-from minixllm.parallel import World, explain_lost_peers
+from minixllm.parallel import World, explain_lost_peers, local
 from minixllm.settings import setting
 
 TIMINGS = ("seconds", "tokens_per_second", "mfu")  # the fields of metrics.jsonl that differ between two equal runs
@@ -130,7 +130,7 @@ def train_step(model, world, settings, stream, loss_fn, optimizer, meter, step, 
     torch.manual_seed(settings.seed + (step * world.size + world.rank << 16))  # dropout, the same after a resume
     losses, sums = [], {}
     for i, micro_batch in enumerate(batch.micro_batches):
-        if len(batch.micro_batches) > 1:
+        if world.size > 1:
             model.set_requires_gradient_sync(i == len(batch.micro_batches) - 1)  # reduce once, after the last
         loss, extras = loss_fn(model, micro_batch)
         (loss / batch.count).backward()
@@ -140,7 +140,7 @@ def train_step(model, world, settings, stream, loss_fn, optimizer, meter, step, 
 
     # Clipping works on the local shards: their squares are added over processes along with everything else that is
     # summed, so that a step has one small collective and one wait for the device.
-    gradients = [p.grad.to_local() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    gradients = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     squares = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
     tokens = sum(len(m.input_ids) for m in batch.micro_batches if m.records)
     totals = torch.stack([torch.stack(losses).double().sum(), squares, *(sums[name].double() for name in sorted(sums))])

@@ -28,6 +28,7 @@ from minixllm.checkpoint import build, initialise
 from minixllm.datasets import Stream
 from minixllm.errors import UserError
 from minixllm.llama import Llama, LlamaConfig
+from minixllm.lora import full_tensor
 from minixllm.meter import Meter, attending_pairs
 from minixllm.settings import parse, run, setting
 from minixllm.training import TIMINGS, TrainingSettings, held_out_loss, learning_rate, sft_loss, train, train_step
@@ -111,7 +112,7 @@ def main(argv):
 
     finished = train(model, world, settings, stream, loss_fn,
                      lambda: held_out_loss(model, world, held_out, np.arange(9), tokens=40))
-    weights = {name: p.full_tensor() for name, p in model.named_parameters()}
+    weights = {name: full_tensor(p) for name, p in model.named_parameters()}
     if world.first and finished:
         torch.save(weights, Path(settings.output) / "weights.pt")
 
@@ -135,7 +136,7 @@ class Grab:
         self.model, self.param_groups = model, [{"params": list(model.parameters())}]
 
     def step(self):
-        self.gradients = {name: p.grad.full_tensor() for name, p in self.model.named_parameters()}
+        self.gradients = {name: full_tensor(p.grad) for name, p in self.model.named_parameters()}
 
     def zero_grad(self):
         self.model.zero_grad()
