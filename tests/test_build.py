@@ -125,6 +125,9 @@ def test_permanent_failures_are_listed_and_asked_again_alone(tmp_path, undisturb
             assert len((out / "mri.jsonl").read_text().splitlines()) == 29
             if broken != "400":   # those two alone, six times, and the two services at the start
                 assert len(server.asked) - before == 2 * runner.ATTEMPTS + 2
+        with pytest.raises(SystemExit):   # too little to ask them again: they have not failed, they are missing
+            build(server, tmp_path, "--budget-requests", "2")
+        assert "0 of 2 languages are finished" in capsys.readouterr().out
         broken = None
         build(server, tmp_path)
     assert contents(out) == undisturbed[0]
@@ -142,7 +145,8 @@ def test_retry_after(tmp_path):
     assert 1.0 <= times[4] - times[3] < 2.0   # a second, and some jitter
     stamp = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=30)
     assert 27 < services._seconds(stamp.strftime("%a, %d %b %Y %H:%M:%S GMT")) <= 30
-    assert services._seconds("7") == 7 and services._seconds("soon") is None and services._seconds(None) is None
+    assert services._seconds("7") == 7
+    assert all(services._seconds(nothing) is None for nothing in ("0", "soon", None, "Sun, 06 Nov 1994 08:49:37 GMT"))
 
 
 @pytest.mark.parametrize(
@@ -157,6 +161,7 @@ def test_a_budget_is_never_passed(tmp_path, undisturbed, budget, unit, capsys):
                 break
             except SystemExit as stopped:
                 assert stopped.code == 1 and "stopped: the budget" in capsys.readouterr().out
+                assert (tmp_path / "out/build/failures.jsonl").read_text() == ""
             spent = server.asked[before:]
             amount = {
                 "--budget-requests": len(spent),
@@ -166,6 +171,32 @@ def test_a_budget_is_never_passed(tmp_path, undisturbed, budget, unit, capsys):
             assert 0.3 * unit < amount <= unit
         assert attempt > 0 and contents(out) == undisturbed[0]
         assert len(server.asked) <= undisturbed[1] + 2 * attempt   # each run reaches its two services
+
+
+def test_a_service_that_dies_stops_the_build(tmp_path, undisturbed, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "FAILURES_IN_A_ROW", 20)
+    with Server(lambda number, body: "500" if dead and number > 40 else None) as server:
+        dead = True
+        with pytest.raises(SystemExit):
+            build(server, tmp_path)
+        assert "stopped: 20 requests in a row failed" in capsys.readouterr().out
+        dead = False
+        assert contents(build(server, tmp_path)) == undisturbed[0]
+
+
+def test_ctrl_c_does_not_wait_for_answers(tmp_path):
+    with Server(lambda number, body: "silence" if number > 50 else None) as server:
+        build = subprocess.Popen(
+            [sys.executable, "-m", "minixllm.build", "instructions", "--data", str(alpaca(tmp_path)), "--output",
+             str(tmp_path / "out"), "--languages", "mri", "--translator", f"google@{server.url}", "--generator",
+             f"chat:m@{server.url}", "--timeout", "60"],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while server.number <= 50 and build.poll() is None:
+            time.sleep(0.05)
+        build.send_signal(signal.SIGINT)
+        _, complaints = build.communicate(timeout=10)
+    assert build.returncode == 130 and "Traceback" not in complaints, complaints
+    assert not list((tmp_path / "out").glob("*.jsonl"))
 
 
 CHILD = """
@@ -631,7 +662,7 @@ def test_a_dry_run_asks_nothing_and_counts_right(tmp_path, undisturbed, capsys, 
         # two languages: 45 texts and 10 back each, then 30 answers each, translated or generated
         assert (
             "google: 110 to 170 requests" in printed
-            and f"chat:model@127.0.0.1:{server.port}: 0 to 60 requests" in printed
+            and f"chat:model@127.0.0.1:{server.port}/v1: 0 to 60 requests" in printed
         )
         build(server, tmp_path, "--dry-run", "--pairs-each", "1", kind="feedback", data=spoken(tmp_path, 30))
         assert f"{870 * 16:,} requests" in capsys.readouterr().out and not server.asked

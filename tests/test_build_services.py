@@ -70,7 +70,7 @@ def test_a_chat_model_translates(monkeypatch):
             "from English to Zulu" in server.asked[0]["messages"][0]["content"]
             and server.asked[0]["model"] == "some/model"
         )
-        assert chat.name == f"chat:some/model@127.0.0.1:{server.port}"
+        assert chat.name == f"chat:some/model@127.0.0.1:{server.port}/v1"
     with pytest.raises(Failure, match="no answer in time") as failure:
         chat.ask(Prompt("x"))
     assert failure.value.again
@@ -83,6 +83,19 @@ def test_half_an_answer_is_none(monkeypatch):
             chat.endpoint, "post", lambda *_: {"choices": [{"message": {"content": "cut"}, "finish_reason": "length"}]}
         )
         assert chat.ask(Prompt("x"))[0] == ""
+        assert chat.endpoint.clean("half a pair: \ud83d") == "half a pair: ?"
+
+
+@pytest.mark.parametrize("fault, words", [
+    ("cut", "IncompleteRead"), ("silence", "no answer in time"), ("400", "400 Some"),
+    ("text", "not the JSON that was expected: <html>"), ("huge", "more than")])
+def test_what_went_wrong(fault, words):
+    with Server(lambda number, body: fault if number == 1 else None) as server:
+        chat = services.service(f"chat:m@{server.url}", timeout=0.5)
+        with pytest.raises(Failure, match=words) as failure:
+            chat.ask(Prompt("x"))
+        assert failure.value.again == (fault != "400")
+        assert chat.ask(Prompt("x"))[0].startswith("Ondoka")   # on a new connection, where the old one is of no use
 
 
 def test_openai_gets_its_key_and_nobody_else(monkeypatch):

@@ -251,7 +251,8 @@ def choose(count: int, margins: dict, off_target: list[bool], least: float) -> t
 
 def estimate(drawn, total: int, asked: Services) -> str:
     """What the build would ask, if all candidates differed and no answer failed."""
-    sample = list(itertools.islice(instructions(asked.settings.data, drawn), DRY_RUN_SAMPLE))
+    every = -(-total // DRY_RUN_SAMPLE)
+    sample = list(itertools.islice(instructions(asked.settings.data, drawn), 0, None, every))
     length = sum(len(record.output) for record, _, _ in sample) // len(sample)
     counter, numbers = Estimate(length), itertools.count()
 

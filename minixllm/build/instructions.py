@@ -168,7 +168,8 @@ def finish(ask, item, plan: Plan, scores: dict, wrong_language, is_new) -> dict:
         raise LeftOut(reason, *made)
     return {**dict(zip(("instruction", "input", "output"), made)), "language": plan.code,
             "id": identity(number, record), "translator": plan.translator.name,
-            "generator": plan.generator.name if plan.generator else None, "bleu": scores["bleu"], "chrf": scores["chrf"]}
+            "generator": plan.generator.name if plan.generator else None,
+            "bleu": scores["bleu"], "chrf": scores["chrf"]}
 
 
 def there_and_back(code: str, text: str = "") -> tuple[Translate, Translate]:

@@ -140,8 +140,8 @@ class Runner:
             try:
                 return self._once(service, request)
             except Failure as failure:
-                if not failure.charged and failure.again:
-                    return  # it is there, but busy
+                if failure.again and not failure.charged:
+                    return  # it is there and says that it is busy
                 if last or not failure.again:
                     raise UserError(f"{service.name} cannot be asked: {failure}") from None
             except Stopped:

@@ -158,7 +158,8 @@ class _Endpoint:
         return " ".join(self.clean(raw.decode("utf-8", "replace"))[:1000].split())[:200]
 
     def clean(self, text: str) -> str:
-        """The text without the key, should the server have repeated it."""
+        """The text without the key, should the server have repeated it, and without halves of surrogate pairs."""
+        text = text.encode("utf-8", "replace").decode()
         return text.replace(self.key, "***") if self.key else text
 
 
@@ -167,9 +168,10 @@ def _seconds(retry_after: str | None) -> float | None:
     if not retry_after:
         return None
     if retry_after.strip().isdecimal():
-        return float(retry_after)
+        return float(retry_after) or None
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
+        seconds = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
+        return seconds if seconds > 0 else None
     except ValueError:
         return None
 
@@ -206,7 +208,7 @@ class Chat:
         url, _, variable = url.partition("#")
         openai = urlsplit(url).hostname == "api.openai.com"
         self.endpoint = _Endpoint(url, "Authorization", variable or ("OPENAI_API_KEY" if openai else None), timeout)
-        self.model, self.name = model, f"chat:{model}@{self.endpoint.host}"
+        self.model, self.name = model, f"chat:{model}@{self.endpoint.host}{self.endpoint.path}"
         self.limit = "max_completion_tokens" if openai else "max_tokens"  # OpenAI's newer models refuse the old name
 
     def does(self, request) -> bool:
