@@ -60,7 +60,8 @@ def main(argv=None) -> None:
         with world.one_by_one():
             folders, templates = demo_benchmarks.build(Path(settings.output) / "stand-in")
         wanted = dataclasses.replace(wanted, templates=wanted.templates or templates)
-        notes.append("these are stand-ins made from held-out CLDR items, not the published benchmarks")
+        notes.append("these are stand-ins made from held-out CLDR items, not the published benchmarks; a language "
+                     "identifier cannot tell the language of texts so short: no off-target rates")
 
     items = []
     for folder in folders:
@@ -70,8 +71,9 @@ def main(argv=None) -> None:
     if world.first:
         print(f"{len(items)} items of {', '.join(dict.fromkeys(item.column for item in items))}, {settings.mode} mode")
         print("\n".join(f"  {note}" for note in notes))
-    predictions, tables, identify = {}, {}, report.language_identifier()
-    if identify is None:
+    predictions, tables = {}, {}
+    identify = report.language_identifier() if settings.benchmarks else None
+    if identify is None and settings.benchmarks:
         notes.append("off-target rates need a language identifier: pip install 'minixllm[lid]'")
     for name, directory in models.items():
         dtype = parallel.compute_dtype(settings.dtype, world.device)

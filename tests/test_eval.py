@@ -204,6 +204,8 @@ def test_killed_and_run_again(model_directory, many, undisturbed, tmp_path):
     [partial] = tmp_path.glob("m/.partial*")
     with open(partial, "ab") as file:                     # a kill in the middle of a line
         file.write(b'{"5": {"benchm')
+    assert len(evaluation._read_partial(tmp_path / "m", partial.name.split("-")[1])) % evaluation.CHUNK == 0
+    assert partial.read_bytes().endswith(b"\n")           # or the next chunk would be glued to the torn one
     again = command(argv)
     out = again.communicate(timeout=120)[0].decode()
     assert again.returncode == 0, out
