@@ -40,6 +40,7 @@ class Settings(LoraSettings, TrainingSettings):
     loss: str = setting("dpo", "dpo (with --label-smoothing: conservative DPO) or ipo", ("dpo", "ipo"))
     beta: float = setting(0.1, "how strongly the policy is held to the reference")
     label_smoothing: float = setting(0.0, "chance that a pair is labelled the wrong way round; dpo only")
+    nll_weight: float = setting(0.0, "how many times the chosen answer's negative log-likelihood is added to its loss")
     reference: str = setting("live", "compute the reference beside the policy, or once before training and keep its "
                                      "log-probabilities on disk", ("live", "cached"))
     learning_rate: float = setting(5e-4, "peak learning rate")
@@ -96,7 +97,8 @@ def main(argv=None):
     else:
         reference = held_out_reference = dpo.frozen(open_model(config, model_class, world, settings, settings.model))
 
-    options = dict(kind=settings.loss, beta=settings.beta, label_smoothing=settings.label_smoothing)
+    options = dict(kind=settings.loss, beta=settings.beta, label_smoothing=settings.label_smoothing,
+                   nll_weight=settings.nll_weight)
     loss = functools.partial(dpo.preference_loss, reference=reference, **options)
 
     def evaluate():

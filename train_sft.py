@@ -61,7 +61,7 @@ def main(argv=None):
         check_vocabulary(tokenizer, config, settings.model)
         train_files, held_out_files = record_files(settings.data), record_files(settings.held_out)
     else:
-        folder = Path(settings.cache) / "demo"
+        folder = demo.folder(settings.cache)
         with world.one_by_one():
             if not (folder / "tokenizer.model").exists():  # it is written last
                 demo.build(folder)

@@ -88,7 +88,7 @@ def run_ours(mode: str, count: int, dtype: str) -> float:
     stream, meter = Stream(data, 0, BATCH, BATCH), Meter(model, world, settings)
 
     def loss(model, batch):
-        return dpo.preference_loss(model, batch, reference, "dpo", 0.1, 0.0)
+        return dpo.preference_loss(model, batch, reference, kind="dpo", beta=0.1, label_smoothing=0.0, nll_weight=0.0)
 
     times = []
     for step in range(1, count // BATCH + 1):

@@ -1,7 +1,7 @@
 """A model to train, whole or through LoRA adapters, and the adapters on disk in PEFT's format.
 
-That is adapter_config.json and adapter_model.safetensors, whose tensors are named `base_model.model.{layer}.lora_A.weight`,
-the rest of the name being the base model's own.
+That is adapter_config.json and adapter_model.safetensors. A tensor is named `base_model.model.{layer}.lora_A.weight`,
+the layer's name being the base model's own.
 """
 
 import json
@@ -44,7 +44,8 @@ def open_model(config, model_class, world, settings, directory=None):
     """
     dtype = parallel.compute_dtype(settings.dtype, world.device)
     adapted = settings.lora_r > 0
-    model = checkpoint.build(config, model_class, torch.bfloat16 if adapted and settings.dtype != "float32" else torch.float32)
+    held = torch.bfloat16 if adapted and settings.dtype != "float32" else torch.float32
+    model = checkpoint.build(config, model_class, held)
     if adapted:
         add_lora(model, lora_config(config, settings))
     parallel.shard(model, world, dtype)
@@ -63,7 +64,7 @@ def lora_config(config, settings) -> LoraConfig:
 
 
 def save_trained(model, settings, tokenizer):
-    """Write output/model and, under LoRA, output/adapter, the model then having the adapters merged in. A collective."""
+    """Write output/model and, under LoRA, output/adapter, the adapters being merged into the model. A collective."""
     output = Path(settings.output)
     if settings.lora_r:
         save_adapter(model, output / "adapter", lora_config(model.config, settings), settings.model)

@@ -29,8 +29,13 @@ def pair_logps(model, batch) -> torch.Tensor:
     return sums.view(-1, 2)[:len(batch.records)]  # none of an empty batch, which only keeps its rank in step
 
 
-def compare(model, batch, reference, kind: str, beta: float, label_smoothing: float) -> dict[str, torch.Tensor]:
+def compare(model, batch, reference, kind: str, beta: float, label_smoothing: float,
+            nll_weight: float) -> dict[str, torch.Tensor]:
     """What is known of each pair, {name: (P,)}: its loss and, without gradient, rewards and log-probabilities.
+
+    nll_weight: so many times the chosen answer's negative log-likelihood is added to its loss, which keeps that answer
+    likely where DPO alone is content to make the rejected one unlikelier (Pang et al. 2024, arXiv 2404.19733, eq. 2,
+    which divides it by the answer's length).
 
     Rewards are the implicit ones, beta (log pi - log ref) (Rafailov et al. 2023, section 4); accuracy is 1 where the
     chosen answer's is the larger.
@@ -42,16 +47,17 @@ def compare(model, batch, reference, kind: str, beta: float, label_smoothing: fl
         losses = ipo_loss(logps, reference_logps, logps.new_tensor(lengths).view(-1, 2), beta)
     else:
         losses = dpo_loss(logps, reference_logps, beta, label_smoothing)
+    if nll_weight:
+        losses = losses - nll_weight * logps[:, 0]
     chosen, rejected = (beta * (logps - reference_logps)).detach().unbind(1)
     return {"loss": losses, "accuracy": (chosen > rejected).float(), "margin": chosen - rejected,
             "chosen_reward": chosen, "rejected_reward": rejected,
             "chosen_logps": logps[:, 0].detach(), "rejected_logps": logps[:, 1].detach()}
 
 
-def preference_loss(model, batch, reference, kind: str, beta: float, label_smoothing: float):
+def preference_loss(model, batch, reference, **options):
     """(summed loss, sums of what is logged) of a batch of pairs, as `training.train` takes them."""
-    sums = {name: values.sum() for name, values in
-            compare(model, batch, reference, kind, beta, label_smoothing).items()}
+    sums = {name: values.sum() for name, values in compare(model, batch, reference, **options).items()}
     return sums.pop("loss"), sums
 
 

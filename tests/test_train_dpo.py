@@ -127,6 +127,13 @@ def test_ipo_starts_at_its_own_loss(runs):
     assert metrics(runs("llama", "ipo"))[0][0]["loss"] == pytest.approx((1 / (2 * 0.1)) ** 2)
 
 
+def test_the_chosen_answers_likelihood_is_added(runs, models, pairs, tmp_path):
+    train_dpo.main([*flags(models, pairs, "llama", tmp_path, "full"), "--nll-weight", "0.5"])
+    plain, added = metrics(runs("llama", "full"))[0][0], metrics(tmp_path)[0][0]
+    assert added["chosen_logps"] == plain["chosen_logps"]
+    assert added["loss"] == pytest.approx(plain["loss"] - 0.5 * plain["chosen_logps"], rel=1e-6)
+
+
 @pytest.mark.parametrize("arch", ["llama", "bloom"])
 def test_pair_log_probabilities_equal_transformers(arch, models, pairs, tmp_path):
     """Sums over the answer's tokens and EOS of each sequence by itself, prompt and answer in a row."""

@@ -13,6 +13,7 @@ A locale that lacks an entry falls back to CLDR's root, which is no language ("+
 
 import datetime
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -32,9 +33,9 @@ from minixllm.tokenizers import train_sentencepiece
 # The settings that make a small model learn most in five minutes on two cores (in place of the scripts' defaults).
 # Many small steps on short prompts: a row is one record, of about 18 tokens.
 SETTINGS = {
-    "steps": 2000, "batch_size": 64, "micro_batch_size": 64, "max_length": 128, "packing": False,
+    "steps": 2200, "batch_size": 64, "micro_batch_size": 64, "max_length": 128, "packing": False,
     "learning_rate": 3e-3, "warmup_steps": 100, "weight_decay": 0.05, "beta2": 0.98,
-    "eval_every": 500, "save_every": 1000, "max_new_tokens": 32,
+    "eval_every": 1100, "save_every": 1100, "max_new_tokens": 32,
 }
 
 # kind of task -> (what its content is about, the instruction)
@@ -227,6 +228,12 @@ def named(made: dict, code: str) -> dict:
 # -- the data set ---------------------------------------------------------------------------------------------------
 
 
+def folder(cache) -> Path:
+    """Where below `cache` the data set is kept: another place when what makes it has changed."""
+    sources = [Path(__file__), Path(prompts.__file__), prompts.REQUESTS]
+    return Path(cache) / f"demo-{hashlib.sha256(b''.join(path.read_bytes() for path in sources)).hexdigest()[:16]}"
+
+
 def build(directory, seed: int = 0, records_per_language: int = 600):
     """Write train.jsonl, valid.jsonl, test.jsonl and the tokenizer of train.jsonl into `directory`: the same bytes for
     the same seed.
@@ -274,7 +281,7 @@ def _sample(kind: str, code: str, name: str, wanted: int, rng: random.Random) ->
 # Settings of SentencePiece under which each part of a record that recurs, a whole sentence of the template, a number,
 # a month with its prepositions, can become one piece: what lets a small model read short prompts and copy numbers.
 BOUNDARY = "\x01"
-VOCABULARY = 9000
+VOCABULARY = 11000
 TOKENIZER = {
     "split_by_whitespace": False, "split_by_unicode_script": False, "split_by_number": False, "split_digits": False,
     "add_dummy_prefix": False, "max_sentencepiece_length": 256, "character_coverage": 1.0,
@@ -290,7 +297,8 @@ def texts(path) -> Iterator[str]:
     with open(path, encoding="utf-8") as file:
         counts = Counter(part for line in file for part in _parts(json.loads(line)))
     for sentence, names in prompts.requests().values():
-        counts.update({part: 2500 for part in sentence.split("{language}") if part} | dict.fromkeys(names.values(), 400))
+        counts.update({part: 900 for part in sentence.split("{language}") if part})
+        counts.update(dict.fromkeys(names.values(), 144))
     for part, count in counts.items():
         for _ in range(min(50, max(2, math.isqrt(count)))):
             yield part + BOUNDARY
