@@ -222,6 +222,9 @@ def test_twenty_kills_change_no_byte(tmp_path):
     with Server() as server:
         whole = contents(build(server, tmp_path / "whole", data=data))
         once = len(server.asked)
+        (tmp_path / "killed/build").mkdir(parents=True)
+        for name in (".mri.jsonl.a1b2c3d4", "build/.report.md.a1b2c3d4"):   # as a kill while writing leaves them
+            (tmp_path / "killed" / name).write_text("half")
         chat = f"chat:model@{server.url}#GOOGLE_API_KEY"
         killed = subprocess.run(
             [
@@ -528,6 +531,8 @@ def test_filters(changed, generated, reason):
 
 
 def test_what_a_translation_keeps():
+    assert instructions.normal("  Ｗhat?\n «Ja», 1.") == instructions.normal("what ja 1") == "what ja 1"
+    assert instructions.normal("की") != instructions.normal("का")   # they differ in a vowel sign
     assert instructions.numbers("1,234.50 or 1.234,50 or 1 7 and १२३") == {"123450", "123"}
     assert instructions.VERBATIM.findall("a %s b <br> `x = 1` ```py\nprint()\n``` {0} ____ www.a.org") == [
         "%s", "<br>", "`x = 1`", "```py\nprint()\n```", "{0}", "____", "www.a.org"]

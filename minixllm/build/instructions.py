@@ -208,6 +208,9 @@ REFUSALS = re.compile(r"\W*(?:as an ai\b|as a(?: large)? language model|i['’]?
 # what a translation must keep as it is
 VERBATIM = re.compile(r"(?:https?://|www\.)[^\s<>\"')\]]+|```.*?```|`[^`\n]+`|\{\{?\w*\}?\}|%[sd]\b|"
                       r"</?[A-Za-z_][\w-]*>|_{3,}", re.DOTALL)
+# not all that is no \w: the vowel signs of Indic scripts are not, either
+PUNCTUATION = re.compile(r"[\s!-/:-@\[-`{-~\u00a1-\u00bf\u060c\u061b\u061f\u06d4\u0964\u0965"
+                         r"\u2000-\u206f\u3000-\u303f]+")
 NUMBER = re.compile(r"\d+(?:[.,'’\u00a0\u202f\u066b\u066c]\d+)*")
 # one word eight times, or one piece of up to twelve characters, with a letter in it, ten times
 LOOP = re.compile(r"(?<!\S)(?=\S{0,39}[^\W\d_])(\S{1,40})(?:\s+\1){7}(?!\S)|([^\W\d_]\S{0,11}?)\2{9}")
@@ -224,7 +227,7 @@ def fault(record: Instruction, made: tuple[str, str, str], generated: bool) -> s
     if not generated:
         translated.append((record.output, output))
     for source, target in translated:
-        if len(words(source)) >= 5 and normal(source) == normal(target) and source is not record.input:
+        if len(words(source)) >= 5 and normal(source) == normal(target):
             return "untranslated"
         if not set(VERBATIM.findall(source)) <= set(VERBATIM.findall(target)):
             return "lost placeholder, URL or code"
@@ -252,7 +255,7 @@ def numbers(text: str) -> set[str]:
 
 def normal(text: str) -> str:
     """The text for comparisons: case, width, punctuation and white space aside."""
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+    return PUNCTUATION.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
 
 
 # which languages py3langid takes for each other: 10 % or more of news sentences
