@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import re
+import shutil
 import signal
 import ssl
 import subprocess
@@ -285,6 +286,7 @@ def test_a_key_is_nowhere(tmp_path, capfd, undisturbed):
         assert form.encode() not in written and form not in printed
 
 
+@pytest.mark.skipif(not shutil.which("openssl"), reason="makes its certificates with openssl")
 def test_certificates(tmp_path, monkeypatch):
     (tmp_path / "ca.cnf").write_text(
         "[ca]\ndefault_ca=d\n[d]\ndatabase=index\nnew_certs_dir=.\nserial=serial\ndefault_md=sha256\n"

@@ -9,7 +9,7 @@ Both go on where they were stopped when they are given again, and tell beforehan
 import sqlite3
 import sys
 
-from minixllm.build import feedback, instructions
+from minixllm.build import feedback, instructions, services
 from minixllm.errors import UserError
 from minixllm.settings import parse, run
 
@@ -25,7 +25,8 @@ def main(argv):
     if command not in BUILDS:
         raise UserError(f"found {command!r}, expected one of {' or '.join(BUILDS)}")
     settings, build = BUILDS[command]
-    settings = parse(settings, argv, description=__doc__)
+    words = services.__doc__.split("\n\n")[1]
+    settings = parse(settings, argv, description=f"{__doc__}\nServices are named so:\n\n{words}")
     try:
         finished = build(settings)
     except (OSError, sqlite3.Error) as error:  # a full disk above all
@@ -36,4 +37,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    sys.argv[0] = "minixllm.build"
     run(main)
