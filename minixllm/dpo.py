@@ -121,7 +121,10 @@ def evaluate_pairs(world, data, records, compare, tokens: int) -> dict[str, floa
     """Means over held-out pairs: {"loss": ..., "accuracy": ..., "accuracy/deu>fra": of one pair of languages, ...}.
 
     A collective. `compare(batch)`: as the function of that name, with all else filled in. `tokens`: computed at once.
+    {} where no pair is held out.
     """
+    if not len(records):
+        return {}
     totals = torch.zeros(len(data.language_names), 8, dtype=torch.float64)  # seven quantities, and how many pairs
     for batch in in_order(data, records, tokens, world.rank, world.size):
         quantities = compare(batch)

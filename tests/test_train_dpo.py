@@ -123,6 +123,13 @@ def test_held_out_measures_come_by_pair_of_languages(runs):
         assert held_out[name] == pytest.approx((held_out[f"{name}/deu>spa"] + held_out[f"{name}/fra>spa"]) / 2, abs=1e-6)
 
 
+def test_no_pair_held_out_measures_nothing(models, pairs, tmp_path):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(pairs.read_text().splitlines(True)[:6]))
+    train_dpo.main(flags(models, few, "llama", tmp_path / "out", "lora"))
+    assert metrics(tmp_path / "out")[1] == [{}]
+
+
 def test_ipo_starts_at_its_own_loss(runs):
     assert metrics(runs("llama", "ipo"))[0][0]["loss"] == pytest.approx((1 / (2 * 0.1)) ** 2)
 
