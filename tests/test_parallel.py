@@ -54,6 +54,13 @@ def test_forward_without_backward_puts_the_weights_back():
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_positions_stay_fp32_under_bf16():
+    """Rotary angles reach the blocks uncast: in bf16, positions above 256 would fall together."""
+    ids = torch.arange(600)[None] % CONFIG.vocab_size
+    with torch.no_grad():
+        assert torch.equal(sharded_model(parallel.setup("cpu"), torch.bfloat16)(ids), plain_model().bfloat16()(ids))
+
+
 def test_compute_dtype():
     assert parallel.compute_dtype("bfloat16", "cpu") == torch.bfloat16
     assert parallel.compute_dtype("float32", "cpu") == torch.float32
