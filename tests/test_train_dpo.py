@@ -99,7 +99,7 @@ def test_training_starts_at_ln_2_with_no_reward(arch, mode, runs):
     assert last["loss"] < first["loss"] and last["margin"] > 0
 
 
-@pytest.mark.parametrize("arch, mode", [("llama", "full"), ("bloom", "lora")])
+@pytest.mark.parametrize("arch, mode", [("llama", "full"), ("bloom", "full"), ("bloom", "lora")])
 def test_two_processes_give_what_one_gives(arch, mode, runs, models, pairs, torchrun, tmp_path):
     torchrun(2, ROOT / "train_dpo.py", *flags(models, pairs, arch, tmp_path / "two", mode))
     (one, held_out), (two, held_out_two) = metrics(runs(arch, mode)), metrics(tmp_path / "two")
@@ -115,6 +115,11 @@ def test_a_cached_reference_equals_a_live_one(mode, runs):
     for a, b in zip(sum(metrics(live), []), sum(metrics(cached), [])):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["margin"] == pytest.approx(b["margin"], abs=1e-5)
+
+
+def test_dropout_is_off(runs, models, pairs, tmp_path):
+    train_dpo.main([*flags(models, pairs, "llama", tmp_path, "lora"), "--lora-dropout", "0.9"])
+    assert metrics(tmp_path) == metrics(runs("llama", "lora"))
 
 
 def test_held_out_measures_come_by_pair_of_languages(runs):
