@@ -8,9 +8,9 @@ from collections import Counter
 
 import pytest
 
-from minixllm.build import demo
+from minixllm.build import demo, demo_feedback
 from minixllm.errors import UserError
-from minixllm.languages import LANGUAGES
+from minixllm.languages import FEEDBACK_LANGUAGES, LANGUAGES
 
 pytest.importorskip("babel", reason="the demo's answers come from babel")
 SPLITS = ("train", "valid", "test")
@@ -140,6 +140,26 @@ def test_tokenizer_keeps_numbers_and_sentences_whole(built, records):
     r = demo.record("date", ("date", 1987, 11, 30), "deu")
     assert len(tokenizer.encode(prompts.alpaca(r["instruction"], r["input"]))) <= 14
     assert len(tokenizer.encode("1987")) == len(tokenizer.encode("30")) == 1
+
+
+@pytest.mark.parametrize("feedback, ordered", [("cross-lingual", 870), ("monolingual", 30)])
+def test_feedback(tmp_path, monkeypatch, feedback, ordered):
+    monkeypatch.setattr(demo_feedback, "ASKED", ("date",))
+    demo_feedback.build(tmp_path, feedback, pairs_each=1)
+    made = {name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text("utf-8").splitlines()]
+            for name in SPLITS}
+    asked = Counter((r["language"], r["response_language"]) for r in made["train"])
+    assert len(asked) == ordered and set(asked.values()) == {870 // ordered}
+    assert all((a == b) == (feedback == "monolingual") for a, b in asked)
+    assert {code for pair in asked for code in pair} == set(FEEDBACK_LANGUAGES)
+    assert len({(r["language"], r["response_language"]) for r in made["test"]}) == len(made["test"]) == 870
+    assert not {r["input"] for r in made["train"]} & {r["input"] for r in made["test"]}
+    for r in made["train"]:
+        assert r["chosen"].strip() != r["rejected"].strip()
+        told = demo_feedback.languages_of(r["rejected"], "date")
+        assert r["response_language"] in demo_feedback.languages_of(r["chosen"], "date"), r
+        assert {"instruction's language": r["language"] in told, "wrong value": r["response_language"] in told,
+                "repeated": not told}.get(r["mistake"], True), r
 
 
 def test_without_babel(monkeypatch):
