@@ -4,7 +4,7 @@
     python bench/sft.py --malloc              # both sides with malloc's mmap and trim thresholds raised
     python bench/sft.py --sides ours transformers trl --rounds 3 --steps 4 --dtype bfloat16
 
-Random weights, vocabulary 32,000, width 512, 8 layers, 8 heads, feed-forward 1,376; documents of log-normal length, mean
+Random weights, vocabulary 32,000, width 512, 8 layers, 8 heads, feed-forward 1,376; documents of lognormal length, mean
 120, at most 512; 4 x 512 tokens a step; AdamW. The sides take turns, each in a process of its own, and a machine's
 timings drift: the table gives the range over the rounds. `masked` supervises the second half of each document, as
 instruction tuning does; the others supervise every token. The peers' rows of 512 hold no padding.
@@ -107,7 +107,8 @@ def trl(steps: int, output: str):
             return super().training_step(model, inputs, *args, **kwargs)
 
     rng, lengths = np.random.default_rng(0), documents(np.random.default_rng(0))
-    rows = [{"input_ids": rng.integers(0, SHAPE["vocab_size"], next(lengths)).tolist()} for _ in range(40 * (steps + 2))]
+    rows = [{"input_ids": rng.integers(0, SHAPE["vocab_size"], next(lengths)).tolist()}
+            for _ in range(40 * (steps + 2))]
     from transformers import PreTrainedTokenizerFast
     from tokenizers import Tokenizer, models
     words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
