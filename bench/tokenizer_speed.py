@@ -3,7 +3,8 @@
     python bench/tokenizer_speed.py DATA_FOLDER
 
 Trains a vocabulary of each shape on DATA_FOLDER/ntrex and DATA_FOLDER/tatoeba, warms both sides on the odd UDHR
-paragraphs and times the even ones, the two sides in turn, three times with fresh caches; prints the range. Also load times.
+paragraphs and times the even ones, the two sides in turn, three times with fresh caches; prints the range,
+and load times.
 """
 
 import os
