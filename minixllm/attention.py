@@ -129,7 +129,7 @@ class Packed:
         return create_block_mask(self.mask_mod, None, None, self.num_tokens, self.num_tokens, device=self.device)
 
     def score_mod(self, slopes):
-        """ALiBi as FlexAttention asks it: by position in the document, which in a branch is not the place in the row."""
+        """ALiBi as FlexAttention asks it: by position in the document, which in a branch is no place in the row."""
         position_ids = self.position_ids
         return lambda score, b, h, q, k: score + slopes[h] * (position_ids[k] - position_ids[q])
 
