@@ -22,8 +22,8 @@ from minixllm.languages import FEEDBACK_LANGUAGES
 
 ITEMS = {"pawsx": 20, "xcopa": 20, "translation": 9, "xlsum": 12, "self-instruct": 21}  # a language
 XLSUM = ("amharic arabic bengali burmese chinese_simplified french gujarati hausa hindi igbo indonesian japanese "
-         "korean kyrgyz marathi nepali persian portuguese punjabi russian somali spanish swahili tamil telugu thai turkish "
-         "ukrainian urdu vietnamese welsh yoruba").split()
+         "korean kyrgyz marathi nepali persian portuguese punjabi russian somali spanish swahili tamil telugu thai "
+         "turkish ukrainian urdu vietnamese welsh yoruba").split()
 INSTRUCTIONS = f"""\
 [xcopa.eng]
 instruction = "{demo.KINDS["date"][1]} Please return the results in {{language}}."
