@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def atomic_write(path, mode: str = "w"):
-    """Open a temporary file beside `path`; it takes the name `path` when the block ends well, and is removed otherwise."""
+    """Open a temporary file beside `path`; it takes that name when the block ends well, and is removed otherwise."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
