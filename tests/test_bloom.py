@@ -10,7 +10,8 @@ from minixllm.errors import UserError
 from minixllm.kv_cache import KVCache
 
 BASE = dict(vocab_size=97, n_layer=2)
-CONFIGS = [dict(n_head=heads, hidden_size=size, apply_residual_connection_post_layernorm=after, tie_word_embeddings=tied)
+CONFIGS = [dict(n_head=heads, hidden_size=size, tie_word_embeddings=tied,
+                apply_residual_connection_post_layernorm=after)
            for heads, size, after, tied in [(4, 32, False, True), (6, 48, False, False), (8, 32, True, True),
                                             (12, 48, True, False), (112, 224, False, True), (8, 64, False, True)]]
 
@@ -58,7 +59,7 @@ def test_packed_and_padded_are_what_each_document_gives_alone():
     packed = ours(ids, Packed(lengths)).split(lengths)
     padded, mask = torch.zeros(3, 14, dtype=torch.long), torch.zeros(3, 14, dtype=torch.long)
     for row, document in enumerate(ids.split(lengths)):
-        padded[row, 14 - len(document):], mask[row, 14 - len(document):] = document, 1  # on the left, as generation does
+        padded[row, 14 - len(document):], mask[row, 14 - len(document):] = document, 1  # left, as in generation
     batched = theirs(padded, attention_mask=mask).logits
     for row, (document, logits) in enumerate(zip(ids.split(lengths), packed)):
         assert_close(logits, theirs(document[None]).logits[0])
@@ -110,9 +111,9 @@ def test_config_of_the_published_files_is_read_and_written_again():
     assert (theirs.hidden_size, theirs.n_layer, theirs.n_head, theirs.vocab_size) == (1024, 24, 16, 250880)
 
 
-@pytest.mark.parametrize("key, value", [("n_head", 5), ("num_hidden_layers", 0), ("hidden_dropout", 0.1), ("n_inner", 7),
-                                        ("attention_dropout", 0.1), ("layer_norm_epsilon", -1), ("model_type", "gpt2"),
-                                        ("apply_residual_connection_post_layernorm", "yes")])
+@pytest.mark.parametrize("key, value", [("n_head", 5), ("num_hidden_layers", 0), ("hidden_dropout", 0.1),
+                                        ("n_inner", 7), ("attention_dropout", 0.1), ("layer_norm_epsilon", -1),
+                                        ("model_type", "gpt2"), ("apply_residual_connection_post_layernorm", "yes")])
 def test_unsupported_or_absurd_settings_are_refused_by_name(key, value):
     with pytest.raises(UserError, match=f"^{key}: found .*expected"):
         BloomConfig.from_dict({**BASE, "n_head": 4, "hidden_size": 32, key: value})
