@@ -113,7 +113,8 @@ def test_generated_strings(pair):
     shape, oracle, ours = pair
     rng, characters = random.Random(0), assigned()
     sources = ["".join(SENTENCES), " \n\t\r\xa0\u2009", "0123456789²½१Ⅷ", "'sStTrReEvVmMlLdD ", ".,!?…。，、।۔،()|-_",
-               "\u0301\u0323\u200d\u200c\ufe0f\u094d", "👩🏽‍🦰🇫🇷🏴", "\x00\x01\x04\x13\x1b\x1c\x1d\x1e\x1f\x7f\x85", characters]
+               "\u0301\u0323\u200d\u200c\ufe0f\u094d", "👩🏽‍🦰🇫🇷🏴", "\x00\x01\x04\x13\x1b\x1c\x1d\x1e\x1f\x7f\x85",
+               characters]
     texts = []
     for _ in range(4000):
         some = rng.sample(sources, rng.randint(1, 4))
