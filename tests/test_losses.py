@@ -37,7 +37,8 @@ def test_values_and_gradients(upstream, frozen):
              "each its own": torch.randn(20), "zero": torch.tensor(0.0)}[upstream]
     found, expected = token_logps(hidden, weight, labels), whole(hidden, weight, labels)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    for a, b in zip(torch.autograd.grad((found * scale).sum(), wanted), torch.autograd.grad((expected * scale).sum(), wanted)):
+    for a, b in zip(torch.autograd.grad((found * scale).sum(), wanted),
+                    torch.autograd.grad((expected * scale).sum(), wanted)):
         assert (a - b).abs().max() <= 1e-6 * max(b.abs().max(), 1)
 
 
