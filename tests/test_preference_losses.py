@@ -102,4 +102,5 @@ def test_dpo_sums_and_ipo_averages_over_tokens():
     policy, reference = torch.tensor([[-4.0, -8.0]]), torch.tensor([[-5.0, -6.0]])
     lengths = torch.tensor([[4, 8]])
     assert dpo_loss(2 * policy, 2 * reference, BETA) != dpo_loss(policy, reference, BETA)
-    assert torch.equal(ipo_loss(2 * policy, 2 * reference, 2 * lengths, BETA), ipo_loss(policy, reference, lengths, BETA))
+    twice = ipo_loss(2 * policy, 2 * reference, 2 * lengths, BETA)
+    assert torch.equal(twice, ipo_loss(policy, reference, lengths, BETA))
