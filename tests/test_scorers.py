@@ -79,8 +79,8 @@ def real_corpora(data):
     ita ron  ron ita  rus ukr  ukr bel  bel rus  bul mkd  mkd bul  srp mkd  hrv slv  slk ces  ces slk  pol ces  lit lav
     lav lit  est fin  fin est  tur azj  azj tur  kaz kir  kir kaz  uzb tur  hin mar  mar hin  npi hin  ben hin  guj hin
     pan hin  tam mal  mal tam  tel kan  kan tel  urd fas  fas pus  ara fas  ckb fas  heb ara  amh eng  hye eng  kat eng
-    ell eng  zho_simpl jpn  jpn zho_simpl  kor jpn  tha lao  lao tha  mya tha  khm tha  vie ind  ind msa  swh zul  xho zul
-    hau yor      som orm  mlt ita  cym gle
+    ell eng  zho_simpl jpn  jpn zho_simpl  kor jpn  tha lao  lao tha  mya tha  khm tha  vie ind  ind msa  swh zul
+    xho zul  hau yor      som orm  mlt ita  cym gle
     """.split()
     for first, second in zip(near[::2], near[1::2]):
         one, two = data / "ntrex" / f"{first}.txt", data / "ntrex" / f"{second}.txt"
