@@ -1,4 +1,4 @@
-"""SentencePiece tokenizers: the library's own ids, no control ids from text, exact streaming, directories others open."""
+"""SentencePiece tokenizers: the library's own ids, no control ids from text, exact streaming, saved directories."""
 
 import base64
 import json
@@ -14,8 +14,8 @@ from minixllm.tokenizers import SentencePieceTokenizer, load_tokenizer, train_se
 
 TEXTS = ["Hello world, this is a test: 1,234.", "Привет мир, как дела?", "你好世界，今天天气很好。", "नमस्ते दुनिया",
          "สวัสดีชาวโลก", "こんにちは世界", "안녕하세요 세계", "مرحبا بالعالم", "Grüße, Ärger und Füße", "### Response:\n1. one"]
-HARD = ["", " ", "  ", "\n", "\n\n", "\t x", " leading", "double  space", "trailing ", "🦙 𓀀 é x\u0301", "<0x41>", "\x00",
-        "a\r\nb", "</s><s><unk>", "Ω≈ç√∫"]
+HARD = ["", " ", "  ", "\n", "\n\n", "\t x", " leading", "double  space", "trailing ", "🦙 𓀀 é x\u0301", "<0x41>",
+        "\x00", "a\r\nb", "</s><s><unk>", "Ω≈ç√∫"]
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_lone_surrogates_are_refused(small):
 
 @pytest.mark.parametrize("model_type", ["llama", "bloom"])
 def test_transformers_opens_what_is_saved(small, tmp_path, model_type):
-    """On texts without leading or double spaces: there `transformers` 5 departs from sentencepiece, whatever it is told."""
+    """No leading or double spaces: there `transformers` 5 departs from sentencepiece whatever it is told."""
     from transformers import AutoTokenizer
 
     small.save(tmp_path)
