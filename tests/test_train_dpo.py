@@ -60,7 +60,8 @@ def models(tmp_path_factory):
 
 
 def flags(models, pairs, arch, output, mode):
-    given = [*FLAGS, "--model", models / arch, "--data", pairs, "--output", output, "--cache", models / "cache", *MODES[mode]]
+    given = [*FLAGS, "--model", models / arch, "--data", pairs, "--output", output, "--cache", models / "cache",
+             *MODES[mode]]
     return list(map(str, given))
 
 
@@ -68,7 +69,7 @@ def metrics(output):
     """(training rows, held-out rows), timings left out."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        for name in ("seconds", "tokens_per_second", "mfu", "tokens", "flops"):  # an empty batch counts among the latter
+        for name in ("seconds", "tokens_per_second", "mfu", "tokens", "flops"):  # an empty batch counts in the latter
             row.pop(name, None)
     return [row for row in rows if "loss" in row], [row["held_out"] for row in rows if "held_out" in row]
 
@@ -125,7 +126,8 @@ def test_dropout_is_off(runs, models, pairs, tmp_path):
 def test_held_out_measures_come_by_pair_of_languages(runs):
     _, (held_out,) = metrics(runs("llama", "full"))
     for name in ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps"):
-        assert held_out[name] == pytest.approx((held_out[f"{name}/deu>spa"] + held_out[f"{name}/fra>spa"]) / 2, abs=1e-6)
+        mean = (held_out[f"{name}/deu>spa"] + held_out[f"{name}/fra>spa"]) / 2
+        assert held_out[name] == pytest.approx(mean, abs=1e-6)
 
 
 def test_no_pair_held_out_measures_nothing(models, pairs, tmp_path):
