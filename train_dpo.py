@@ -49,7 +49,7 @@ class Settings(LoraSettings, TrainingSettings):
     micro_batch_size: int = setting(8, "pairs a process computes at once; more memory, fewer passes")
     max_length: int = setting(1024, "tokens of the longest pair's prompt and longer answer together")
     too_long: str = setting("drop", "what becomes of a pair longer than --max-length", ("drop", "truncate"))
-    cache: str = setting("runs/cache", "where tokenised pairs, reference log-probabilities and the embedded data are kept")
+    cache: str = setting("runs/cache", "where tokenised pairs, reference log-probabilities and embedded data are kept")
 
 
 def main(argv=None):
