@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from minixllm import tensor_files
-from minixllm.checkpoint import (build, check_target, initialise, load, load_model, load_weights, read_config,
+from minixllm.checkpoint import (build, check_target, initialise, load, load_model, read_config,
                                  read_generation_config, save_model)
 from minixllm.errors import UserError
 from minixllm.llama import Llama, LlamaConfig
