@@ -122,6 +122,14 @@ def test_a_prompt_too_long_is_cut_from_the_article_alone(tmp_path, five):
     assert scores["accuracy"].value == scores["acc"].value == 0
 
 
+def test_a_choice_without_tokens_is_refused(five, tmp_path):
+    """It would have probability 1 and win every time."""
+    tokenizer = SimpleNamespace(encode=lambda text, **_: [], eos_id=None)
+    item = benchmarks.read(five[1], benchmarks.Wanted(limit=1))[0][0]
+    with pytest.raises(UserError, match=f"XCOPA {item.group} {item.id}: a choice gives no token"):
+        evaluation._answer(None, tokenizer, [item], 1, 8, None)
+
+
 def test_likelihood_metrics_divide_by_what_they_say():
     predictions = [{"logps": [-4.0, -5.0], "choices": ["abc", "abcdef"], "reference": "abcdef"},
                    # by length the second
