@@ -62,7 +62,7 @@ def one(tmp_path, tokenizer=None, max_length=512, kind=SFTData, entry=None, **op
 
 
 def test_labels_are_the_answer_and_its_end(tmp_path):
-    """Trap 2: the end of the answer is learnt although the padding token is the same."""
+    """The end of the answer is learnt although the padding token is the same."""
     prompt = Bytes().encode(prompts.alpaca("Say ü", "x"), add_special_tokens=True)
     answer = Bytes().encode("üü") + [2]
     inputs, labels = one(tmp_path)[0]
@@ -76,14 +76,14 @@ def test_labels_are_the_answer_and_its_end(tmp_path):
 
 @pytest.mark.parametrize("prefix, suffix", [((1,), ()), ((), ()), ((1,), (2,))])
 def test_bos_exactly_when_the_tokenizer_adds_it(tmp_path, prefix, suffix):
-    """Trap 18; and an EOS that a tokenizer puts after every text does not part prompt and answer."""
+    """And an EOS that a tokenizer puts after every text does not part prompt and answer."""
     inputs, labels = one(tmp_path, Bytes(prefix, suffix, f"{prefix}{suffix}"))[0]
     assert (inputs == 1).sum() == len(prefix) and list(inputs[:len(prefix)]) == list(prefix)
     assert (inputs == 2).sum() == 0 and (labels == 2).sum() == 1
 
 
 def test_prompt_and_answer_are_tokenised_apart(tmp_path):
-    """Trap 15, with a real tokenizer whose merges would cross the boundary."""
+    """With a real tokenizer whose merges would cross the boundary."""
     train_sentencepiece([f"Response:yes {k}" for k in range(300)], tmp_path / "tokenizer.model", 400)
     tokenizer = load_tokenizer(tmp_path)
     data = one(tmp_path, tokenizer, entry={"instruction": "a", "output": "yes 12"})
@@ -115,7 +115,7 @@ def test_too_long_is_dropped_or_cut_and_counted(tmp_path):
 
 
 def test_nothing_left_is_an_error_and_leaves_nothing(tmp_path):
-    """Trap 4: there is no data set in which every token is masked."""
+    """There is no data set in which every token is masked."""
     for entry in ({"instruction": "a", "output": ""}, {"instruction": "a" * 600, "output": "b"}):
         with pytest.raises(UserError, match="one.jsonl: nothing left to learn from: of 1 records"):
             one(tmp_path, entry=entry)
@@ -261,7 +261,7 @@ def all_ranks(data, step, world, micro_batch_size=2, **options):
 
 
 def test_every_split_covers_the_same_global_batch_once(sft):
-    """Trap 1: the count is the global batch's, whatever the number of ranks and micro-batches."""
+    """The count is the global batch's, whatever the number of ranks and micro-batches."""
     for step in (0, 5, 1000):
         reference = None
         for world, micro_batch_size in [(1, 8), (1, 3), (2, 2), (4, 1), (3, 4)]:
@@ -375,7 +375,7 @@ def model():
 
 @torch.no_grad()
 def test_a_packed_document_does_not_touch_its_neighbours(sft, model):
-    """Trap 13: another first document leaves the logits of all others bit-equal."""
+    """Another first document leaves the logits of all others bit-equal."""
     batch = Stream(sft, 0, 8, 8, 512).batch(0).micro_batches[0]
     first = batch.documents[0]
     assert len(batch.documents) > 2
