@@ -164,7 +164,7 @@ def test_sampling_never_takes_the_impossible():
 
 
 def test_streaming_holds_back_incomplete_characters():
-    """Trap 24: pieces of UTF-8. The model is one that continues the text byte by byte."""
+    """Pieces of UTF-8. The model is one that continues the text byte by byte."""
     text = "né नमस्ते 🙂"
     data = text.encode()
 
@@ -203,7 +203,7 @@ def test_scores_equal_transformers(kind):
 
 
 def test_score_refuses_what_has_no_likelihood():
-    """Trap 27: a choice of no tokens would win every time."""
+    """A choice of no tokens would win every time."""
     ours, _ = pair("llama")
     with pytest.raises(ValueError, match="item 1: an empty choice"):
         score(ours, [([1], [[2]]), ([1], [[2], []])])
