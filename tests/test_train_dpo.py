@@ -19,7 +19,7 @@ from conftest import ROOT
 from minixllm.bloom import Bloom, BloomConfig
 from minixllm.checkpoint import initialise, load_model, save_model
 from minixllm.datasets import PreferenceData, collate
-from minixllm.dpo import pair_logps
+from minixllm.dpo import compare, pair_logps
 from minixllm.errors import UserError
 from minixllm.llama import Llama, LlamaConfig
 from minixllm.tokenizers import load_tokenizer, train_sentencepiece
@@ -139,6 +139,15 @@ def test_no_pair_held_out_measures_nothing(models, pairs, tmp_path):
 
 def test_ipo_starts_at_its_own_loss(runs):
     assert metrics(runs("llama", "ipo"))[0][0]["loss"] == pytest.approx((1 / (2 * 0.1)) ** 2)
+
+
+def test_ipo_averages_over_each_answers_tokens(models, pairs, tmp_path):
+    data = PreferenceData([pairs], load_tokenizer(models / "llama"), 256, tmp_path)
+    model, batch = load_model(models / "llama"), collate(data, range(8))
+    found = compare(model, batch, lambda *_: torch.zeros(8, 2), "ipo", 0.1, 0.0, 0.0)["loss"]
+    lengths = torch.tensor([[len(answer) for answer in data.read(i)[1:]] for i in range(8)])  # with EOS
+    chosen, rejected = (pair_logps(model, batch) / lengths).unbind(1)
+    torch.testing.assert_close(found, (chosen - rejected - 5) ** 2)
 
 
 def test_the_chosen_answers_likelihood_is_added(runs, models, pairs, tmp_path):
