@@ -90,7 +90,7 @@ def main(argv=None):
     tokens = settings.micro_batch_size * settings.max_length
     if settings.reference == "cached":
         make = functools.partial(dpo.cached, model, world, directory=settings.model, folder=settings.cache,
-                                 dtype=settings.dtype, tokens=tokens)
+                                 dtype=str(parallel.compute_dtype(settings.dtype, world.device)), tokens=tokens)
         reference, held_out_reference = make(data=data), make(data=held_out_data)
     elif settings.lora_r:
         reference = held_out_reference = dpo.adapters_off
@@ -108,7 +108,7 @@ def main(argv=None):
     # The loop, and what comes out of it.
     before = demo_feedback.measure(model, tokenizer, folder, world) if embedded else None
     if not train(model, world, settings, stream, loss, evaluate):
-        return
+        return parallel.close()
     save_trained(model, settings, tokenizer)
     if world.first:
         print(f"saved {Path(settings.output) / 'model'}")

@@ -95,9 +95,9 @@ def main(argv=None):
         return parallel.close()
     save_trained(model, settings, tokenizer)
     if settings.model:
-        some = held_out[::max(1, len(held_out) // 12)]
-        prompts, expected = zip(*((prompt.tolist(), tokenizer.decode(text.tolist()))
-                                  for prompt, text in map(held_out_data.read, some)))
+        some = [held_out_data.read(record) for record in held_out[::max(1, len(held_out) // 12)]]
+        prompts = [prompt.tolist() for prompt, _ in some]
+        expected = [tokenizer.decode(answer.tolist()) for _, answer in some]
     else:
         test = list(read_instructions(folder / "test.jsonl"))
         prompts = [encode_prompt(tokenizer, alpaca(record.instruction, record.input)) for record in test]

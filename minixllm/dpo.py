@@ -106,9 +106,9 @@ def cached(model, world, data, directory, folder, dtype: str, tokens: int):
 
 
 def _digest(directory) -> str:
-    """A hash of a model directory's weights."""
+    """A hash of a model directory's weights and config."""
     digest = hashlib.sha256()
-    for path in sorted(Path(directory).glob("*.safetensors")):
+    for path in [Path(directory) / "config.json", *sorted(Path(directory).glob("*.safetensors"))]:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -36,12 +36,11 @@ def predict(model, tokenizer, items: list[Item], world, folder, batch_rows: int 
         done |= share
     order = sorted(range(len(items)), key=lambda i: (items[i].benchmark in MAX_NEW_TOKENS, -len(items[i].prompt())))
     chunks = [order[start:start + CHUNK] for start in range(0, len(order), CHUNK)]
-    mine = [[i for i in chunk if i not in done] for chunk in chunks[world.rank::world.size]]
+    mine = [chunk for chunk in chunks if not done.keys() >= set(chunk)][world.rank::world.size]
     folder.mkdir(parents=True, exist_ok=True)
-    left, own = sum(map(len, mine)), sum(map(len, chunks[world.rank::world.size]))
     with (open(folder / f".partial-{key}-{world.rank}.jsonl", "a", encoding="utf-8") as partial,
-          tqdm(total=own, initial=own - left, unit="item", disable=not world.first, desc=folder.name) as progress):
-        for chunk in filter(None, mine):
+          tqdm(total=sum(map(len, mine)), unit="item", disable=not world.first, desc=folder.name) as progress):
+        for chunk in mine:
             predictions = _answer(model, tokenizer, [items[i] for i in chunk], batch_rows, max_new_tokens, progress)
             found = dict(zip(chunk, predictions))
             partial.write(json.dumps(found, ensure_ascii=False) + "\n")

@@ -9,6 +9,7 @@ import sys
 import torch
 
 from minixllm import checkpoint, generation, parallel, prompts
+from minixllm.datasets import encode_prompt
 from minixllm.errors import UserError
 from minixllm.settings import run
 
@@ -34,7 +35,7 @@ def main(argv=None):
     model, tokenizer = checkpoint.load(args.model, parallel.compute_dtype("auto", device), device)
     for prompt in args.prompts or map(str.rstrip, sys.stdin):
         text = prompt if args.raw else prompts.alpaca(prompt, args.input)
-        for piece in generation.stream(model, tokenizer, tokenizer.encode(text, add_special_tokens=True),
+        for piece in generation.stream(model, tokenizer, encode_prompt(tokenizer, text),
                                        args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
                                        top_p=args.top_p, seed=args.seed):
             print(piece, end="", flush=True)

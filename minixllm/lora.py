@@ -115,12 +115,11 @@ def merge(model: nn.Module):
 
     On a sharded model this is a collective: every rank must call it.
     """
-    for name, layer in lora_layers(model).items():
+    for layer in lora_layers(model).values():
         delta = full_tensor(layer.lora_B.weight) @ full_tensor(layer.lora_A.weight) * layer.scaling  # (out, in)
-        merged = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        merged.weight, merged.bias = layer.weight, layer.bias
-        merged.weight.copy_(layer.weight.float() + shard_like(delta, layer.weight))
-        model.set_submodule(name, merged)
+        layer.weight.copy_(layer.weight.float() + shard_like(delta, layer.weight))
+        del layer.lora_A, layer.lora_B, layer.dropout
+        layer.__class__ = nn.Linear  # and no new module: it is into this one that FSDP2 gathers the weight
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

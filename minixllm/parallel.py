@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from minixllm.errors import UserError
 
-HANG = timedelta(minutes=10)  # a collective that takes longer has lost a peer; a peer that dies is noticed at once
+HANG = timedelta(hours=1)  # a collective that takes longer has lost a peer; a peer that dies is noticed at once
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,21 @@ class World:
 
     @contextlib.contextmanager
     def one_by_one(self):
-        """The first process runs the block before the others do, which then find what it made."""
-        if not self.first:
-            self.barrier()
-        yield
-        if self.first:
-            self.barrier()
+        """The first process runs the block before the others do, which then find what it made.
+
+        If it fails, the others raise a UserError that says so.
+        """
+        failure = None
+        if not self.first and (failure := self.gather(None)[0]):
+            raise UserError(f"the first process failed: {failure}")
+        try:
+            yield
+        except Exception as error:
+            failure = str(error)
+            raise
+        finally:
+            if self.first:
+                self.gather(failure)
 
 
 def setup(device: str | None = None) -> World:

@@ -30,14 +30,18 @@ def save(folder, model, optimizer, world, step: int, facts: dict, keep: int) -> 
     """Write `folder`/step-N, then remove all but the last `keep`. A collective. UserError when the disk is full."""
     folder = Path(folder)
     final, partial = folder / f"step-{step:08}", folder / f".step-{step:08}.partial"
-    if world.first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    world.barrier()
     failure = None
+    if world.first:
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        except OSError as error:
+            failure = str(error)
+    failure = world.gather(failure)[0]
     try:
-        dcp.save(_state(model, optimizer), checkpoint_id=partial)
-        if world.first:
+        if failure is None:
+            dcp.save(_state(model, optimizer), checkpoint_id=partial)
+        if failure is None and world.first:
             with atomic_write(partial / "run.json") as file:
                 json.dump({"step": step, "facts": facts}, file, indent=1)
             if final.exists():  # a resumed run that saves where it started
@@ -66,7 +70,11 @@ def load(path, model, optimizer) -> tuple[int, dict]:
                 on = parameter.device if optimizer.defaults["fused"] else "cpu"
                 optimizer.state[parameter] = {"step": torch.tensor(float(run["step"]), device=on),
                                               **{moment: torch.zeros_like(parameter) for moment in MOMENTS}}
-        dcp.load(_state(model, optimizer), checkpoint_id=path)
+        state = _state(model, optimizer)
+        left = dcp.FileSystemReader(path).read_metadata().state_dict_metadata.keys() - state.keys()
+        if left:
+            raise UserError(f"{path}: does not fit this model: it also holds {min(left)}")
+        dcp.load(state, checkpoint_id=path)
     except CheckpointException as error:
         reason = next(str(reason) for reason, _ in error.failures.values())
         raise UserError(f"{path}: does not fit this model: {reason.splitlines()[0]}") from None

@@ -53,11 +53,18 @@ class TrainingSettings:
 
     def __post_init__(self):
         for name in ("batch_size", "micro_batch_size", "max_length", "save_every", "keep", "clip", "learning_rate",
-                     "epochs"):
-            if not 0 < getattr(self, name) < math.inf:
+                     "epochs", "beta"):
+            if not 0 < getattr(self, name, 1) < math.inf:  # some settings belong to one script alone
                 raise UserError(f"{name}: found {getattr(self, name)}, expected more than 0")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"steps: found {self.steps}, expected at least 1")
+        limits = {"seed": None, "eval_every": None, "warmup_steps": None, "held_out_per_language": None, "lora_r": None,
+                  "nll_weight": None, "weight_decay": 1, "final_learning_rate": 1, "beta2": 0.99999, "lora_dropout": 1,
+                  "label_smoothing": 0.5}
+        for name, most in limits.items():
+            if not 0 <= getattr(self, name, 0) <= (math.inf if most is None else most):
+                raise UserError(f"{name}: found {getattr(self, name)}, expected "
+                                + ("0 or more" if most is None else f"0 to {most}"))
 
 
 def train(model, world: World, settings: TrainingSettings, stream, loss_fn, evaluate=None) -> bool:
@@ -244,8 +251,10 @@ def sft_loss(model, batch):
 def held_out_loss(model, world: World, data, records, tokens: int) -> dict[str, float]:
     """Mean loss per supervised token: {"loss": of all `records`, "loss/deu": of one language, ...}. A collective.
 
-    tokens: how many are computed at a time.
+    tokens: how many are computed at a time. {} where no record is held out.
     """
+    if not len(records):
+        return {}
     totals = torch.zeros(2, len(data.language_names), dtype=torch.float64, device=world.device)
     for batch in in_order(data, records, tokens, world.rank, world.size):
         labels = batch.labels.to(world.device)

@@ -67,7 +67,26 @@ def test_a_model_directory_and_records(files, tmp_path, capsys, torchrun):
     assert answer and shown.startswith(answer.split("\n")[0])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_and_a_handful_of_records(files, tmp_path, dtype, capsys):
+    """Sharded (bf16 over a bf16 base) or not, the merged model that answers at the end is the one saved."""
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((files / "data/records.jsonl").read_text().splitlines(True)[:8]))
+    flags = ["--model", str(files / "model"), "--cache", str(tmp_path / "cache"), "--max-length", "256", "--lora-r", "4",
+             "--batch-size", "1", "--learning-rate", "0.05", "--warmup-steps", "1", "--steps", "3", "--dtype", dtype]
+    train_sft.main([*flags, "--data", str(few), "--output", str(tmp_path / "few")])  # too few to hold any out
+    train_sft.main([*flags, "--data", str(files / "data"), "--output", str(tmp_path / "run")])
+    model, tokenizer = load(tmp_path / "run/model", dtype=getattr(torch, dtype))
+    shown = re.findall(r"Say the number\.\n\n### Input:\n(\d+)\n-> (.*)", capsys.readouterr().out)
+    prompts = [encode_prompt(tokenizer, train_sft.alpaca("Say the number.", number)) for number, _ in shown]
+    answers = [tokenizer.decode(ids) for ids in generate(model, tokenizer, prompts, 64, 128)]
+    assert shown and all(text.startswith(answer.split("\n")[0]) for (_, text), answer in zip(shown, answers))
+
+
 @pytest.mark.parametrize("argv, said", [
+    (["--lora-r", "-1"], "lora_r: found -1"),
+    (["--seed", "-1"], "seed: found -1"),
+    (["--beta2", "1"], "beta2: found 1"),
     (["--data", "x.json"], "--data without --model"),
     (["--model", "/nowhere", "--data", "x.json"], "/nowhere"),
     (["--model", "{files}/model"], "--model without --data"),

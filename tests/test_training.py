@@ -4,6 +4,7 @@ Run by torchrun this file is a tiny training run of its own (see `main`).
 """
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -350,6 +351,13 @@ def test_weights_stay_fp32_under_bf16(tmp_path):
 def test_gradient_checkpointing_changes_nothing(reference, tmp_path):
     run_here(tmp_path, "--gradient-checkpointing")
     assert same(weights(tmp_path), weights(reference))
+
+
+def test_a_checkpoint_of_a_larger_model_is_refused(reference, tmp_path, monkeypatch):
+    shutil.copytree(reference, tmp_path / "run")
+    monkeypatch.setattr(sys.modules[__name__], "CONFIG", dataclasses.replace(CONFIG, num_hidden_layers=1))
+    with pytest.raises(UserError, match="does not fit this model: it also holds"):
+        run_here(tmp_path / "run", "--resume", "--steps", 13)
 
 
 def test_refusals(reference, tmp_path):
