@@ -148,6 +148,9 @@ def test_feedback(tmp_path, monkeypatch, feedback, ordered):
     demo_feedback.build(tmp_path, feedback, pairs_each=1)
     made = {name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text("utf-8").splitlines()]
             for name in SPLITS}
+    english = Counter(r["response_language"] for r in made["train"] if r["language"] == "eng")
+    assert len(english) == 99 and set(english.values()) == {1}
+    made["train"] = [r for r in made["train"] if r["language"] != "eng"]
     asked = Counter((r["language"], r["response_language"]) for r in made["train"])
     assert len(asked) == ordered and set(asked.values()) == {870 // ordered}
     assert all((a == b) == (feedback == "monolingual") for a, b in asked)

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from minixllm import parallel
-from minixllm.build.demo import ASKED, NAMES, TRANSLATED, draw, feedback_record, record, render, speaks, split
+from minixllm.build.demo import ASKED, KINDS, NAMES, draw, feedback_record, record, render, speaks, split
 from minixllm.datasets import encode_prompt
 from minixllm.errors import UserError, atomic_write
 from minixllm.generation import generate
@@ -62,21 +62,23 @@ def build(directory, feedback: str, seed: int = 0, pairs_each: int = 18):
 def _question(rng: random.Random, source: str, target: str, name: str) -> tuple[dict, tuple]:
     """(a question put in one language and answered in another, what it is about) of the split `name`."""
     while True:
-        subject = rng.choice(TRANSLATED if source == "eng" else ASKED)
-        content = draw(subject, rng)
-        if split(content) == name:
-            made = (record(subject, content, target) if source == "eng"
-                    else feedback_record(subject, content, source, target))
-            if made:
-                return made | {"language": source, "response_language": target}, content
+        kind = rng.choice(list(KINDS) if source == "eng" else ASKED)
+        content = draw(KINDS[kind][0], rng)
+        if split(content) == name and (made := _asked(kind, content, source, target)):
+            return made, content
+
+
+def _asked(kind: str, content: tuple, source: str, target: str) -> dict | None:
+    made = (record(kind, content, target) if source == "eng" else feedback_record(kind, content, source, target))
+    return made and made | {"language": source, "response_language": target}
 
 
 def _pair(rng: random.Random, made: dict, content: tuple) -> dict:
     """The question with its right answer chosen and a wrong one rejected."""
     right = made.pop("output")
-    source, target = made["language"], made["response_language"]
+    kind, source, target = made["kind"].removeprefix("own "), made["language"], made["response_language"]
     rejected = right
-    while rejected == right:  # two languages may write the same
+    while rejected == right:  # two languages may write the same, two contents have the same answer
         mistake, = rng.choices(list(MISTAKES), MISTAKES.values())
         if mistake == "instruction's language":
             rejected = render(content, find(source).tag)
@@ -84,7 +86,8 @@ def _pair(rng: random.Random, made: dict, content: tuple) -> dict:
             able = [code for code in FEEDBACK_LANGUAGES if speaks(LANGUAGES[code].tag, content[0])]
             rejected = render(content, LANGUAGES[rng.choice(able)].tag)
         elif mistake == "wrong value":
-            rejected = render(draw(content[0], rng), LANGUAGES[target].tag)
+            other = _asked(kind, draw(content[0], rng), source, target)
+            rejected = other["output"] if other else right
         elif mistake == "truncated":
             rejected = right[:rng.randrange(1, len(right))].strip() or right
         else:
