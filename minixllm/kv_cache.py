@@ -71,7 +71,7 @@ class Extension:
         self.last = torch.tensor(lengths).cumsum(0).sub(1).to(device)
         self.rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)  # (N,)
         # Neighbouring rows with one new token each are attended to together, the others one by one.
-        self.mask = None  # ALiBi's, for those one by one: made once for all layers
+        self.masks = None  # of the parts: made in the first layer, for all of them
         self.parts, start = [], 0
         for single, run in itertools.groupby(range(len(lengths)), key=lambda row: lengths[row] == 1):
             run = list(run)
@@ -87,18 +87,31 @@ class Extension:
         keys, values = self.cache.layer(layer_idx, key)
         keys[self.rows, :, self.position_ids] = key
         values[self.rows, :, self.position_ids] = value
-        if slopes is not None and self.mask is None:
-            longest = max((longest for _, _, longest, distances in self.parts if distances is None), default=0)
-            self.mask = causal_mask(longest, slopes, query.dtype, query.device)
+        if self.masks is None:
+            self.masks = self._make_masks(slopes, query, key.shape[1])
         outputs = []
-        for tokens, rows, longest, distances in self.parts:
+        for (tokens, rows, longest, distances), mask in zip(self.parts, self.masks):
             k, v = keys[rows, :, :longest], values[rows, :, :longest]  # (rows, KV, longest, D)
             if distances is None:
                 k, v = k[0].transpose(0, 1), v[0].transpose(0, 1)
-                outputs.append(causal_attention(query[tokens], k, v, slopes, self.mask))
+                outputs.append(causal_attention(query[tokens], k, v, slopes, mask))
             else:
-                outputs.append(_attend_one(query[tokens], k, v, distances, slopes))
+                outputs.append(_attend_one(query[tokens], k, v, mask))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _make_masks(self, slopes, query, key_heads: int) -> list:
+        """What each part adds to its scores: (rows, 1 or KV, 1 or H / KV, longest) for one query a row."""
+        longest = max((longest for _, _, longest, distances in self.parts if distances is None), default=0)
+        causal = None if slopes is None else causal_mask(longest, slopes, query.dtype, query.device)
+        masks = []
+        for _, _, _, distances in self.parts:
+            if distances is None:
+                masks.append(causal)
+            elif slopes is None:
+                masks.append(distances.masked_fill(distances > -math.inf, 0).to(query.dtype))
+            else:
+                masks.append((slopes.view(key_heads, -1, 1) * distances).to(query.dtype))
+        return masks
 
 
 def _distances(seen: list[int]) -> torch.Tensor:
@@ -111,14 +124,9 @@ def _distances(seen: list[int]) -> torch.Tensor:
     return distances.float().masked_fill(distances > 0, -math.inf)[:, None, None]
 
 
-def _attend_one(query, keys, values, distances, slopes) -> torch.Tensor:
+def _attend_one(query, keys, values, mask) -> torch.Tensor:
     """One query a row: query (rows, H, D), keys and values (rows, KV, longest, D) -> (rows, H, D)."""
     B, H, D = query.shape
     KV = keys.shape[1]
-    if slopes is None:
-        mask = distances.masked_fill(distances > -math.inf, 0)
-    else:
-        mask = slopes.view(KV, H // KV, 1) * distances  # (rows, KV, H / KV, longest)
     # The heads that share a key head become its queries, so that the keys are read once and never repeated.
-    output = F.scaled_dot_product_attention(query.view(B, KV, H // KV, D), keys, values, attn_mask=mask.to(query.dtype))
-    return output.view(B, H, D)
+    return F.scaled_dot_product_attention(query.view(B, KV, H // KV, D), keys, values, attn_mask=mask).view(B, H, D)

@@ -96,7 +96,8 @@ def _rope_scaling(rope: dict, max_position_embeddings: int) -> dict | None:
 
 
 def rotary_angles(config: LlamaConfig, position_ids: torch.Tensor):
-    """Cosines and sines of position times frequency: (N,) -> two (N, 1, D) fp32 (Su et al. 2021, RoFormer, eq. 34).
+    """Cosines and signed sines of position times frequency: (N,) -> two (N, 1, D) fp32 (Su et al. 2021, RoFormer,
+    eq. 34): those of dimensions i and i + D/2 turn together, not those of neighbours.
 
     Always fp32: bf16 cannot tell 256 from 257.
     """
@@ -111,16 +112,16 @@ def rotary_angles(config: LlamaConfig, position_ids: torch.Tensor):
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = kept * frequencies + (1 - kept) * frequencies / scaling["factor"]
-    angles = torch.outer(position_ids.float(), frequencies)
-    angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)  # (N, 1, D): half-split layout, not interleaved
-    return angles.cos(), angles.sin()
+    angles = torch.outer(position_ids.float(), frequencies).unsqueeze(1)  # (N, 1, D/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: torch.Tensor, rotary) -> torch.Tensor:
     """Rotates each pair (x[i], x[i + D/2]) of x (N, heads, D) by its angle."""
     cos, sin = rotary
     first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin).to(x.dtype)
 
 
 class LlamaRMSNorm(nn.Module):
@@ -130,9 +131,8 @@ class LlamaRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
 
     def forward(self, hidden):
-        x = hidden.float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x.to(hidden.dtype)  # rounded before the weight, as Hugging Face does
+        # computed in fp32 and rounded before the weight, as Hugging Face does: nn.RMSNorm would round after it
+        return self.weight * F.rms_norm(hidden, self.weight.shape, eps=self.eps)
 
 
 class LlamaAttention(nn.Module):

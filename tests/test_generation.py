@@ -229,8 +229,9 @@ def test_bad_input(prompts, how, message):
         generate(ours, NoEos, prompts, 3, **how)
 
 
-def test_training_goes_on_as_before():
+def test_training_goes_on_as_before(monkeypatch):
     """Sampling from a model in training leaves its mode, its layers and its gradients as they were."""
+    monkeypatch.setattr(generation, "WIDE", (1, 1))
     ours, _ = pair("llama")
     ours.train()
     assert generate(ours, NoEos, [], 3) == []
