@@ -112,7 +112,7 @@ def stream(model, tokenizer, prompt: list[int], max_new_tokens: int, **sampling)
 
 
 @torch.no_grad()
-def score(model, items, batch_tokens: int = 4096) -> list[list[float]]:
+def score(model, items, batch_tokens: int = 2048) -> list[list[float]]:
     """Log-probabilities of continuations: items of (context ids, [choice ids, ...]) -> for each item, one per choice.
 
     The context is computed once for its choices. A continuation of no tokens would have probability 1 and beat every

@@ -27,13 +27,13 @@ class _TokenLogps(torch.autograd.Function):
         supervised, labels = hidden[rows], labels[rows]  # (M, d), (M,)
         logps = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(supervised) if wants_hidden else None
-        grad_weight = _zeros(weight) if wants_weight else None
+        grad_weight = None
         for chunk, chunk_logps, slopes, totals in _chunks(supervised, weight, labels):
             logps[chunk] = chunk_logps
             if wants_hidden:
                 grad_hidden[chunk] = (slopes @ weight).div_(totals)
             if wants_weight:
-                _add_product(grad_weight, slopes, supervised[chunk] / totals)
+                grad_weight = _add_product(grad_weight, slopes, supervised[chunk] / totals)
         ctx.save_for_backward(rows, labels, supervised, weight, grad_hidden, grad_weight)
         ctx.shape = hidden.shape
         return torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device).index_copy_(0, rows, logps)
@@ -45,14 +45,17 @@ class _TokenLogps(torch.autograd.Function):
         if grad_hidden is not None:
             scaled = (grad_hidden * scale).to(grad_hidden.dtype)
             grad_hidden = scaled.new_zeros(ctx.shape).index_copy_(0, rows, scaled)
-        if grad_weight is not None and len(rows):
-            if bool((scale == scale[0]).all()):
-                grad_weight = grad_weight * scale[0]
-            else:
-                grad_weight = _zeros(weight)
-                for chunk, _, slopes, totals in _chunks(supervised, weight, labels):
-                    _add_product(grad_weight, slopes, supervised[chunk] * scale[chunk] / totals)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        if not ctx.needs_input_grad[1]:
+            return grad_hidden, None, None, None
+        if not len(rows):
+            return grad_hidden, torch.zeros_like(weight), None, None
+        if bool((scale == scale[0]).all()):
+            grad_weight.mul_(scale[0])  # in place, as it is as large as `weight`: a second backward is an error
+        else:
+            grad_weight = None
+            for chunk, _, slopes, totals in _chunks(supervised, weight, labels):
+                grad_weight = _add_product(grad_weight, slopes, supervised[chunk] * scale[chunk] / totals)
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
 def _chunks(hidden, weight, labels):
@@ -72,17 +75,14 @@ def _chunks(hidden, weight, labels):
         yield chunk, (chosen - totals.log()).squeeze(1), slopes, totals
 
 
-def _zeros(weight):
-    return torch.zeros_like(weight, dtype=torch.float32)  # bf16 would lose what many chunks add
-
-
 def _add_product(grad, slopes, hidden):
-    """grad (V, d) += slopes (chunk, V)^T hidden (chunk, d), without a second (V, d) where the types agree."""
+    """grad (V, d) fp32, or None, + slopes (chunk, V)^T hidden (chunk, d), without a second (V, d) where types agree."""
     hidden = hidden.to(slopes.dtype)
+    if grad is None:
+        return (slopes.T @ hidden).float()  # bf16 would lose what many chunks add
     if grad.dtype == slopes.dtype:
-        grad.addmm_(slopes.T, hidden)
-    else:
-        grad += slopes.T @ hidden
+        return grad.addmm_(slopes.T, hidden)
+    return grad.add_(slopes.T @ hidden)
 
 
 def dpo_loss(policy_logps, reference_logps, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:

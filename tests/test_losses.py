@@ -87,3 +87,12 @@ def test_logits_are_never_held_whole(monkeypatch):
     hidden, weight, labels = inputs()
     token_logps(hidden, weight, labels).sum().backward()
     assert (3, 31) in sizes and all(shape[0] <= 3 for shape in sizes if shape[-1] == 31)
+
+
+def test_a_second_backward_is_an_error():
+    """The weight's gradient is scaled in place: twice would be wrong."""
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(10, 8, requires_grad=True)
+    loss = token_logps(hidden, weight, torch.arange(6)).sum() * 2
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
