@@ -78,7 +78,7 @@ def main(argv=None) -> None:
     for name, directory in models.items():
         dtype = parallel.compute_dtype(settings.dtype, world.device)
         model, tokenizer = checkpoint.load(directory, dtype, world.device)
-        with parallel.explain_lost_peers(world, f"evaluating {name}"):
+        with parallel.explain_lost_peers(f"evaluating {name}", "The same command goes on from there"):
             predictions[name] = evaluation.predict(model, tokenizer, items, world, Path(settings.output) / name,
                                                    settings.batch_rows, settings.max_new_tokens)
         del model

@@ -66,6 +66,9 @@ def encode_preference(record: Preference, tokenizer, max_length: int, too_long: 
         counts.equal = 1
         return language, None, counts
     prompt = encode_prompt(tokenizer, text)
+    if not prompt:  # of characters that the tokenizer drops
+        counts.empty = 1
+        return language, None, counts
     answers = [tokenizer.encode(answer) + [tokenizer.eos_id] for answer in (record.chosen, record.rejected)]
     counts.tokens = sum(map(len, answers)) - 2
     counts.characters = len(record.chosen) + len(record.rejected)

@@ -172,17 +172,17 @@ def compute_dtype(name: str, device) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def explain_lost_peers(world: World, doing: str):
-    """Turn the failure of a collective into one line that says what happened; `doing` names the moment."""
+def explain_lost_peers(doing: str, remedy: str = ""):
+    """Turn the failure of a collective into one line that says what happened, when, and what to do."""
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
         text = str(error)
         lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "imed out", "gloo/transport",
                 "NCCL", "Connection refused")
-        if world.size == 1 or not (isinstance(error, dist.DistError) or any(part in text for part in lost)):
+        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        if alone or not (isinstance(error, dist.DistError) or any(part in text for part in lost)):
             raise
         told = text.splitlines()[0].split("] ", 1)[-1][:100]  # without the place in gloo's sources
         raise UserError(f"{doing}: another process died or hangs, see its own message "
-                        f"(rank {world.rank} on {socket.gethostname()} was told: {told}). "
-                        "Nothing was saved since the last checkpoint; --resume continues from it") from None
+                        f"(rank {dist.get_rank()} on {socket.gethostname()} was told: {told}). {remedy}") from None

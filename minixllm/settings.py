@@ -20,6 +20,7 @@ import typing
 from pathlib import Path
 
 from minixllm.errors import UserError
+from minixllm.parallel import explain_lost_peers
 
 
 def setting(default, help: str, choices=None):
@@ -54,15 +55,20 @@ def parse(cls, argv=None, embedded: dict | None = None, needs=("model", "data"),
 
 
 def run(main) -> None:
-    """Run a script's `main(argv)`: a UserError becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
+    """Run a script's `main(argv)`: what a user can mend (a UserError, a full disk, a file that may not be read, a lost
+    process) becomes one line on stderr and exit status 2, Ctrl-C exit status 130.
+    """
     script = Path(sys.argv[0]).name
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         script += f" (rank {os.environ['RANK']})"
     try:
-        main(sys.argv[1:])
-    except UserError as error:
+        with explain_lost_peers("this run"):
+            main(sys.argv[1:])
+    except (UserError, OSError) as error:
         sys.stdout.flush()
-        print(f"{script}: error: {error}", file=sys.stderr, flush=True)
+        named = isinstance(error, OSError) and error.filename
+        said = f"{error.filename}: {error.strerror}" if named else str(error)
+        print(f"{script}: error: {said}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -23,6 +23,7 @@ from minixllm.meter import Meter, announce
 from minixllm.parallel import World, explain_lost_peers, local
 from minixllm.settings import setting
 
+LOST = "Nothing was saved since the last checkpoint; --resume continues from it"
 TIMINGS = ("seconds", "tokens_per_second", "mfu")  # the fields of metrics.jsonl that differ between two equal runs
 
 
@@ -61,6 +62,8 @@ class TrainingSettings:
         limits = {"seed": None, "eval_every": None, "warmup_steps": None, "held_out_per_language": None, "lora_r": None,
                   "nll_weight": None, "weight_decay": 1, "final_learning_rate": 1, "beta2": 0.99999, "lora_dropout": 1,
                   "label_smoothing": 0.5}
+        if getattr(self, "held_out", None) and not getattr(self, "data", None):
+            raise UserError("held_out: found without data, expected both, or neither for the embedded default")
         for name, most in limits.items():
             if not 0 <= getattr(self, name, 0) <= (math.inf if most is None else most):
                 raise UserError(f"{name}: found {getattr(self, name)}, expected "
@@ -95,7 +98,7 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
     bar = tqdm(total=steps, initial=first, unit="step", disable=not world.first, mininterval=0.5, dynamic_ncols=True)
     with bar, contextlib.closing(metrics) if metrics else contextlib.nullcontext(), stop_signals() as stopped:
         for step in range(first + 1, steps + 1):
-            with explain_lost_peers(world, f"step {step}"):
+            with explain_lost_peers(f"step {step}", LOST):
                 rate = learning_rate(step, steps, settings)
                 for group in optimizer.param_groups:
                     group["lr"] = rate

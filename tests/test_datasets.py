@@ -402,6 +402,17 @@ def test_a_pair_scores_as_its_two_sequences_do(tmp_path, model):
 
 # Preferences
 
+def test_a_prompt_of_which_the_tokenizer_leaves_nothing(tmp_path):
+    class Dropping(Bytes):
+        def encode(self, text, add_special_tokens=False):
+            return super().encode(text.replace("\u200b", ""), add_special_tokens)
+
+    path = write(tmp_path / "a.jsonl", [{"prompt": "\u200b", "chosen": "a", "rejected": "b"},
+                                        {"prompt": "x", "chosen": "a", "rejected": "b"}])
+    data = PreferenceData(path, Dropping(prefix=()), 400, tmp_path / "cache")
+    assert len(data) == 1 and sum(counts.empty for counts in data.report.values()) == 1
+
+
 PAIR = {"instruction": "Say", "chosen": "oui", "rejected": "yes!", "language": "eng", "response_language": "fra"}
 
 

@@ -84,11 +84,16 @@ def test_bad_recipes(tmp_path, text, said):
     assert all(part in str(error.value) for part in said)
 
 
-def test_a_mistake_is_one_line_and_exit_status_2(tmp_path):
+@pytest.mark.parametrize("failure, said", [
+    ("raise UserError('x.json line 3: not JSON')", "x.json line 3: not JSON"),
+    ("open('/dev/full', 'w').write('x' * 100_000)", "[Errno 28] No space left on device"),
+    ("open('/nowhere/x', 'w')", "/nowhere/x: No such file or directory"),
+])
+def test_a_mistake_is_one_line_and_exit_status_2(tmp_path, failure, said):
     script = tmp_path / "script.py"
     script.write_text("from minixllm.settings import run\nfrom minixllm.errors import UserError\n"
-                      "def main(argv):\n    raise UserError('x.json line 3: not JSON')\nrun(main)\n")
+                      f"def main(argv):\n    {failure}\nrun(main)\n")
     root = str(settings_module.__file__).rsplit("/", 2)[0]
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env={"PYTHONPATH": root})
     assert done.returncode == 2
-    assert done.stderr == "script.py: error: x.json line 3: not JSON\n"
+    assert done.stderr == f"script.py: error: {said}\n"

@@ -92,6 +92,7 @@ def test_adapters_and_a_handful_of_records(files, tmp_path, dtype, capsys):
     (["--model", "{files}/model"], "--model without --data"),
     (["--model", "{files}/model", "--data", "{files}"], "without .json or .jsonl files"),
     (["--model", "{files}/model", "--data", "/nowhere.json"], "/nowhere.json"),
+    (["--held-out", "x.json"], "held_out: found without data"),
     (["--bach-size", "3"], "did you mean --batch-size?"),
 ])
 def test_mistakes(files, tmp_path, argv, said):

@@ -75,7 +75,8 @@ class Records:
 class Settings(TrainingSettings):
     pause: float = setting(0.0, "seconds a micro-batch takes, so that a test can hit a step")
     gradients: str | None = setting(None, "file for the loss and gradients of the first batch")
-    fault: str | None = setting(None, "what goes wrong at step 5: die, nan, disk")
+    fault: str | None = setting(None, "what goes wrong: die, nan, disk")
+    fault_step: int = setting(5, "at which step")
     batch_size: int = setting(6, "")
     micro_batch_size: int = setting(2, "")
     max_length: int = setting(32, "")
@@ -102,7 +103,8 @@ def main(argv):
         calls += 1
         time.sleep(settings.pause)
         loss, _ = sft_loss(model, batch)
-        if settings.fault and calls == 1 + 4 * len(stream.batch(0).micro_batches) and world.rank == world.size - 1:
+        if settings.fault and calls == 1 + (settings.fault_step - 1) * len(
+                stream.batch(0).micro_batches) and world.rank == world.size - 1:
             if settings.fault == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             if settings.fault == "nan":
@@ -280,9 +282,10 @@ def test_two_processes(plain, reference, torchrun, tmp_path):
         assert one.get("loss", one.get("held_out")) == pytest.approx(two.get("loss", two.get("held_out")), abs=1e-5)
 
     began = time.time()
-    dead = torchrun(2, __file__, "--output", broken, "--fault", "die", check=False)
+    step = random.randint(4, 6)
+    dead = torchrun(2, __file__, "--output", broken, "--fault", "die", "--fault-step", step, check=False)
     assert dead.returncode != 0 and time.time() - began < 60
-    assert "(rank 0): error: step 5: another process died" in dead.stderr and "--resume continues" in dead.stderr
+    assert f"(rank 0): error: step {step}: another process died" in dead.stderr and "--resume continues" in dead.stderr
     assert [path.name for path in (broken / "checkpoints").iterdir()] == ["step-00000003"]
 
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
@@ -329,6 +332,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(reference, tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
     run_here(tmp_path, "--resume")
     assert same(weights(tmp_path), weights(reference))
+
+
+def test_what_goes_wrong_in_one_of_two_processes(torchrun, tmp_path):
+    """A loss that is not finite, a full disk: every process says what it is, none hangs, no checkpoint is half there."""
+    for fault, said in [("nan", "step 5: loss nan"), ("disk", "step-00000006: checkpoint not written")]:
+        done = torchrun(2, __file__, "--output", tmp_path / fault, "--fault", fault, check=False, timeout=90)
+        assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr.split("torch/")[0]
+        assert [path.name for path in (tmp_path / fault / "checkpoints").iterdir()] == ["step-00000003"]
 
 
 def test_a_batch_that_is_all_masked():

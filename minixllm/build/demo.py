@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from minixllm import prompts
+from minixllm import languages, prompts
 from minixllm.checkpoint import ARCHITECTURES
 from minixllm.errors import UserError, atomic_write
 from minixllm.languages import FEEDBACK_LANGUAGES, LANGUAGES
@@ -230,8 +230,9 @@ def named(made: dict, code: str) -> dict:
 
 def folder(cache) -> Path:
     """Where below `cache` the data set is kept: another place when what makes it has changed."""
-    sources = [Path(__file__), Path(prompts.__file__), prompts.REQUESTS]
-    return Path(cache) / f"demo-{hashlib.sha256(b''.join(path.read_bytes() for path in sources)).hexdigest()[:16]}"
+    sources = [Path(file) for file in (__file__, languages.__file__, prompts.__file__, prompts.REQUESTS)]
+    made_of = [*(path.read_bytes() for path in sources), _cldr().__version__.encode()]
+    return Path(cache) / f"demo-{hashlib.sha256(b''.join(made_of)).hexdigest()[:16]}"
 
 
 def build(directory, seed: int = 0, records_per_language: int = 600):

@@ -1,0 +1,56 @@
+"""The embedded default from end to end, `train_sft.py`, `train_dpo.py` and `eval.py` without data, on less of it."""
+
+import json
+
+import pytest
+
+import eval as evaluate
+import train_dpo
+import train_sft
+from minixllm.build import demo, demo_feedback
+from minixllm.checkpoint import load
+
+
+def shorten(path, every: int):
+    path.write_text("".join(path.read_text("utf-8").splitlines(keepends=True)[::every]), "utf-8")
+
+
+@pytest.mark.parametrize("arch", ["llama", "bloom"])
+def test_three_commands(arch, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "VOCABULARY", 3000)
+    build, build_feedback = demo.build, demo_feedback.build
+
+    def little(folder):
+        build(folder, records_per_language=20)
+        shorten(folder / "test.jsonl", 20)
+
+    def little_feedback(folder, feedback):
+        build_feedback(folder, feedback, pairs_each=1)
+        shorten(folder / "test.jsonl", 20)
+        (folder / "valid.jsonl").write_text((folder / "test.jsonl").read_text("utf-8").replace(
+            '"output"', '"chosen"').replace('"instruction":', '"rejected": "?", "instruction":'), "utf-8")
+
+    monkeypatch.setattr(demo, "build", little)
+    monkeypatch.setattr(demo_feedback, "build", little_feedback)
+
+    train_sft.main(["--arch", arch, "--steps", "4", "--warmup-steps", "1"])
+    said = capsys.readouterr().out
+    assert "some of its answers to held-out prompts" in said and "exact match" in said
+    assert json.loads((tmp_path / "runs/sft/exact_match.json").read_text())
+    model, _ = load("runs/sft/model")
+    assert type(model).__name__.lower() == arch
+
+    train_dpo.main(["--steps", "2", "--warmup-steps", "1"])
+    said = capsys.readouterr().out
+    assert "before   after" in said and "off target" in said
+    found = json.loads((tmp_path / "runs/dpo/before-after.json").read_text("utf-8"))
+    assert len(found["after"]["answers"]) == found["before"]["questions"] == 44
+    assert all(0 <= found[when][name] <= 100 for when in found for name in ("exact match", "off target"))
+
+    evaluate.main(["--limit", "1", "--max-new-tokens", "4"])
+    said = capsys.readouterr().out
+    table = next(line for line in said.splitlines() if "PAWS-X high" in line)
+    assert all(name in table for name in ("XCOPA all", "FLORES(f) all", "FLORES(t) all", "XL-Sum all", "Self-Inst* all"))
+    assert "| sft |" in said and "| dpo |" in said and "stand-ins" in said
+    assert (tmp_path / "runs/eval/report.md").exists()
