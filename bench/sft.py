@@ -1,13 +1,15 @@
-"""Full fine-tuning of a small LLaMA: real tokens a second and peak memory, beside `transformers` and TRL.
+"""Full fine-tuning of a small LLaMA or BLOOM: real tokens a second and peak memory, beside `transformers` and TRL.
 
     python bench/sft.py                       # speed and memory, the allocator as shipped
     python bench/sft.py --malloc              # both sides with malloc's mmap and trim thresholds raised
     python bench/sft.py --sides ours transformers trl --rounds 3 --steps 4 --dtype bfloat16
+    python bench/sft.py --model bloom --vocabulary 250880
 
-Random weights, vocabulary 32,000, width 512, 8 layers, 8 heads, feed-forward 1,376; documents of lognormal length, mean
-120, at most 512; 4 x 512 tokens a step; AdamW. The sides take turns, each in a process of its own, and a machine's
-timings drift: the table gives the range over the rounds. `masked` supervises the second half of each document, as
-instruction tuning does; the others supervise every token. The peers' rows of 512 hold no padding.
+Random weights, vocabulary 32,000, width 512, 8 layers, 8 heads, LLaMA's feed-forward 1,376; documents of lognormal
+length, mean 120, at most 512; 4 x 512 tokens a step; AdamW. The sides take turns, each in a process of its own, and a
+machine's timings drift: the table gives the range over the rounds. `masked` supervises the second half of each
+document, as instruction tuning does; the others supervise every token. The peers' rows of 512 hold no padding. Peak
+memory is also given less the 16 bytes a parameter of weights, gradients and AdamW's two moments.
 """
 
 import argparse
@@ -25,9 +27,10 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[0] = ROOT  # for minixllm, and away from this folder, whose tokenizers.py would hide the library
-SHAPE = dict(vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8)
+SHAPES = {"llama": dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8),
+          "bloom": dict(hidden_size=512, n_layer=8, n_head=8)}
 ROWS, LENGTH = 4, 512
-SIDES = ["ours", "ours-masked", "ours-unsharded", "transformers", "trl"]
+SIDES = ["ours", "ours-masked", "transformers", "trl"]
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 
 
@@ -52,20 +55,20 @@ def packed(rng):
         yield step
 
 
-def ours(side: str, dtype: torch.dtype):
+def ours(masked: bool, architecture: str, vocabulary: int, dtype: torch.dtype):
     from minixllm import parallel
     from minixllm.attention import Packed
-    from minixllm.llama import Llama, LlamaConfig
+    from minixllm.checkpoint import ARCHITECTURES
 
-    model = Llama(LlamaConfig.from_dict(SHAPE))
+    config_class, model_class = ARCHITECTURES[architecture]
+    model = model_class(config_class.from_dict({"vocab_size": vocabulary, **SHAPES[architecture]}))
     for name, parameter in model.named_parameters():
         model.init_weights(name, parameter.data, torch.Generator().manual_seed(0))
-    if side != "ours-unsharded":
-        parallel.shard(model, parallel.setup("cpu"), dtype)
+    parallel.shard(model, parallel.setup("cpu"), dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     for lengths in packed(np.random.default_rng(0)):
-        ids, labels = torch.randint(0, SHAPE["vocab_size"], (2, sum(lengths)))
-        if side == "ours-masked":
+        ids, labels = torch.randint(0, vocabulary, (2, sum(lengths)))
+        if masked:
             for start, length in zip(itertools.accumulate([0, *lengths]), lengths):
                 labels[start:start + length // 2] = -100
         loss = -model(ids, Packed(lengths), labels).sum() / (labels != -100).sum()
@@ -75,23 +78,28 @@ def ours(side: str, dtype: torch.dtype):
         yield len(ids)
 
 
-def plain_transformers(dtype: torch.dtype):
-    from transformers import LlamaConfig, LlamaForCausalLM
+def theirs(architecture: str, vocabulary: int):
+    import transformers
+    name = {"llama": "Llama", "bloom": "Bloom"}[architecture]
+    config = getattr(transformers, f"{name}Config")(vocab_size=vocabulary, **SHAPES[architecture])
+    return getattr(transformers, f"{name}ForCausalLM")(config)
 
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).to(dtype)
+
+def plain_transformers(model, vocabulary: int, dtype: torch.dtype):
+    model = model.to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     while True:
-        ids = torch.randint(0, SHAPE["vocab_size"], (ROWS, LENGTH))
+        ids = torch.randint(0, vocabulary, (ROWS, LENGTH))
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         yield ids.numel()
 
 
-def trl(steps: int, output: str):
+def trl(model, vocabulary: int, steps: int, output: str):
     """TRL's SFTTrainer with packing, its CPU defaults; yields the real tokens of each step."""
     import datasets
-    from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+    from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     times, counts = [], []
@@ -107,7 +115,7 @@ def trl(steps: int, output: str):
             return super().training_step(model, inputs, *args, **kwargs)
 
     rng, lengths = np.random.default_rng(0), documents(np.random.default_rng(0))
-    rows = [{"input_ids": rng.integers(0, SHAPE["vocab_size"], next(lengths)).tolist()}
+    rows = [{"input_ids": rng.integers(0, vocabulary, next(lengths)).tolist()}
             for _ in range(40 * (steps + 2))]
     from transformers import PreTrainedTokenizerFast
     from tokenizers import Tokenizer, models
@@ -115,21 +123,22 @@ def trl(steps: int, output: str):
     config = SFTConfig(output_dir=output, per_device_train_batch_size=ROWS, max_length=LENGTH, packing=True,
                        max_steps=steps + 1, report_to=[], save_strategy="no", use_cpu=True, bf16=False,
                        gradient_checkpointing=False, disable_tqdm=True)
-    trainer = Counting(LlamaForCausalLM(LlamaConfig(**SHAPE)), config, train_dataset=datasets.Dataset.from_list(rows),
+    trainer = Counting(model, config, train_dataset=datasets.Dataset.from_list(rows),
                        processing_class=PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>",
                                                                 pad_token="</s>"), callbacks=[Clock()])
     trainer.train()
     return sum(counts[1:steps + 1]), times[steps] - times[0]
 
 
-def measure(side: str, steps: int, dtype: torch.dtype) -> dict:
+def measure(side: str, steps: int, architecture: str, vocabulary: int, dtype: torch.dtype) -> dict:
     torch.manual_seed(0)
     if side == "trl":
         import tempfile
         with tempfile.TemporaryDirectory() as output:
-            tokens, seconds = trl(steps, output)
+            tokens, seconds = trl(theirs(architecture, vocabulary), vocabulary, steps, output)
     else:
-        run = ours(side, dtype) if side.startswith("ours") else plain_transformers(dtype)
+        run = (ours(side == "ours-masked", architecture, vocabulary, dtype) if side.startswith("ours")
+               else plain_transformers(theirs(architecture, vocabulary), vocabulary, dtype))
         next(run)  # the first step makes the optimiser's state
         start = time.perf_counter()
         tokens = sum(itertools.islice(run, steps))
@@ -150,6 +159,8 @@ def peak_flops(dtype: torch.dtype) -> float:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(SHAPES), default="llama")
+    parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES[:-1])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
@@ -159,23 +170,27 @@ def main():
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     if args.measure:
-        return print(json.dumps(measure(args.measure, args.steps, dtype)))
+        return print(json.dumps(measure(args.measure, args.steps, args.model, args.vocabulary, dtype)))
     environment = {**os.environ, **(MALLOC if args.malloc else {})}
     results = {side: [] for side in args.sides}
     for _, side in itertools.product(range(args.rounds), args.sides):
-        command = [sys.executable, __file__, "--measure", side, "--steps", str(args.steps), "--dtype", args.dtype]
+        command = [sys.executable, __file__, "--measure", side, "--steps", str(args.steps), "--dtype", args.dtype,
+                   "--model", args.model, "--vocabulary", str(args.vocabulary)]
         done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
         results[side].append(json.loads(done.stdout.splitlines()[-1]))
     peak = peak_flops(dtype)
-    body = SHAPE["num_hidden_layers"] * (4 * 512**2 + 3 * 512 * 1376)
-    flops = 6 * (body + 512 * SHAPE["vocab_size"])  # a token's share of the products, every token supervised
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.dtype}, "
-          f"{'raised' if args.malloc else 'shipped'} malloc thresholds, peak {peak / 1e9:.0f} GFLOP/s")
+    body = {"llama": 8 * (4 * 512**2 + 3 * 512 * 1376), "bloom": 8 * 12 * 512**2}[args.model]
+    head = 512 * args.vocabulary
+    flops = 6 * (body + head)  # a token's share of the products, every token supervised
+    state = 16 * (body + head * (2 if args.model == "llama" else 1)) / 1e9
+    print(f"{args.model}, vocabulary {args.vocabulary:,}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"{args.dtype}, {'raised' if args.malloc else 'shipped'} malloc thresholds, peak {peak / 1e9:.0f} GFLOP/s")
     for side, runs in results.items():
         rates = sorted(run["tokens"] / run["seconds"] for run in runs)
-        used = (flops - 3 * 512 * SHAPE["vocab_size"] if side == "ours-masked" else flops) * rates[-1] / peak
-        print(f"{side:15} {rates[0]:6.0f} to {rates[-1]:.0f} tokens/s, {used:4.0%} of peak, "
-              f"{max(run['peak_gb'] for run in runs):.2f} GB")
+        used = (flops - 3 * head if side == "ours-masked" else flops) * rates[-1] / peak
+        memory = max(run["peak_gb"] for run in runs)
+        print(f"{side:15} {rates[0]:6.0f} to {rates[-1]:.0f} tokens/s, {used:4.0%} of peak, {memory:.2f} GB, "
+              f"{memory - state:.2f} GB beyond the state")
 
 
 if __name__ == "__main__":
