@@ -132,6 +132,16 @@ def test_permanent_failures_are_listed_and_asked_again_alone(tmp_path, undisturb
         broken = None
         build(server, tmp_path)
     assert contents(out) == undisturbed[0]
+def test_only_half_written_files_of_builds_are_removed(tmp_path):
+    kept = [".env.template", ".mri.jsonl", ".notes.jsonl.a1b2c3d4", ".spa.jsonl.TEMPLATE", ".cache.abcdefgh/file",
+            ".pairs.jsonl.abcdefgh/file"]
+    halves = [".mri.jsonl.a1b2c3d4", ".pairs.jsonl.________", "build/.report.json.12345678"]
+    for name in (*kept, *halves):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("half")
+    with runner.Runner(runner.RunnerSettings(output=str(tmp_path))):
+        assert all((tmp_path / name).exists() for name in kept)
+        assert not any((tmp_path / name).exists() for name in halves)
 
 
 def test_retry_after(tmp_path):

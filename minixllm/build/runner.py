@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import random
+import re
 import sqlite3
 import sys
 import threading
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from minixllm.build.services import Failure, Prompt, Translate
 from minixllm.errors import UserError, atomic_write
+from minixllm.languages import LANGUAGES
 from minixllm.settings import setting
 
 ATTEMPTS = 6
@@ -29,6 +31,8 @@ BACKOFF = 0.5         # seconds before the second attempt, doubled each time
 LONGEST_WAIT = 600.0  # seconds; a server that asks for more has failed
 FAILURES_IN_A_ROW = 40
 EXAMPLES = 3          # of each reason for leaving a record out
+# what `atomic_write` leaves of a build's files when it is killed
+HALF_WRITTEN = re.compile(rf"\.(({'|'.join(LANGUAGES)}|pairs|failures)\.jsonl|report\.(json|md))\.[a-z0-9_]{{8}}")
 
 
 @dataclass
@@ -97,8 +101,9 @@ class Runner:
             if "locked" in str(error):
                 raise UserError(f"{settings.output}: another build is writing there") from None
             raise
-        for half_written in (path for place in (folder, folder.parent) for path in place.glob(".*.????????")):
-            half_written.unlink()  # by a build that was killed
+        for path in (*folder.iterdir(), *folder.parent.iterdir()):
+            if HALF_WRITTEN.fullmatch(path.name) and path.is_file():
+                path.unlink()
 
     def __enter__(self):
         return self
