@@ -102,6 +102,76 @@ def test_no_fault_loses_or_doubles_a_record(tmp_path, undisturbed, monkeypatch):
     assert len(answered) == len(set(answered)) <= undisturbed[1]
 
 
+class Stub:
+    """A service that numbers its answers; fails(text, number): whether it fails instead."""
+
+    name = "stub"
+
+    def __init__(self, fails=lambda text, number: False):
+        self.fails, self.asked = fails, []
+
+    def cost(self, request):
+        return {"requests": 1}
+
+    def ask(self, request):
+        self.asked.append(request.text)
+        number = len(self.asked)
+        time.sleep(0.01)
+        if self.fails(request.text, number):
+            raise services.Failure("it failed", again=False)
+        return str(number), {"requests": 1}
+
+
+def twice(stub, folder, items=range(40)):
+    """(runner, report) of items that all ask the same, and then each something of its own made of the answer."""
+    def task(ask, item):
+        first = ask(stub, services.Prompt("the same"))
+        return {"answer": ask(stub, services.Prompt(f"{first} {item}"))}
+
+    with runner.Runner(runner.RunnerSettings(output=str(folder))) as run:
+        run.work(task, items, len(items), "twice")
+        return run, run.write(folder / "twice.jsonl", task, items, lambda item: {"id": item})
+
+
+def test_what_many_records_ask_is_asked_once(tmp_path):
+    stub = Stub()
+    _, report = twice(stub, tmp_path)
+    assert report["records"] == 40 and len(stub.asked) == len(set(stub.asked)) == 41
+    # nor again in the same run when it has failed: some records would go on from an answer that others never saw
+    stub = Stub(fails=lambda text, number: number == 1)
+    run, report = twice(stub, tmp_path / "failed")
+    assert stub.asked == ["the same"] and report["failed"] == 40 and len(run.failures) == 40
+    assert twice(stub, tmp_path / "failed")[1]["records"] == 40
+
+
+def test_data_that_changes_meanwhile(tmp_path, capsys):
+    data = alpaca(tmp_path)
+
+    def fault(number, body):
+        if "129th" in str(body):   # of the last record: by then all have been read
+            data.write_text(data.read_text().replace("129th", "130th"))
+
+    with Server(fault) as server, pytest.raises(SystemExit) as status:
+        build(server, tmp_path, "--quality-sample", "1", "--concurrency", "1", data=data)
+    printed = capsys.readouterr().out
+    assert status.value.code == 1 and "0 of 2 languages are finished" in printed and "did the data change" in printed
+
+
+def test_a_failure_in_the_sample_is_told(tmp_path, undisturbed):
+    """It changes the scores that every record bears."""
+    def fault(number, body):
+        return "400" if broken and body.get("source") == "ny" and "113th" in body["q"] else None
+
+    with Server(fault) as server:
+        broken = True
+        with pytest.raises(SystemExit) as status:
+            build(server, tmp_path)
+        failure, = map(json.loads, (tmp_path / "out/build/failures.jsonl").read_text().splitlines())
+        assert status.value.code == 1 and failure["language"] == "nya" and failure["sampled"] == "13"
+        broken = False
+        assert contents(build(server, tmp_path)) == undisturbed[0]
+
+
 def test_permanent_failures_are_listed_and_asked_again_alone(tmp_path, undisturbed, capsys):
     def fault(number, body):
         return broken if "105th" in json.dumps(body) else None

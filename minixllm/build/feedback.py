@@ -88,13 +88,13 @@ def build(settings: FeedbackSettings) -> bool:
                     settings.feedback)
         report = runner.write(Path(settings.output) / "pairs.jsonl", finish, instructions(settings.data, drawn), named)
         if report is None:
-            return runner.conclude("pairs.jsonl is not yet written")
+            return runner.conclude("pairs.jsonl is not yet written", False)
         report |= {"comparisons": dict(sorted(comparisons.items())), "each": dict(sorted(each.items()))}
         with atomic_write(runner.folder / "report.json") as file:
             json.dump(report, file, ensure_ascii=False, indent=1)
         for reason, count in report["left_out"].items():
             print(f"no pair out of {count:,} instructions: {reason}")
-        return runner.conclude(f"{report['records']:,} pairs out of {total:,} instructions")
+        return runner.conclude(f"{report['records']:,} pairs out of {total:,} instructions", True)
 
 
 def named(item) -> dict:

@@ -104,7 +104,7 @@ def build(settings: InstructionSettings) -> bool:
             write_report(runner.folder, report, settings.min_bleu)
             print(f"{label}: {counts['records']:,} records, {sum(counts['left_out'].values()):,} left out, "
                   f"{counts['failed']:,} failed", flush=True)
-        return runner.conclude(f"{len(report)} of {len(plans)} languages are finished")
+        return runner.conclude(f"{len(report)} of {len(plans)} languages are finished", len(report) == len(plans))
 
 
 def chosen_languages(words: list[str]) -> list[str]:
@@ -178,22 +178,23 @@ def there_and_back(code: str, text: str = "") -> tuple[Translate, Translate]:
 
 def quality(runner: Runner, paths, sample: set[int], plan: Plan, label: str) -> dict | None:
     """BLEU and chrF of the sampled instructions, translated there and back; None if the run stopped meanwhile."""
-    texts = [record.instruction for number, record in sources(paths) if number in sample]
+    sampled = [item for item in sources(paths) if item[0] in sample]
 
-    def back(ask, text):
-        there = ask(plan.translator, Translate(text, "eng", plan.code))
+    def back(ask, item):
+        there = ask(plan.translator, Translate(item[1].instruction, "eng", plan.code))
         return ask(plan.translator, Translate(there, plan.code, "eng"))
 
-    runner.work(back, texts, len(texts), f"{label} quality")
+    runner.work(back, sampled, len(sampled), f"{label} quality")
     pairs = []
-    for text in texts:
+    for item in sampled:
         try:
-            pairs.append((back(runner.recall, text), text))
+            pairs.append((back(runner.recall, item), item[1].instruction))
         except Missing as missing:
             if missing.reason is None:
                 return None
-    if 2 * len(pairs) < len(texts):
-        runner.stop(f"{plan.code}: of {len(texts)} sampled instructions only {len(pairs)} could be translated")
+            runner.failures.append({"language": plan.code, "sampled": identity(*item), "reason": missing.reason})
+    if 2 * len(pairs) < len(sampled):
+        runner.stop(f"{plan.code}: of {len(sampled)} sampled instructions only {len(pairs)} could be translated")
         return None
     scores = {"bleu": scorers.bleu(*zip(*pairs)), "chrf": scorers.chrf(*zip(*pairs))}
     return {name: round(score.value, 2) for name, score in scores.items()} | {

@@ -3,9 +3,11 @@
 A build is a pure function from a source record and the answers it asks for to an output record. It runs twice: in
 `Runner.work` by many threads, where `Runner.ask` gets each answer and stores it under a hash of its request; then in
 source order in `Runner.write`, where all of them are found stored. So what is written depends neither on the order in
-which answers came nor on how often the build was killed.
+which answers came nor on how often the build was killed. For both to see the same, a request is asked by one thread
+alone, and how that ended, with an answer or for good without, holds for the whole run.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -82,7 +84,7 @@ class Runner:
         self.limits = {unit: limit for unit in ("requests", "tokens", "characters")
                        if (limit := getattr(settings, f"budget_{unit}")) is not None}
         self.spent, self._reserved = dict.fromkeys(("requests", "tokens", "characters"), 0), {}
-        self._settled = threading.Condition()
+        self._settled, self._in_flight = threading.Condition(), set()
         self._stop, self.why_stopped, self._error = threading.Event(), None, None
         self._failed_in_a_row, self._resume_at, self.failures = 0, {}, []
 
@@ -154,23 +156,39 @@ class Runner:
 
     def ask(self, service, request) -> str:
         """The answer, stored or new. Raises Failure when there is none for good, Stopped when the run is ending."""
-        if self._stop.is_set():
-            raise Stopped
+        key = _key(service, request)
+        with self._alone(key):
+            if self._stop.is_set():
+                raise Stopped
+            try:
+                return self.recall(service, request)
+            except Missing as missing:
+                if missing.reason is not None:
+                    raise Failure(missing.reason) from None
+            try:
+                answer = self._insist(service, request)
+            except Failure as failure:
+                self._query("INSERT INTO failures VALUES (?, ?)", key, str(failure))
+                self._failed_in_a_row += 1
+                if self._failed_in_a_row >= FAILURES_IN_A_ROW:
+                    self.stop(f"{FAILURES_IN_A_ROW} requests in a row failed, the last with: {failure}")
+                raise
+            self._failed_in_a_row = 0
+            self._query("INSERT INTO answers VALUES (?, ?)", key, answer)
+            return answer
+
+    @contextlib.contextmanager
+    def _alone(self, key: bytes):
+        """Hold a request's key; whoever else wants it waits until it is free."""
+        with self._settled:
+            self._settled.wait_for(lambda: key not in self._in_flight)
+            self._in_flight.add(key)
         try:
-            return self.recall(service, request)
-        except Missing:
-            pass
-        try:
-            answer = self._insist(service, request)
-        except Failure as failure:
-            self._query("INSERT OR REPLACE INTO failures VALUES (?, ?)", _key(service, request), str(failure))
-            self._failed_in_a_row += 1
-            if self._failed_in_a_row >= FAILURES_IN_A_ROW:
-                self.stop(f"{FAILURES_IN_A_ROW} requests in a row failed, the last with: {failure}")
-            raise
-        self._failed_in_a_row = 0
-        self._query("INSERT OR REPLACE INTO answers VALUES (?, ?)", _key(service, request), answer)
-        return answer
+            yield
+        finally:
+            with self._settled:
+                self._in_flight.remove(key)
+                self._settled.notify_all()
 
     def _insist(self, service, request) -> str:
         delay = BACKOFF
@@ -295,13 +313,18 @@ class Runner:
         return {"records": written, "failed": len(failures), "left_out": dict(sorted(reasons.items())),
                 "examples": dict(sorted(examples.items()))}
 
-    def conclude(self, state: str) -> bool:
-        """Write failures.jsonl, print how the run ended; whether it has done all it should."""
+    def conclude(self, state: str, finished: bool) -> bool:
+        """Write failures.jsonl, print how the run ended; whether it has done all it should.
+
+        finished: whether `write` has written every file.
+        """
         with atomic_write(self.folder / "failures.jsonl") as file:
             file.writelines(json.dumps(failure, ensure_ascii=False) + "\n" for failure in self.failures)
         print(f"{state}; asked in this run: {_amounts(self.spent)}")
         for reason, count in Counter(failure["reason"] for failure in self.failures).most_common(5):
             print(f"no answer for {count} records: {reason}")
+        if not finished:
+            self.stop("there are records for which nothing was asked: did the data change meanwhile?")
         if self.why_stopped:
             print(f"stopped: {self.why_stopped}")
         if self.failures or self.why_stopped:
