@@ -11,6 +11,7 @@ import re
 import ssl
 import sys
 import threading
+import urllib.parse
 
 POOR = ("ny",)  # Google codes of languages it translates badly
 
@@ -40,6 +41,13 @@ def chat(body: dict) -> str:
         return turned(marked[2])
     digest = hashlib.sha256(f"{body.get('seed')}{prompt}".encode()).hexdigest()
     return "Ondoka " + " ".join(re.findall("[0-9]+", digest)[:3 + int(digest[:4], 16) % 9])
+
+
+def repeated(head: bytes) -> str:
+    """The key of a request as it is, and as JSON and addresses escape it."""
+    key = re.search(rb"(?:Bearer|X-goog-api-key:) (\S+)|$", head)[1] or b""
+    key = key.decode()
+    return " ".join((key, key.replace("/", r"\/"), key.replace("+", r"\u002b"), urllib.parse.quote(key, safe="")))
 
 
 class Server:
@@ -130,8 +138,8 @@ class Connection(asyncio.Protocol):
         elif fault == "huge":
             answer = b'{"filler": "' + b"x" * 10_000_000 + b'"}'
         elif fault and fault != "closed":
-            status, extra = f"{fault} Something", "Retry-After: 1\r\n" if fault == "429" else ""
-            answer = b'{"error": {"message": "you sent ' + head[-60:].replace(b"\r\n", b" ") + b'"}}'
+            status, extra = f"{fault} Something {repeated(head)}", "Retry-After: 1\r\n" if fault == "429" else ""
+            answer = f'{{"error": {{"message": "you sent {repeated(head)}"}}}}'.encode()
         self.transport.write(f"HTTP/1.1 {status}\r\n{extra}Content-Length: {len(answer)}\r\n\r\n".encode() + answer)
         if fault == "closed":
             self.transport.close()

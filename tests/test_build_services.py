@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+import urllib.parse
 
 import pytest
 import torch
@@ -96,6 +98,18 @@ def test_what_went_wrong(fault, words):
             chat.ask(Prompt("x"))
         assert failure.value.again == (fault != "400")
         assert chat.ask(Prompt("x"))[0].startswith("Ondoka")   # on a new connection, where the old one is of no use
+
+
+def test_a_key_is_cut_out_in_every_spelling(monkeypatch):
+    key = "sk-a/b+c=01234"
+    monkeypatch.setenv("SOME_KEY", key)
+    clean = services.service("chat:m@http://127.0.0.1:9/v1#SOME_KEY").endpoint.clean
+    quoted = urllib.parse.quote(key, safe="")
+    for form in (key, key.replace("/", "\\/"), json.dumps(json.dumps(key.replace("/", "\\/"))), quoted, quoted.lower(),
+                 urllib.parse.quote(quoted), key.replace("+", "\\u002b"), key.replace("+", "\\u002B"),
+                 key.replace("/", "&#x2F;")):
+        assert re.fullmatch(r'[\\"]*\*\*\*[\\"]*', clean(form)), form
+    assert clean("sk-a.b+c=01234") == "sk-a.b+c=01234"
 
 
 def test_openai_gets_its_key_and_nobody_else(monkeypatch):

@@ -99,6 +99,7 @@ class _Endpoint:
                             "HOST[:PORT]/PATH; keys and passwords belong in the environment, not in it")
         self.host, self.path = parts.netloc, parts.path.rstrip("/")
         self.variable, self.key = variable, os.environ.get(variable, "").strip() if variable else ""
+        self._spellings = _spellings(self.key) if self.key else None
         self.headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "minixllm"}
         if self.key:
             self.headers[header] = f"Bearer {self.key}" if header == "Authorization" else self.key
@@ -131,7 +132,7 @@ class _Endpoint:
             why = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
             # a server may close an idle connection: that says nothing of the next one, which is made at once
             idle = used and isinstance(error, ConnectionError)
-            raise Failure(f"{self.host}: {self.clean(why)}", after=0.0 if idle else None) from None
+            raise Failure(f"{self.host}: {self.excerpt(why)}", after=0.0 if idle else None) from None
         finally:
             if not self._thread.used:
                 connection.close()
@@ -139,11 +140,12 @@ class _Endpoint:
             answer = json.loads(raw)
         except (ValueError, RecursionError):
             answer = None
-        if response.status == 200:
-            if not isinstance(answer, dict):
-                raise self.misshapen(raw)
+        if response.status == 200 and isinstance(answer, dict):
             return answer
-        reason = f"{self.host}: {response.status} {response.reason}: {self.excerpt(raw)}"
+        said = raw.decode("utf-8", "replace")
+        if response.status == 200:
+            raise self.misshapen(said)
+        reason = f"{self.host}: " + self.excerpt(f"{response.status} {response.reason}: {said}")
         limited = response.status == 403 and b"imit" in raw  # Google's way to say 429
         if response.status in (401, 403, 404) and not limited:
             raise UserError(reason)
@@ -151,16 +153,23 @@ class _Endpoint:
         raise Failure(reason, again, _seconds(response.getheader("Retry-After")), charged=False)
 
     def misshapen(self, answer) -> Failure:
-        raw = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-        return Failure(f"{self.host}: not the JSON that was expected: {self.excerpt(raw)}")
+        said = answer if isinstance(answer, str) else json.dumps(answer)
+        return Failure(f"{self.host}: not the JSON that was expected: {self.excerpt(said)}")
 
-    def excerpt(self, raw: bytes) -> str:
-        return " ".join(self.clean(raw.decode("utf-8", "replace"))[:1000].split())[:200]
+    def excerpt(self, text: str) -> str:
+        return " ".join(self.clean(text)[:1000].split())[:200]
 
     def clean(self, text: str) -> str:
         """The text without the key, should the server have repeated it, and without halves of surrogate pairs."""
         text = text.encode("utf-8", "replace").decode()
-        return text.replace(self.key, "***") if self.key else text
+        return self._spellings.sub("***", text) if self._spellings else text
+
+
+def _spellings(key: str) -> re.Pattern:
+    """The key as a server may repeat it: its signs as they are, or escaped for JSON, an address or HTML."""
+    return re.compile("".join(
+        c if c.isalnum() else rf"(?:\\{{0,4}}{re.escape(c)}|(?i:(?:\\{{1,4}}u00|%(?:25){{0,2}}|&#x){ord(c):02x};?))"
+        for c in key))
 
 
 def _seconds(retry_after: str | None) -> float | None:
