@@ -686,6 +686,10 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     )
     fails("no service is called 'deepl'", "--translator", "deepl")
     fails("keys and passwords belong in the environment", "--translator", "google@https://127.0.0.1/v2?key=abc")
+    for address, host in (("[::1/v1", "[::1"), ("[bad", "[bad"), ("a..b/v1", "a..b"), (f"{'a' * 64}.org/v1", "a" * 64),
+                          ("h/v1/ü", "h"), ("h:99999/v1", "h:99999"), ("user:pass/word@h/v1", "h")):
+        for word in (("--translator", f"google@http://{address}"), ("--generator", f"chat:m@http://{address}")):
+            fails(f"^'{re.escape(host)}[^/@]*': expected the address of a service", *word, "--languages", "spa")
     fails("only translates: expected chat", "--generator", "google", "--languages", "spa")
     fails("no model.bin", "--translator", f"nllb:{tmp_path}")
     fails("did you mean --translator", "--translater", "google")

@@ -93,10 +93,7 @@ class _Endpoint:
     """JSON over HTTP/1.1, a connection kept open for each thread."""
 
     def __init__(self, url: str, header: str, variable: str | None, timeout: float):
-        parts = urlsplit(url)
-        if not re.fullmatch(r"https?://(\[[\da-fA-F:.]+\]|[\w.-]+)(:\d+)?(/[^?#]*)?", url):
-            raise UserError(f"{parts.scheme}://{parts.hostname or ''}...: expected the address of a service, http(s)://"
-                            "HOST[:PORT]/PATH; keys and passwords belong in the environment, not in it")
+        parts = _address(url)
         self.host, self.path = parts.netloc, parts.path.rstrip("/")
         self.variable, self.key = variable, os.environ.get(variable, "").strip() if variable else ""
         self._spellings = _spellings(self.key) if self.key else None
@@ -165,6 +162,20 @@ class _Endpoint:
         return self._spellings.sub("***", text) if self._spellings else text
 
 
+def _address(url: str):
+    """The parts of a service's address. Raises UserError."""
+    form = r"https?://(\[[\da-fA-F:.]+\]|[\w.-]+)(:\d+)?(/[!-\"$->@-~]*)?"  # neither query nor fragment
+    try:
+        parts = urlsplit(url)
+        if re.fullmatch(form, url) and parts.hostname.encode("idna") and parts.port != 0:
+            return parts
+    except ValueError:  # of brackets, of a port, of a host's parts
+        pass
+    host = re.sub(r"(?s)^\w+://|.*@|[/?#].*", "", url)  # what is beside it may be secret
+    raise UserError(f"{host[:80]!r}: expected the address of a service, http(s)://HOST[:PORT]/PATH in ASCII; keys and "
+                    "passwords belong in the environment, not in it")
+
+
 def _spellings(key: str) -> re.Pattern:
     """The key as a server may repeat it: its signs as they are, or escaped for JSON, an address or HTML."""
     return re.compile("".join(
@@ -215,7 +226,7 @@ class Chat:
 
     def __init__(self, model: str, url: str, timeout: float):
         url, _, variable = url.partition("#")
-        openai = urlsplit(url).hostname == "api.openai.com"
+        openai = _address(url).hostname == "api.openai.com"
         self.endpoint = _Endpoint(url, "Authorization", variable or ("OPENAI_API_KEY" if openai else None), timeout)
         self.model, self.name = model, f"chat:{model}@{self.endpoint.host}{self.endpoint.path}"
         self.limit = "max_completion_tokens" if openai else "max_tokens"  # OpenAI's newer models refuse the old name
