@@ -53,8 +53,8 @@ def repeated(head: bytes) -> str:
 class Server:
     """`with Server(fault) as server:` serves on server.port of 127.0.0.1, in a thread.
 
-    fault: (request number, body) -> None, or "silence", "cut", "text", "shape", "huge", a status such as "429", or
-    "closed" after a good answer.
+    fault: (request number, body) -> None, or "silence", "cut", "text", "shape", "huge", a status such as "429",
+    "temperature", which is 400 in OpenAI's words, or "closed" after a good answer.
     `asked` holds the bodies of all requests, `answered` of those answered well, `all_headers` the heads.
     """
 
@@ -137,6 +137,11 @@ class Connection(asyncio.Protocol):
             answer = b'{"choices": [], "data": {"translations": 7}}'
         elif fault == "huge":
             answer = b'{"filler": "' + b"x" * 10_000_000 + b'"}'
+        elif fault == "temperature":
+            status = "400 Bad Request"
+            answer = json.dumps({"error": {"message": f"Unsupported value: 'temperature' does not support "
+                                 f"{body['temperature']} with this model. Only the default (1) value is supported."}})
+            answer = answer.encode()
         elif fault and fault != "closed":
             status, extra = f"{fault} Something {repeated(head)}", "Retry-After: 1\r\n" if fault == "429" else ""
             answer = f'{{"error": {{"message": "you sent {repeated(head)}"}}}}'.encode()

@@ -202,6 +202,24 @@ def test_permanent_failures_are_listed_and_asked_again_alone(tmp_path, undisturb
         broken = None
         build(server, tmp_path)
     assert contents(out) == undisturbed[0]
+
+
+def test_a_model_that_refuses_temperatures(tmp_path, undisturbed, capsys):
+    """As OpenAI's newer ones do: all but the default. It is the generator, the judge and a translator here."""
+    with Server(lambda number, body: "temperature" if "temperature" in body else None) as server:
+        assert contents(build(server, tmp_path)) == undisturbed[0]
+        refused = [body["temperature"] for body in server.asked if "temperature" in body]
+        assert set(refused) == {0.0, 0.7} and len(refused) <= 1 + 16   # known at once, but for those on their way
+        assert "refuses temperature 0.7: it is asked without" in capsys.readouterr().err
+        build(server, tmp_path / "pairs", "--pairs-each", "1", "--candidates", "2", kind="feedback",
+              data=spoken(tmp_path, 30))
+        chat = services.service(f"chat:model@{server.url}")
+        with runner.Runner(runner.RunnerSettings(output=str(tmp_path / "translated"))) as run:
+            run.reach(chat)
+            assert "Good morning." in str(server.answered[-1])
+            assert run.ask(chat, services.Translate("one two", "eng", "spa")) == "eno owt"
+
+
 def test_only_half_written_files_of_builds_are_removed(tmp_path):
     kept = [".env.template", ".mri.jsonl", ".notes.jsonl.a1b2c3d4", ".spa.jsonl.TEMPLATE", ".cache.abcdefgh/file",
             ".pairs.jsonl.abcdefgh/file"]

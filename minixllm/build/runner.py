@@ -147,7 +147,7 @@ class Runner:
             try:
                 return self._once(service, request)
             except Failure as failure:
-                if failure.again and not failure.charged:
+                if failure.again and not failure.charged and failure.after != 0:
                     return  # it is there and says that it is busy
                 if last or not failure.again:
                     raise UserError(f"{service.name} cannot be asked: {failure}") from None

@@ -21,6 +21,7 @@ import os
 import queue
 import re
 import ssl
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -230,6 +231,7 @@ class Chat:
         self.endpoint = _Endpoint(url, "Authorization", variable or ("OPENAI_API_KEY" if openai else None), timeout)
         self.model, self.name = model, f"chat:{model}@{self.endpoint.host}{self.endpoint.path}"
         self.limit = "max_completion_tokens" if openai else "max_tokens"  # OpenAI's newer models refuse the old name
+        self._refused = {1.0}  # temperatures that are not sent: the default, and what this model will not have
 
     def does(self, request) -> bool:
         return True
@@ -246,9 +248,17 @@ class Chat:
         body = {"model": self.model, self.limit: prompt.max_new_tokens, "seed": prompt.seed,
                 "messages": [{"role": "system", "content": prompt.system}] * bool(prompt.system)
                 + [{"role": "user", "content": text}]}
-        if prompt.temperature != 1:
+        if prompt.temperature not in self._refused:
             body["temperature"] = prompt.temperature
-        answer = self.endpoint.post("/chat/completions", body)
+        try:
+            answer = self.endpoint.post("/chat/completions", body)
+        except Failure as failure:
+            if failure.again or "temperature" not in body or "temperature" not in str(failure):
+                raise
+            if prompt.temperature not in self._refused:
+                print(f"{self.name} refuses temperature {prompt.temperature:g}: it is asked without", file=sys.stderr)
+            self._refused.add(prompt.temperature)
+            raise Failure(str(failure), after=0.0, charged=False) from None
         try:
             choice = answer["choices"][0]
             content = choice["message"]["content"].strip()
