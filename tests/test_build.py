@@ -220,6 +220,15 @@ def test_a_model_that_refuses_temperatures(tmp_path, undisturbed, capsys):
             assert run.ask(chat, services.Translate("one two", "eng", "spa")) == "eno owt"
 
 
+def test_a_generator_is_asked_only_where_answers_are_generated(tmp_path):
+    nobody = ("--generator", "chat:model@http://127.0.0.1:9/v1")
+    with Server() as server:
+        out = build(server, tmp_path, "--min-bleu", "101", *nobody)
+        assert all(len((out / f"{code}.jsonl").read_text().splitlines()) == 30 for code in ("mri", "nya"))
+        with pytest.raises(UserError, match="chat:model@127.0.0.1:9/v1 cannot be asked"):
+            build(server, tmp_path / "both", *nobody, data=tmp_path / "alpaca.json")
+
+
 def test_only_half_written_files_of_builds_are_removed(tmp_path):
     kept = [".env.template", ".mri.jsonl", ".notes.jsonl.a1b2c3d4", ".spa.jsonl.TEMPLATE", ".cache.abcdefgh/file",
             ".pairs.jsonl.abcdefgh/file"]

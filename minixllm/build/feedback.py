@@ -82,7 +82,7 @@ def build(settings: FeedbackSettings) -> bool:
         return made
 
     with Runner(settings) as runner:
-        for service in {service.name: service for service in (*asked.generators, asked.judge)}.values():
+        for service in (*asked.generators, asked.judge):
             runner.reach(service)
         runner.work(lambda ask, item: compare(ask, item, asked), instructions(settings.data, drawn), total,
                     settings.feedback)

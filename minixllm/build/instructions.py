@@ -84,14 +84,16 @@ def build(settings: InstructionSettings) -> bool:
 
     wrong_language, report = identifier(), {}
     with Runner(settings) as runner:
-        for each in dict.fromkeys((*(plan.translator for plan in plans), generator)):
-            runner.reach(each)
+        for plan in plans:
+            runner.reach(plan.translator)
         for number, plan in enumerate(plans, start=1):
             label = f"{plan.code} {number}/{len(plans)}"
             if (scores := quality(runner, settings.data, sample, plan, label)) is None:
                 break
             if scores["bleu"] < settings.min_bleu:
                 plan = dataclasses.replace(plan, generator=None)
+            else:
+                runner.reach(generator)
             runner.work(lambda ask, item: make(ask, item[1], plan), sources(settings.data), total, label)
             finished = functools.partial(finish, plan=plan, scores=scores, wrong_language=wrong_language,
                                          is_new=runner.is_new)

@@ -84,7 +84,7 @@ class Runner:
         self.limits = {unit: limit for unit in ("requests", "tokens", "characters")
                        if (limit := getattr(settings, f"budget_{unit}")) is not None}
         self.spent, self._reserved = dict.fromkeys(("requests", "tokens", "characters"), 0), {}
-        self._settled, self._in_flight = threading.Condition(), set()
+        self._settled, self._in_flight, self._reached = threading.Condition(), set(), set()
         self._stop, self.why_stopped, self._error = threading.Event(), None, None
         self._failed_in_a_row, self._resume_at, self.failures = 0, {}, []
 
@@ -139,7 +139,10 @@ class Runner:
     # -- asking
 
     def reach(self, service) -> None:
-        """Ask one short thing, so that a wrong address or key is known now and not after an hour. Raises UserError."""
+        """Ask one short thing, once, so that a wrong address or key is known before much is asked. Raises UserError."""
+        if service.name in self._reached:
+            return
+        self._reached.add(service.name)
         request = Translate("Good morning.", "eng", "spa")
         if not service.does(request):
             request = Prompt("Say yes.", max_new_tokens=8)
