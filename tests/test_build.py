@@ -470,8 +470,8 @@ def spoken(folder, each: int) -> Path:
     return folder / "built"
 
 
-def test_feedback(tmp_path):
-    data = spoken(tmp_path, 30)
+def test_feedback(tmp_path, monkeypatch):
+    data, open_service = spoken(tmp_path, 30), services.service
     flags = ("--pairs-each", "1", "--candidates", "2", "--min-margin", "2")
     with Server() as server:
         out = build(server, tmp_path, *flags, kind="feedback", data=data)
@@ -495,7 +495,10 @@ def test_feedback(tmp_path):
             assert len(p.chosen) > len(p.rejected) and p.extra["margin"] == 6
             assert prompts.preference(p) == prompts.alpaca(p.instruction)
         before, written = len(server.asked), contents(out)
+        opened = []
+        monkeypatch.setattr(services, "service", lambda *given: opened.append(given) or open_service(*given))
         build(server, tmp_path, *flags, kind="feedback", data=data)
+        assert len(opened) == 1   # both generator and judge
         assert len(server.asked) == before + 1 and contents(out) == written
         command.main(
             [

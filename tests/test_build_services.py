@@ -13,7 +13,7 @@ import torch
 from conftest import free_port
 from fake_services import Server, turned
 
-from minixllm import languages
+from minixllm import datasets, languages
 from minixllm.build import __main__ as command
 from minixllm.build import services
 from minixllm.build.services import Failure, Prompt, Translate
@@ -208,7 +208,7 @@ def test_nllb_in_ctranslate2(tmp_path, monkeypatch):
         services.service(f"nllb:{directory}")
 
 
-def test_a_local_model_directory(tmp_path):
+def test_a_local_model_directory(tmp_path, monkeypatch):
     tokenizer = train_sentencepiece(
         [" ".join(WORDS[i:]) for i in range(10)] * 9, tmp_path / "tokenizer.model", vocab_size=300
     )
@@ -231,6 +231,10 @@ def test_a_local_model_directory(tmp_path):
     assert answers[0] == answers[1] != answers[2] and any(text for text, _ in answers)
     assert 30 < answers[0][1]["tokens"] <= local.cost(Prompt("Describe the town.", max_new_tokens=2000))["tokens"]
     assert not local.does(Translate("a", "eng", "spa")) and local.name.startswith("local:model-")
+    prompts, encode = [], datasets.encode_prompt
+    monkeypatch.setattr(datasets, "encode_prompt", lambda own, text: prompts.append(text) or encode(own, text))
+    local.ask(Prompt("Describe the town.", system="Answer in Zulu.", max_new_tokens=1))
+    assert "### Instruction:\nAnswer in Zulu.\n\nDescribe the town.\n" in prompts[0]
 
 
 def test_transformers_serve(tmp_path, monkeypatch):

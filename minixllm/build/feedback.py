@@ -64,8 +64,10 @@ def build(settings: FeedbackSettings) -> bool:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}, expected {least} or more")
     drawn = draw(settings)
     total = sum(len(places) for places, _ in drawn.values())
-    asked = Services([services.service(word, settings.timeout) for word in settings.generators],
-                     services.service(settings.judge, settings.timeout), settings)
+    # each opened once: a local model may well be generator and judge
+    words = dict.fromkeys((*settings.generators, settings.judge))
+    opened = {word: services.service(word, settings.timeout) for word in words}
+    asked = Services([opened[word] for word in settings.generators], opened[settings.judge], settings)
     for each in (*asked.generators, asked.judge):
         if not each.does(Prompt("")):
             raise UserError(f"{each.name} only translates: expected chat:... or local:... as generator and judge")

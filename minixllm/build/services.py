@@ -367,14 +367,15 @@ class Local:
         return isinstance(request, Prompt)
 
     def cost(self, request) -> dict:
-        text = len(request.text.encode()) + len(request.input.encode())
+        text = sum(len(part.encode()) for part in (request.text, request.input, request.system))
         return {"requests": 1, "tokens": text + 512 + request.max_new_tokens}  # 512: the template
 
     def ask(self, request: Prompt) -> tuple[str, dict]:
         from minixllm.datasets import encode_prompt
         from minixllm.generation import generate
         from minixllm.prompts import alpaca
-        ids = encode_prompt(self.tokenizer, alpaca(request.text, request.input))
+        instruction = f"{request.system}\n\n{request.text}" if request.system else request.text  # the template has one
+        ids = encode_prompt(self.tokenizer, alpaca(instruction, request.input))
         with self._lock:  # one generation at a time: it takes all cores, or the whole GPU
             answer, = generate(self.model, self.tokenizer, [ids], request.max_new_tokens,
                                temperature=request.temperature, seed=request.seed)
