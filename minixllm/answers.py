@@ -8,12 +8,14 @@ yes / no (the words of the instruction's language, the item's, and English)
   2. the answer begins with a word for yes or for no: that one ("No, because ...", "**Yes.**", "是的");
   3. words for one of the two occur as whole words, for the other do not: that one ("I would say yes").
 
-options A, B with their texts
+options A, B with their texts; a letter is a capital, as the question has it ("a" is a word), and one that begins an
+option's text ("A dog barked") is no letter
   1. "A and B", "A or B", "both", "neither" at the start: cannot tell;
-  2. "answer is B", "option B", "choose B", all naming one letter: that one;
+  2. "answer is B", "option B", "choose B", "B is the better", all naming one letter: that one;
   3. the texts of both options occur: cannot tell (the options were repeated);
   4. the answer is one letter, or begins with one followed by punctuation or its option's text ("-B:", "(A)", "B. He");
-  5. one letter alone occurs between brackets or before a colon or full stop ("... is plausible: -A."): that one;
+  5. one letter alone occurs between brackets, before a colon or full stop, or after a colon at the end ("... is
+     plausible: -A."): that one;
   6. the text of one option occurs, the other's does not, case and punctuation aside: that one.
 
 A longer answer in words is read only so far as these rules go; the share that nobody can tell is reported.
@@ -25,12 +27,12 @@ import unicodedata
 # scripts written without spaces have no word boundaries to ask for
 _UNSPACED = re.compile("[\u3040-\u30ff\u4e00-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 _OPENING = r"""^[\s\-–—*_#>"'“”„«»‘’`(\[「『【:.]*"""
-_NAMED = re.compile(r"\b(?:answer|option|choice|choose|pick|select)(?:\s+is)?(?:\s+option)?\s*[:\-]*\s*"
-                    r"""[("'*\[]*([AB])\b(?!\s*(?:and|or|/|&)\s*-?[AB]\b)""", re.IGNORECASE)
-_BOTH = re.compile(_OPENING + r"(?:both\b|neither\b|A\s*(?:and|or|[/&,])\s*-?B\b|B\s*(?:and|or|[/&,])\s*-?A\b)",
-                   re.IGNORECASE)
+_NAMED = re.compile(r"""\b(?i:answer|option|choice|choose|pick|select)(?i:\s+is)?(?i:\s+option)?[\s:\-]*[("'*\[]*"""
+                    r"([AB])\b(?!\s*(?:and|or|/|&)\s*-?[AB]\b)"
+                    r"|\b([AB])\s+is\s+the\s+(?:better|best|correct|right|(?:more|most)\s+plausible)\b")
+_BOTH = re.compile(_OPENING + r"(?:(?i:both|neither)\b|A\s*(?:and|or|[/&,])\s*-?B\b|B\s*(?:and|or|[/&,])\s*-?A\b)")
 _OR = r"""["'“”„«»「」]*\s*(?:/|\bor\b|\boder\b|\bou\b|\bo\b|또는|または|か|或者|或)\s*["'“”„«»「」]*"""
-_MARKED = re.compile(r"(?<!\w)(?:\(([AB])\)|\[([AB])\]|([AB])(?=\s*[:.)]))")
+_MARKED = re.compile(r"""(?<!\w)(?:\(([AB])\)|\[([AB])\]|([AB])(?=\s*[:.)])|(?<=:)[\s\-"'*]*([AB])(?=\W*$))""")
 
 
 def clean(raw: str, prompt: str = "") -> str:
@@ -65,11 +67,12 @@ def option(answer: str, choices: tuple[str, str]) -> int | None:
     answer = unicodedata.normalize("NFKC", answer)
     if _BOTH.match(answer):
         return None
-    named = {letter.upper() for letter in _NAMED.findall(answer)}
-    if len(named) == 1:
-        return "AB".index(named.pop())
     plain = _plain(answer)
     first, second = (_plain(choice) for choice in choices)
+    named = {found[found.lastindex] for found in _NAMED.finditer(answer)
+             if not _plain(answer[found.start(found.lastindex):]).startswith((first, second))}
+    if len(named) == 1:
+        return "AB".index(named.pop())
     if first in second or second in first:               # "He ran" in "He ran away": the longer is looked for first
         longer, shorter = sorted((first, second), key=len, reverse=True)
         without = plain.replace(longer, " ")

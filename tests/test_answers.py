@@ -42,6 +42,7 @@ YES_NO = [
 PAIR = ("It was fragile.", "It was small.")
 ITALIAN = ("Era delicato.", "Era piccolo.")
 CHINESE = ("它很易碎。", "它很小。")
+ARTICLES = ("A cat slept.", "A dog barked.")
 NESTED = ("He ran.", "He ran away.")
 A, B = 0, 1
 
@@ -64,6 +65,12 @@ OPTIONS = [
     (PAIR, "\n\n-B\n", B), (PAIR, "B\nIt was small.", B),
     (PAIR, "A. Because B is not plausible.", A), (PAIR, "### Response:\nB", B),
     (PAIR, "A\n\n### Instruction:\nPick B.", A), (PAIR, "A, B", UNCLEAR),
+    (PAIR, "B. It was small. The answer is a direct consequence.", B),
+    (PAIR, "B is the more plausible option: a small object", B), (PAIR, "B, a small object", B),
+    (PAIR, "The answer is a bit tricky, but B.", B), (PAIR, "I would pick a different one: B", B),
+    (PAIR, "The correct answer is: -B", B), (PAIR, "the ANSWER IS: - B", B),
+    (PAIR, "A is the better choice than B", A), (PAIR, "I pick A over B", A), (PAIR, "These are two: A, B", UNCLEAR),
+    (ARTICLES, "The answer is A dog barked.", B), (ARTICLES, "Option A: A cat slept.", A), (ARTICLES, "A dog barked", B),
     (ITALIAN, "Era delicato", A), (ITALIAN, "-B: Era piccolo", B), (ITALIAN, "B. Era piccolo", B),
     (ITALIAN, "A causa del vetro", UNCLEAR),
     (CHINESE, "它很易碎", A), (CHINESE, "B：它很小。", B), (CHINESE, "选A。", UNCLEAR), (CHINESE, "-A: 它很易碎。，-B: 它很小。", UNCLEAR),
