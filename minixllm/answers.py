@@ -5,8 +5,10 @@ answer in NFKC form after the prompt, if repeated, and anything from a further "
 
 yes / no (the words of the instruction's language, the item's, and English)
   1. the question's own "yes or no", repeated, says nothing and is passed over;
-  2. the answer begins with a word for yes or for no: that one ("No, because ...", "**Yes.**", "是的");
-  3. words for one of the two occur as whole words, for the other do not: that one ("I would say yes").
+  2. the answer begins with a word for yes or for no: that one ("No, because ...", "**Yes.**", "是的", "不是改写");
+  3. words for one of the two occur as whole words, with no letter on either side in any script, for the other do not:
+     that one ("I would say yes").
+  A word that begins other sentences too ("si", "네", "是", ...) counts only before punctuation or the end of a line.
 
 options A, B with their texts; a letter is a capital, as the question has it ("a" is a word), and one that begins an
 option's text ("A dog barked") is no letter
@@ -24,8 +26,10 @@ A longer answer in words is read only so far as these rules go; the share that n
 import re
 import unicodedata
 
-# scripts written without spaces have no word boundaries to ask for
+# scripts written without spaces: a word for yes or no at the start has no boundary after it to ask for
 _UNSPACED = re.compile("[\u3040-\u30ff\u4e00-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
+_ORDINARY = {"si", "네", "예", "是", "否"}       # also "if", "four" or "your", "example", "is", "not" (of a prefix)
+_ENDED = r"(?=[ \t]*(?:[^\w\s]|(?m:$)))"
 _OPENING = r"""^[\s\-–—*_#>"'“”„«»‘’`(\[「『【:.]*"""
 _NAMED = re.compile(r"""\b(?i:answer|option|choice|choose|pick|select)(?i:\s+is)?(?i:\s+option)?[\s:\-]*[("'*\[]*"""
                     r"([AB])\b(?!\s*(?:and|or|/|&)\s*-?[AB]\b)"
@@ -52,13 +56,13 @@ def yes_no(answer: str, words: tuple[tuple[str, ...], tuple[str, ...]]) -> int |
     answer = _normal(answer)
     meaning = {_normal(word): choice for choice in (1, 0) for word in words[choice]}
     longest_first = sorted(meaning, key=len, reverse=True)            # 不是 is no, though it ends in 是
-    word = "|".join(re.escape(word) if _UNSPACED.search(word) else rf"(?<!\w){re.escape(word)}(?!\w)"
+    word = "|".join(re.escape(word) + (_ENDED if word in _ORDINARY else "" if _UNSPACED.search(word) else r"(?!\w)")
                     for word in longest_first)
     yes, no = ("|".join(re.escape(_normal(w)) for w in words[choice]) for choice in (0, 1))
     answer = re.sub(f"(?:{yes}){_OR}(?:{no})|是否", " ", answer)
     if first := re.match(f"{_OPENING}({word})", answer):
         return meaning[first[1]]
-    said = {meaning[found[0]] for found in re.finditer(word, answer)}
+    said = {meaning[found[1]] for found in re.finditer(rf"(?<!\w)({word})(?!\w)", answer)}
     return said.pop() if len(said) == 1 else None
 
 

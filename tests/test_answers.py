@@ -37,6 +37,13 @@ YES_NO = [
     ("zho_simpl", "是的。", YES), ("zho_simpl", "不是", NO), ("zho_simpl", "否", NO), ("zho_simpl", "是或否", UNCLEAR),
     ("zho_simpl", "是否相同？", UNCLEAR),
     ("zho_simpl", "答案：是", YES), ("zho_simpl", "yes", YES), ("zho_simpl", "不知道", UNCLEAR),
+    ("spa", "Si.", YES), ("spa", "Si, son iguales", YES), ("spa", "La respuesta es si", YES),
+    ("spa", "Si la oración 1 cambia el orden, no es paráfrasis.", NO), ("spa", "Depende: si cambia", UNCLEAR),
+    ("jpn", "同じではいけない", UNCLEAR), ("jpn", "はいそうです", YES), ("jpn", "答えは「はい」です。", YES),
+    ("kor", "네 문장은 다릅니다", UNCLEAR), ("kor", "네\n맞습니다", YES), ("kor", "예 하나", UNCLEAR), ("kor", "답: 네!", YES),
+    ("zho_simpl", "两个句子的意思是不一样的。", UNCLEAR), ("zho_simpl", "句子1并非是句子2的改写。", UNCLEAR),
+    ("zho_simpl", "但是我不知道", UNCLEAR), ("zho_simpl", "是句子2的改写吗？", UNCLEAR), ("zho_simpl", "否定句", UNCLEAR),
+    ("zho_simpl", "是，意思相同", YES), ("zho_simpl", "不是改写", NO), ("zho_simpl", "答案是：否。", NO),
 ]
 
 PAIR = ("It was fragile.", "It was small.")
