@@ -63,9 +63,14 @@ def main(argv=None) -> None:
         notes.append("these are stand-ins made from held-out CLDR items, not the published benchmarks; a language "
                      "identifier cannot tell the language of texts so short: no off-target rates")
 
-    items = []
+    items, read = [], {}
     for folder in folders:
         found, remarks = benchmarks.read(folder, wanted)
+        here = dict.fromkeys(((item.column, item.group, item.id) for item in found), folder)
+        if twice := read.keys() & here.keys():                        # or one score would mix both
+            raise UserError(f"{read[min(twice)]} and {folder} both have item {min(twice)[2]} of "
+                            f"{' '.join(min(twice)[:2])}: expected each benchmark once")
+        read |= here
         items += found
         notes += remarks
     if world.first:

@@ -24,7 +24,7 @@ from minixllm.wording import FIELDS, read_templates
 from minixllm.prompts import alpaca
 from minixllm.records import read_objects
 
-TITLES = {"pawsx": "PAWS-X", "xcopa": "XCOPA", "translation": "FLORES", "xlsum": "XL-Sum",
+TITLES = {"pawsx": "PAWS-X", "xcopa": "XCOPA", "translation": "Translation", "xlsum": "XL-Sum",
           "self-instruct": "Self-Inst*"}
 LIMITS = {"translation": 200, "xlsum": 250}
 
@@ -247,6 +247,7 @@ def _translation(reader: _Reader) -> list[Item]:
         reader.note(f"no file for {', '.join(missing)} in {reader.path}")
     codes = [code for code in files if not asked or code in asked or code == "eng"]
     lines = functools.cache(lambda code: _lines(files[code]))
+    title = _translation_set(files.values())
     items = []
     directions = translation_directions(codes, reader.wanted.directions, reader.wanted.seed, reader.note)
     for source, target, column in directions:
@@ -261,7 +262,7 @@ def _translation(reader: _Reader) -> list[Item]:
         for number, (text, reference) in enumerate(list(zip(lines(source), lines(target)))[:reader.limit], 1):
             fields = {"source": text, "source_language": _name(source, asked_in),
                       "target_language": _name(target, asked_in), "language": _name(target, asked_in)}
-            items.append(Item("translation", f"{TITLES['translation']}({column})", f"{source}-{target}", language,
+            items.append(Item("translation", f"{title}({column})", f"{source}-{target}", language,
                               target, str(number), template["instruction"], template["input"], fields, reference,
                               body="source"))
     return items
@@ -330,6 +331,13 @@ def _language_of_file(file: Path) -> str | None:
         return language.code if script in (language.script, "Hang" if language.script == "Kore" else "") else None
     except UserError:
         return languages.find(name).code if name in languages.LANGUAGES else None
+
+
+def _translation_set(files) -> str:
+    """What the tables call aligned texts: the set that publishes files of such names."""
+    if all(file.suffix in (".dev", ".devtest") for file in files):
+        return "FLORES"
+    return "NTREX" if all(file.name.startswith("newstest2019-") for file in files) else TITLES["translation"]
 
 
 def _lines(file: Path) -> list[str]:

@@ -112,6 +112,16 @@ def test_language_of_a_translation_file(tmp_path, name, code):
     assert benchmarks._language_of_file(tmp_path / name) == code
 
 
+@pytest.mark.parametrize("name, column", [
+    ("{}.devtest", "FLORES(f)"), ("{}.dev", "FLORES(f)"), ("newstest2019-ref.{}.txt", "NTREX(f)"),
+    ("{}.txt", "Translation(f)")])
+def test_a_translation_column_is_named_after_its_set(tmp_path, name, column):
+    for code in ("eng", "fra"):
+        lines(tmp_path / name.format(code), [code])
+    items, _ = read(tmp_path, Wanted(directions=("from-english",)))
+    assert [item.column for item in items] == [column]
+
+
 def test_xlsum_and_self_instruct(tmp_path):
     article = {"id": "a1", "url": "u", "title": "t", "summary": "Short {brace}.", "text": "Long text with {braces}."}
     for name in ("chinese_simplified", "scottish_gaelic", "english", "klingon"):
@@ -147,7 +157,7 @@ def test_understanding_mode_is_shipped_for_pawsx_and_xcopa():
 
 
 def test_languages_without_an_instruction_are_named(flores, tmp_path):
-    with pytest.raises(UserError, match="nothing of FLORES is left"):
+    with pytest.raises(UserError, match="nothing of Translation is left"):
         read(flores, Wanted(mode="understanding", directions=("fra-zh",)))
     items, notes = read(flores, Wanted(mode="understanding", directions=("from-english", "to-english")))
     assert {i.column for i in items} == {"FLORES(f)"} and any("fra-eng: no instruction in fra" in note

@@ -244,6 +244,8 @@ def test_other_weights_do_not_continue_a_partial_evaluation(model_directory, fiv
     (["--directions", "upward", "--benchmarks", "{flores}"], "upward"),
     (["--model", "/nowhere"], "/nowhere"), (["--mode", "reading"], "reading"),
     (["--templates", "/nowhere.toml"], "/nowhere.toml"),
+    (["--benchmarks", "{flores}", "{flores}/../xcopa", "{flores}/"],
+     r"flores and .*/flores/ both have item 1 of FLORES\(f\) eng-amh: expected each benchmark once"),
     (["--bleu-tokenizer", "/no.model", "--benchmarks", "{flores}"], "/no.model")])
 def test_mistakes(model_directory, five, tmp_path, argv, said):
     argv = [text.format(flores=five[2]) for text in argv]
