@@ -37,6 +37,9 @@ class Settings:
                                 "all others")
     seed: int = setting(0, "of the draw of pairs without English")
     max_new_tokens: int = setting(512, "longest answer, in tokens; XL-Sum's is 128 at most")
+    max_length: int | None = setting(None, "tokens of prompt and answer together: what a prompt has beyond is cut from its "
+                                     "article, input or sentence; by default the model's max_position_embeddings, or "
+                                     "2048 where its config names none (BLOOM)")
     batch_rows: int = setting(16, "prompts that generate at a time")
     dtype: str = setting("auto", "type to compute in; auto is bf16 where the processor has it",
                          choices=("auto", "bfloat16", "float32"))
@@ -85,7 +88,7 @@ def main(argv=None) -> None:
         model, tokenizer = checkpoint.load(directory, dtype, world.device)
         with parallel.explain_lost_peers(f"evaluating {name}", "The same command goes on from there"):
             predictions[name] = evaluation.predict(model, tokenizer, items, world, Path(settings.output) / name,
-                                                   settings.batch_rows, settings.max_new_tokens)
+                                                   settings.batch_rows, settings.max_new_tokens, settings.max_length)
         del model
         if world.first:
             tables[name] = report.results(predictions[name], bleu_tokenizer=settings.bleu_tokenizer or None,

@@ -31,7 +31,7 @@ LIMITS = {"translation": 200, "xlsum": 250}
 
 @dataclass(frozen=True)
 class Item:
-    """One question. `body` names the field whose end may be cut where a prompt exceeds the model's context."""
+    """One question. `body` names the field whose end may be cut where a prompt is too long."""
 
     benchmark: str
     column: str                   # of the paper's table: "FLORES(f)"

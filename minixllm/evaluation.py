@@ -21,15 +21,18 @@ CHUNK = 128                       # items; at most one chunk a process is lost b
 
 
 def predict(model, tokenizer, items: list[Item], world, folder, batch_rows: int = 16,
-            max_new_tokens: int = 512) -> list[dict]:
+            max_new_tokens: int = 512, max_length: int | None = None) -> list[dict]:
     """A prediction for each item, in their order, on every process; the model is whole on each.
 
+    max_length: of prompt and answer together, in tokens; None takes the model's max_position_embeddings, or 2048 where
+    it has none (BLOOM).
     folder: where partial results are kept until `forget`. Raises UserError for an item that cannot be asked.
     A prediction holds what the item is, `prompt`, `answer` (raw), `parsed`, `cut` (characters of the body that did not
-    fit the model's context; None where the prompt does not fit even without) and for choices `logps` of each.
+    fit max_length; None where the prompt does not fit even without) and for choices `logps` of each.
     """
     folder = Path(folder)
-    settings = repr((_fingerprint(model, tokenizer), batch_rows, max_new_tokens, items))
+    room = max_length or getattr(model.config, "max_position_embeddings", 2048)
+    settings = repr((_fingerprint(model, tokenizer), batch_rows, max_new_tokens, room, items))
     key = hashlib.sha256(settings.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     done = {}
     for share in world.gather(_read_partial(folder, key)):
@@ -41,7 +44,8 @@ def predict(model, tokenizer, items: list[Item], world, folder, batch_rows: int 
     with (open(folder / f".partial-{key}-{world.rank}.jsonl", "a", encoding="utf-8") as partial,
           tqdm(total=sum(map(len, mine)), unit="item", disable=not world.first, desc=folder.name) as progress):
         for chunk in mine:
-            predictions = _answer(model, tokenizer, [items[i] for i in chunk], batch_rows, max_new_tokens, progress)
+            predictions = _answer(model, tokenizer, [items[i] for i in chunk], batch_rows, max_new_tokens, room,
+                                  progress)
             found = dict(zip(chunk, predictions))
             partial.write(json.dumps(found, ensure_ascii=False) + "\n")
             partial.flush()
@@ -76,7 +80,7 @@ def _fingerprint(model, tokenizer) -> tuple:
     return tokenizer.fingerprint, repr(model.config), weights
 
 
-def _answer(model, tokenizer, items: list[Item], batch_rows: int, max_new_tokens: int, progress) -> list[dict]:
+def _answer(model, tokenizer, items: list[Item], batch_rows: int, max_new_tokens: int, room: int, progress) -> list[dict]:
     """The predictions of one chunk."""
     new_tokens = [min(max_new_tokens, MAX_NEW_TOKENS.get(item.benchmark, max_new_tokens)) for item in items]
     predictions, contexts = [], []
@@ -84,7 +88,7 @@ def _answer(model, tokenizer, items: list[Item], batch_rows: int, max_new_tokens
         choices = [tokenizer.encode(choice) for choice in item.choices]
         if not all(choices):
             raise UserError(f"{item.column} {item.group} {item.id}: a choice gives no token: it has no likelihood")
-        context, prompt, cut = fit(model, tokenizer, item, max([new, *map(len, choices)]))
+        context, prompt, cut = fit(tokenizer, item, room - max([new, *map(len, choices)]))
         contexts.append((context, choices))
         predictions.append({
             "benchmark": item.benchmark, "column": item.column, "group": item.group, "language": item.language,
@@ -118,24 +122,22 @@ def parse(item: Item, raw: str, prompt: str) -> str | None:
     return None if choice is None else item.choices[choice]
 
 
-def fit(model, tokenizer, item: Item, new_tokens: int) -> tuple[list[int], str, int | None]:
-    """(prompt ids, prompt, characters cut): the body's end is cut until the prompt leaves room for `new_tokens`.
+def fit(tokenizer, item: Item, room: int) -> tuple[list[int], str, int | None]:
+    """(prompt ids, prompt, characters cut): the body's end is cut until the prompt has `room` tokens or fewer.
 
     Never the instruction: where that alone is too long, the third is None.
     """
-    room = getattr(model.config, "max_position_embeddings", None)         # None: ALiBi has no last position
-
     def attempt(kept=None):
         prompt = item.prompt(kept)
         return encode_prompt(tokenizer, prompt), prompt
 
     ids, prompt = attempt()
-    if room is None or len(ids) + new_tokens <= room:
+    if len(ids) <= room:
         return ids, prompt, 0
     whole = len(item.fields[item.body]) if item.body else 0
     low, high = 0, whole                                # the longest body that fits is found by halving
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if len(attempt(middle)[0]) + new_tokens <= room else (low, middle - 1)
+        low, high = (middle, high) if len(attempt(middle)[0]) <= room else (low, middle - 1)
     ids, prompt = attempt(low)
-    return ids, prompt, whole - low if len(ids) + new_tokens <= room else None
+    return ids, prompt, whole - low if len(ids) <= room else None

@@ -102,24 +102,36 @@ def test_answers_and_likelihoods_are_those_of_each_item_alone(five, tmp_path, ar
                                              rel=1e-5)
 
 
-def test_a_prompt_too_long_is_cut_from_the_article_alone(tmp_path, five):
-    model, tokenizer = checkpoint.load(make_model(tmp_path, positions=200))
+@pytest.mark.parametrize("architecture, positions, max_length", [("llama", 200, None), ("llama", 1024, 200),
+                                                                 ("bloom", None, 200)])
+def test_a_prompt_too_long_is_cut_from_the_article_alone(tmp_path, five, architecture, positions, max_length):
+    model, tokenizer = checkpoint.load(make_model(tmp_path, architecture, positions))
     article = items_of(five[3:4])[3]
-    ids, prompt, cut = evaluation.fit(model, tokenizer, article, 20)
-    assert 0 < cut < len(article.fields["article"]) and len(ids) + 20 <= 200
+    ids, prompt, cut = evaluation.fit(tokenizer, article, 180)
+    assert 0 < cut < len(article.fields["article"]) and len(ids) <= 180
     assert prompt == article.prompt(len(article.fields["article"]) - cut)
     assert prompt.endswith("Please summarize the provided article.\n\n### Response:")
     one_more = article.prompt(len(article.fields["article"]) - cut + 1)
-    assert len(evaluation.encode_prompt(tokenizer, one_more)) + 20 > 200      # no smaller cut would do
-    assert evaluation.fit(model, tokenizer, article, 5)[2] < cut
+    assert len(evaluation.encode_prompt(tokenizer, one_more)) > 180               # no smaller cut would do
+    assert evaluation.fit(tokenizer, article, 195)[2] < cut
     pawsx = items_of(five[:1])[0]
-    assert evaluation.fit(model, tokenizer, pawsx, 190)[2] is None                # nothing there may be cut
+    assert evaluation.fit(tokenizer, pawsx, 10)[2] is None                # nothing there may be cut
     new = 201 - len(evaluation.encode_prompt(tokenizer, pawsx.prompt()))           # one token too many
-    short, long = evaluation.predict(model, tokenizer, [article, pawsx], ALONE, tmp_path / "out", max_new_tokens=new)
+    short, long = evaluation.predict(model, tokenizer, [article, pawsx], ALONE, tmp_path / "out", max_new_tokens=new,
+                                     max_length=max_length)
     assert short["cut"] > 0 and long["cut"] is None and long["answer"] == "" and long["parsed"] is None
     assert long["logps"] is None
     scores = report.score([long])
     assert scores["accuracy"].value == scores["acc"].value == 0
+
+
+def test_a_model_without_positions_is_asked_2048_tokens(tmp_path):
+    """BLOOM's ALiBi has no last position, but memory has an end."""
+    model, tokenizer = checkpoint.load(make_model(tmp_path, "bloom"))
+    lines(tmp_path / "yoruba_test.jsonl", [{"id": "1", "summary": "dog", "text": " ".join(WORDS * 200)}])
+    [prediction] = evaluation.predict(model, tokenizer, items_of([tmp_path]), ALONE, tmp_path / "out", max_new_tokens=8)
+    assert prediction["cut"] > 0
+    assert 2030 < len(evaluation.encode_prompt(tokenizer, prediction["prompt"])) <= 2040
 
 
 def test_a_choice_without_tokens_is_refused(five, tmp_path):
@@ -127,7 +139,7 @@ def test_a_choice_without_tokens_is_refused(five, tmp_path):
     tokenizer = SimpleNamespace(encode=lambda text, **_: [], eos_id=None)
     item = benchmarks.read(five[1], benchmarks.Wanted(limit=1))[0][0]
     with pytest.raises(UserError, match=f"XCOPA {item.group} {item.id}: a choice gives no token"):
-        evaluation._answer(None, tokenizer, [item], 1, 8, None)
+        evaluation._answer(None, tokenizer, [item], 1, 8, 2048, None)
 
 
 def test_likelihood_metrics_divide_by_what_they_say():
