@@ -137,8 +137,8 @@ class _Reader:
     def note(self, text: str) -> None:
         self.notes.append(f"{TITLES[self.benchmark]}: {text}")
 
-    def item(self, code: str, id, template: dict, fields: dict, reference: str, **more) -> Item:
-        return Item(self.benchmark, TITLES[self.benchmark], code, code, code, str(id), template["instruction"],
+    def item(self, code: str, id: str, template: dict, fields: dict, reference: str, **more) -> Item:
+        return Item(self.benchmark, TITLES[self.benchmark], code, code, code, id, template["instruction"],
                     template["input"], fields, reference, **more)
 
 
@@ -199,8 +199,8 @@ def _xcopa(reader: _Reader) -> list[Item]:
                 raise UserError(f"{file}, line {line}: label {entry.get('label')!r}, expected 0 or 1")
             choices = texts["choice1"], texts["choice2"]
             fields = {**texts, "question": template[texts["question"]], "language": _name(code, asked_in)}
-            items.append(reader.item(code, entry.get("idx", count), template, fields, choices[entry["label"]],
-                                     choices=choices, words=(("A",), ("B",))))
+            items.append(reader.item(code, _id(file, line, entry, "idx", count), template, fields,
+                                     choices[entry["label"]], choices=choices, words=(("A",), ("B",))))
     return items
 
 
@@ -213,7 +213,7 @@ def _xlsum(reader: _Reader) -> list[Item]:
             if count == reader.limit:
                 break
             fields = {"article": _text(file, line, entry, "text"), "language": _name(code, asked_in)}
-            items.append(reader.item(code, entry.get("id", count), template, fields,
+            items.append(reader.item(code, _id(file, line, entry, "id", count), template, fields,
                                      _text(file, line, entry, "summary"), body="article"))
     return items
 
@@ -232,7 +232,7 @@ def _self_instruct(reader: _Reader) -> list[Item]:
                                 "expected [{input, output}]")
             fields = {"instruction": _text(file, line, entry, "instruction"),
                       "input": _text(file, line, instances[0], "input", empty=True)}
-            items.append(reader.item(code, entry.get("id", count), template, fields,
+            items.append(reader.item(code, _id(file, line, entry, "id", count), template, fields,
                                      _text(file, line, instances[0], "output"), body="input"))
     return items
 
@@ -355,4 +355,14 @@ def _text(file: Path, line: int, entry: dict, key: str, empty: bool = False) -> 
     value = entry.get(key)
     if not isinstance(value, str) or not (value.strip() or empty):
         raise UserError(f"{file}, line {line}: {key}: found {value!r:.60}, expected text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:          # JSON can spell half a surrogate pair; no tokenizer can read it
+        raise UserError(f"{file}, line {line}: {key} holds half of a surrogate pair, which is not text") from None
     return value
+
+
+def _id(file: Path, line: int, entry: dict, key: str, count: int) -> str:
+    """An item's own number or text, or its place in the file."""
+    value = entry.get(key, count)
+    return _text(file, line, entry, key) if isinstance(value, str) else str(value)
