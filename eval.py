@@ -37,7 +37,7 @@ class Settings:
                                 "all others")
     seed: int = setting(0, "of the draw of pairs without English")
     max_new_tokens: int = setting(512, "longest answer, in tokens; XL-Sum's is 128 at most")
-    max_length: int | None = setting(None, "tokens of prompt and answer together: what a prompt has beyond is cut from its "
+    max_length: int | None = setting(None, "tokens of prompt and answer together; longer prompts lose the end of their "
                                      "article, input or sentence; by default the model's max_position_embeddings, or "
                                      "2048 where its config names none (BLOOM)")
     batch_rows: int = setting(16, "prompts that generate at a time")
@@ -51,6 +51,12 @@ class Settings:
 
 def main(argv=None) -> None:
     settings = parse(Settings, argv, DEFAULTS, needs=("benchmarks",), description=__doc__.splitlines()[0])
+    for name in ("limit", "max_new_tokens", "max_length", "batch_rows"):
+        if (value := getattr(settings, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
+    if settings.max_length and settings.max_length <= settings.max_new_tokens:
+        raise UserError(f"--max-length is {settings.max_length}, expected more than --max-new-tokens, "
+                        f"{settings.max_new_tokens}: a prompt needs room too")
     world = parallel.setup()
     start = time.perf_counter()
     models = name_models(settings.model or default_models(), settings.names)
@@ -114,10 +120,11 @@ def name_models(directories: list[str], names: list[str]) -> dict[str, str]:
         raise UserError(f"--names gives {len(names)} names for {len(directories)} models")
     for directory in directories:
         checkpoint.read_config(directory)              # before anything is computed
-    paths = [Path(directory) for directory in directories]
-    names = names or [path.parent.name if path.name == "model" else path.resolve().name for path in paths]
-    if len(set(names)) < len(names) or any("/" in name or name.startswith(".") for name in names):
-        raise UserError(f"the models are called {', '.join(names)}: expected different names without '/', give --names")
+    paths = [Path(directory).resolve() for directory in directories]
+    names = names or [path.parent.name if path.name == "model" else path.name for path in paths]
+    if len(set(names)) < len(names) or any(not name.strip() or "/" in name or name.startswith(".") for name in names):
+        raise UserError(f"the models are called {', '.join(map(repr, names))}: expected different names, not empty and "
+                        "without '/'; give --names")
     return dict(zip(names, directories))
 
 

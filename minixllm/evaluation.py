@@ -80,7 +80,8 @@ def _fingerprint(model, tokenizer) -> tuple:
     return tokenizer.fingerprint, repr(model.config), weights
 
 
-def _answer(model, tokenizer, items: list[Item], batch_rows: int, max_new_tokens: int, room: int, progress) -> list[dict]:
+def _answer(model, tokenizer, items: list[Item], batch_rows: int, max_new_tokens: int, room: int,
+            progress) -> list[dict]:
     """The predictions of one chunk."""
     new_tokens = [min(max_new_tokens, MAX_NEW_TOKENS.get(item.benchmark, max_new_tokens)) for item in items]
     predictions, contexts = [], []

@@ -195,7 +195,8 @@ def test_wrong_templates(tmp_path, text, said):
     ("welsh_test.jsonl", [{"id": "1", "summary": "s"}], "welsh_test.jsonl, line 1: text: found None"),
     ("cy.jsonl", [{"instruction": "a", "instances": []}], "cy.jsonl, line 1: instances"),
     ("cy.jsonl", [{"instruction": "a", "instances": [{"input": "", "output": ""}]}], "line 1: output: found ''"),
-    ("cy_test.jsonl", [r'{"id": "1", "summary": "s", "text": "\ud83d"}'], "line 1: text holds half of a surrogate pair"),
+    ("cy_test.jsonl", [r'{"id": "1", "summary": "s", "text": "\ud83d"}'],
+     "cy_test.jsonl, line 1: text holds half of a surrogate pair"),
     ("cy.jsonl", [r'{"id": "\udc00", "instruction": "a", "instances": [{"input": "", "output": "b"}]}'],
      "cy.jsonl, line 1: id holds half of a surrogate pair"),
 ])

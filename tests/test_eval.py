@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -251,7 +252,10 @@ def test_other_weights_do_not_continue_a_partial_evaluation(model_directory, fiv
 
 @pytest.mark.parametrize("argv, said", [
     (["--benchmarks", "/nowhere"], "/nowhere: no such directory"), (["--names", "a", "b"], "2 names for 1 models"),
-    (["--names", "a/b"], "without '/'"),
+    (["--names", "a/b"], "without '/'"), (["--names", ""], "called '': expected different names, not empty"),
+    (["--limit", "-5"], "--limit is -5, expected 1 or more"), (["--batch-rows", "0"], "--batch-rows is 0"),
+    (["--max-new-tokens", "0"], "--max-new-tokens is 0"), (["--max-length", "0"], "--max-length is 0"),
+    (["--max-length", "2"], "--max-length is 2, expected more than --max-new-tokens, 2"),
     (["--languages", "germn"], "unknown language 'germn'"),
     (["--directions", "upward", "--benchmarks", "{flores}"], "upward"),
     (["--model", "/nowhere"], "/nowhere"), (["--mode", "reading"], "reading"),
@@ -265,6 +269,14 @@ def test_mistakes(model_directory, five, tmp_path, argv, said):
             "2"]
     with pytest.raises(UserError, match=said):
         script.main(base + argv)
+
+
+def test_a_model_is_named_by_its_resolved_path(model_directory, tmp_path, monkeypatch):
+    shutil.copytree(model_directory, tmp_path / "sft/model")
+    monkeypatch.chdir(tmp_path / "sft")
+    assert script.name_models(["model"], []) == {"sft": "model"}
+    monkeypatch.chdir(tmp_path / "sft/model")
+    assert script.name_models(["."], []) == {"sft": "."}
 
 
 def test_without_models_it_says_what_to_do(tmp_path, monkeypatch):
