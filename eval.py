@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from minixllm import benchmarks, checkpoint, evaluation, parallel, report
+from minixllm import benchmarks, checkpoint, evaluation, parallel, report, scorers
 from minixllm.errors import UserError
 from minixllm.settings import parse, run, setting
 
@@ -85,6 +85,12 @@ def main(argv=None) -> None:
     if world.first:
         print(f"{len(items)} items of {', '.join(dict.fromkeys(item.column for item in items))}, {settings.mode} mode")
         print("\n".join(f"  {note}" for note in notes))
+    if settings.bleu_tokenizer:                        # what scoring needs is there before anything is computed
+        scorers.bleu_tokenizer(settings.bleu_tokenizer)
+    if settings.segment:
+        for item in items:
+            if report.MAIN[item.benchmark] == "rouge1":
+                report.word_segmenter(item.target)
     predictions, tables = {}, {}
     identify = report.language_identifier() if settings.benchmarks else None
     if identify is None and settings.benchmarks:

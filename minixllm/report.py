@@ -1,5 +1,6 @@
 """From predictions to the paper's tables: scores by language and tier, off-target rate, democratization, tests."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -83,6 +84,7 @@ def _tiers(groups, metric: str) -> dict[str, float]:
     return {tier: float(np.mean(v)) for tier, v in values.items() if v}
 
 
+@functools.cache
 def word_segmenter(code: str) -> tuple:
     """(text -> words, name) for a language written without spaces, as XL-Sum splits it; () for any other."""
     try:
@@ -194,7 +196,7 @@ def _languages(models, column) -> str:
             metric, mine = models[name][column]["main"], models[name][column]["groups"][group]
             result = mine["scores"][metric]
             cell = f"{result['value']:.2f} ± {(result['high'] - result['low']) / 2:.2f}"
-            if "choices" not in entry and mine["unparsed"]:
+            if mine["unparsed"]:
                 cell += f", {100 * mine['unparsed'] / mine['items']:.0f} % unread"
             if before is not None:
                 result["p"] = statistics.paired_bootstrap(before, mine["_scores"][metric])

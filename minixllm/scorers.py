@@ -106,12 +106,18 @@ def _sentencepiece(path: Path):
     try:
         model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: expected a SentencePiece model to tokenise for BLEU: {error}") from None
+        raise UserError(f"{path}: expected {', '.join(TOKENIZERS)} or a SentencePiece model to tokenise for BLEU: "
+                        f"{error}") from None
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     return lambda text: " ".join(model.encode(text.rstrip(), out_type=str)).split(), f"{path.stem}[{digest}]"
 
 
 TOKENIZERS = {"13a": tokenize_13a, "zh": tokenize_zh, "char": tokenize_char}
+
+
+def bleu_tokenizer(name: str | Path):
+    """(text -> tokens, its name) of "13a", "zh", "char", or the path of a SentencePiece model."""
+    return (TOKENIZERS[name], name) if name in TOKENIZERS else _sentencepiece(Path(name))
 
 
 def _bleu(sums: np.ndarray) -> np.ndarray:
@@ -130,12 +136,9 @@ def _bleu(sums: np.ndarray) -> np.ndarray:
 def bleu(hypotheses: list[str], references: list[str], tokenizer: str | Path = "13a") -> Score:
     """Corpus BLEU, case-sensitive, as sacreBLEU gives it.
 
-    tokenizer: "13a", "zh", "char", or the path of a SentencePiece model (the published flores101 or flores200 one).
+    tokenizer: as `bleu_tokenizer` takes it (the published flores101 or flores200 model, for one).
     """
-    if tokenizer in TOKENIZERS:
-        tokenize, name = TOKENIZERS[tokenizer], tokenizer
-    else:
-        tokenize, name = _sentencepiece(Path(tokenizer))
+    tokenize, name = bleu_tokenizer(tokenizer)
     hypothesis, reference, matched = matches([tokenize(h) for h in hypotheses], [tokenize(r) for r in references], 4)
     statistics = np.concatenate([hypothesis[:, :1], reference[:, :1], matched, hypothesis], 1)
     return Score(signed("BLEU", nrefs=1, case="mixed", eff="no", tok=name, smooth="exp"), statistics, _bleu)
