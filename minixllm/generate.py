@@ -31,6 +31,8 @@ def main(argv=None):
     if args.raw and args.input:
         raise UserError("--input belongs to the template, which --raw leaves out")
 
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA GPU here, expected one, or --device cpu")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = checkpoint.load(args.model, parallel.compute_dtype("auto", device), device)
     for prompt in args.prompts or map(str.rstrip, sys.stdin):

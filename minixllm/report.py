@@ -30,6 +30,7 @@ def score(predictions: list[dict], bleu_tokenizer: str | None = None, segment: b
         scores = {"BLEU": scorers.bleu(parsed, references, tokenizer), "chrF++": scorers.chrf(parsed, references, 2)}
     else:
         scores = scorers.rouge(parsed, references, *(word_segmenter(target) if segment else ()))
+        scores["exact_match"] = scorers.exact_match(parsed, references)
     if identify and target in identify[1]:
         scores["off_target"] = scorers.off_target(parsed, target, identify[0], identify[2])
     return scores

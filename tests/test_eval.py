@@ -16,7 +16,7 @@ import transformers
 from test_benchmarks import PAWSX_ROWS, XCOPA_ROWS, lines
 
 import eval as script
-from minixllm import benchmarks, checkpoint, evaluation, report, wording
+from minixllm import benchmarks, checkpoint, evaluation, languages, report, scorers, wording
 from minixllm.build import demo_benchmarks
 from minixllm.errors import UserError
 from minixllm.statistics import democratization
@@ -152,6 +152,29 @@ def test_likelihood_metrics_divide_by_what_they_say():
                     "reference": "aa"}]                    # a tie goes to the first
     assert {name: score.value for name, score in report.likelihood(predictions).items()} == pytest.approx(
         {"acc": 100 / 3, "acc_char": 200 / 3, "acc_byte": 100})
+
+
+def prediction(benchmark, target, parsed, reference):
+    return {"benchmark": benchmark, "target": target, "parsed": parsed, "reference": reference}
+
+
+def test_translations_are_scored_in_the_tokens_of_their_language():
+    """13a would take a sentence written without spaces for one word."""
+    expected = {"jpn": "char", "tha": "char", "lao": "char", "khm": "char", "mya": "char", "zho_simpl": "zh",
+                "zho_trad": "zh"}
+    for language in languages.LANGUAGES | languages.BENCHMARK_ONLY:
+        scores = report.score([prediction("translation", language, "a b c d e", "a b c d f")])
+        assert f"|tok:{expected.get(language, '13a')}|" in scores["BLEU"].signature, language
+        assert set(scores) == {"BLEU", "chrF++"}
+    assert scores["chrF++"].signature.startswith("chrF2++|") and "|nw:2|" in scores["chrF++"].signature
+    assert scores["chrF++"].value == scorers.chrf(["a b c d e"], ["a b c d f"], 2).value
+    assert "|tok:char|" in report.score([prediction("translation", "deu", "a", "a")], "char")["BLEU"].signature
+
+
+def test_free_texts_are_scored_by_rouge_and_exact_match():
+    pair = [prediction("self-instruct", "deu", *texts) for texts in (("Ja. ", "Ja."), ("ja.", "Ja."))]
+    scores = report.score(pair)
+    assert scores["rouge1"].value == 100 and scores["exact_match"].value == 50
 
 
 def test_tables_of_five_benchmarks_and_two_models(model_directory, five, tmp_path, capsys):

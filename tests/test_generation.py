@@ -329,7 +329,9 @@ def test_command_prints_as_it_goes(directory, capsys):
     (["--raw", "--input", "x", "--model", "DIR", "hello"], "--raw leaves out"),
     (["--model", "DIR", "--top-p", "2", "hello"], "top_p is 2.0"),
     (["--model", "DIR", "--max-new-tokens", "0", "hello"], "max_new_tokens is 0"),
+    (["--model", "DIR", "--device", "cuda", "hello"], "--device cuda: PyTorch finds no CUDA GPU"),
 ])
-def test_command_names_mistakes(argv, message, directory):
+def test_command_names_mistakes(argv, message, directory, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=message):
         command.main([str(directory) if word == "DIR" else word for word in argv])
