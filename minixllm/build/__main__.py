@@ -1,4 +1,4 @@
-"""Build the data sets out of services that translate and chat (README, "Building the data").
+"""Build the data sets out of services that translate and chat (README, "Building the two data sets").
 
     python -m minixllm.build instructions --data alpaca.json --output data/instructions --translator google nllb:DIR
     python -m minixllm.build feedback --data data/instructions --output data/feedback
