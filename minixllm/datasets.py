@@ -229,7 +229,7 @@ class Stream:
     A batch is `batch_size` rows, over all ranks, of at most `max_length` tokens, each packed with as many records as
     fit; without max_length a row is one record. An epoch gives every record once, in an order drawn from (seed, epoch),
     and is cut evenly into ceil(rows / batch_size) steps, so there is no small last batch. (Packing differs from epoch
-    to epoch by a row or so; the number of steps stays that of the first.)
+    to epoch by a row or so; the number of steps stays that of the first, and none is empty.)
     temperature: draw languages with p ~ n^(1/T) instead, n being a language's records: an epoch keeps its size, and
     within a language every record comes as often as any other, give or take one. T = 1 changes nothing.
     records: the ids to draw from (default: all).
@@ -247,6 +247,7 @@ class Stream:
         if max_length is not None and (longest := data.lengths[self.records].max()) > max_length:
             raise UserError(f"rows of {max_length} tokens cannot hold the longest record, of {longest}")
         self._plan = functools.lru_cache(maxsize=1)(self._plan)
+        self.steps_per_epoch = 0  # the fewest rows that an epoch may have: any, for the first
         self.steps_per_epoch = -(-(len(self._plan(0)[1]) - 1) // batch_size)
 
     def batch(self, step: int) -> Step:
@@ -272,14 +273,17 @@ class Stream:
         if self.max_length is None:
             return order, np.arange(len(order) + 1)
         by_row, bounds = pack(self.data.lengths[order], self.max_length)
-        return order[by_row], bounds
+        missing = max(0, self.steps_per_epoch - (len(bounds) - 1))
+        cuts = np.setdiff1d(np.arange(len(order)), bounds)[:missing]
+        return order[by_row], np.sort(np.concatenate([bounds, cuts]))
 
     def _draw(self, rng) -> np.ndarray:
         if self.temperature is None:
             return self.records
         languages = self.data.languages[self.records]
         members = [self.records[languages == language] for language in np.unique(languages)]
-        weights = np.array([len(each) for each in members], float) ** (1 / self.temperature)
+        counts = np.array([len(each) for each in members])
+        weights = (counts / counts.max()) ** (1 / self.temperature)
         ends = np.rint(np.cumsum(weights) / weights.sum() * len(self.records)).astype(int)   # quotas that sum to n
         drawn = []
         for each, quota in zip(members, np.diff(ends, prepend=0)):

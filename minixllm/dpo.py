@@ -81,9 +81,9 @@ def cached(model, world, data, directory, folder, dtype: str, tokens: int):
     """The reference as a table (pairs, 2) of what `model`, as it now is, gives; made once and kept below `folder`.
 
     A collective. The file is named by what it depends on: the pairs as tokenised, the weights in `directory`, which the
-    model was loaded from, and the --dtype computed in. `tokens`: about how many are computed at once.
+    model was loaded from, and the types these are held and computed in. `tokens`: about how many are computed at once.
     """
-    key = hashlib.sha256(json.dumps([data.key, _digest(directory), dtype]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([data.key, _digest(directory), str(model.embedding.weight.dtype), dtype]).encode()).hexdigest()[:32]
     path = Path(folder) / f"reference-{key}.npy"
     found = world.sum(torch.tensor(float(path.exists()), device=world.device)) == world.size
     if not found:

@@ -1,15 +1,18 @@
 """What a run needs beforehand, and how fast it goes: memory, disk, tokens a second, model FLOP/s utilisation."""
 
+import math
 import os
+import re
 import shutil
 import time
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from minixllm.errors import UserError
-from minixllm.parallel import compute_dtype
+from minixllm.parallel import compute_dtype, local
 
 # Dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets; the first that fits counts.
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
@@ -28,7 +31,7 @@ class Meter:
         self.per_label = (6 if head.requires_grad else 4) * head.numel()
         self.per_pair = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
-        peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+        peak = peak_flops(name)
         bf16 = compute_dtype(settings.dtype, world.device) == torch.bfloat16
         self.peak = peak * world.size if peak and bf16 else None  # the table knows bf16 alone
         self.restart()
@@ -49,6 +52,11 @@ class Meter:
                 "mfu": flops / seconds / self.peak if self.peak else None}
 
 
+def peak_flops(name: str) -> float | None:
+    """The dense bf16 FLOP/s of the device of this name; None for one that is not known."""
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
+
+
 def attending_pairs(document) -> float:
     """Pairs of a token and one that it attends to, in a document as `Packed` takes it."""
     trunk, branches = (document, []) if isinstance(document, int) else document
@@ -60,32 +68,44 @@ def announce(model, world, settings, steps: int, tokens_per_step: float):
     everything = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     output = Path(settings.output)
-    checkpoints = output / "checkpoints"
-    written = sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file())
+    written = sum(file.stat().st_size for file in (output / "checkpoints").rglob("*") if file.is_file())
     # weights and two moments in fp32; while one checkpoint is written the last `keep` are still there
-    disk = (settings.keep + 1) * 12 * trained + 4 * everything - written
+    checkpoints = min(settings.keep + 1, math.ceil(steps / settings.save_every))
+    disk = checkpoints * 12 * trained + model.embedding.weight.element_size() * everything - written
     free = shutil.disk_usage(next(path for path in (output, *output.absolute().parents) if path.exists())).free
     if world.first:
-        memory, available = memory_needed(model, world, settings), memory_available(world.device)
+        held = sum(local(p).numel() * p.element_size() for p in model.parameters())  # part of what is needed
+        memory, available = memory_needed(model, world, settings), memory_available(world.device) + held
         print(f"{everything:,} parameters, {trained:,} trained, over {world.size} process{'es' * (world.size > 1)} on "
               f"{world.device.type} in {str(compute_dtype(settings.dtype, world.device)).removeprefix('torch.')}\n"
               f"{steps:,} steps of about {tokens_per_step:,.0f} tokens: {steps * tokens_per_step:,.0f} tokens\n"
               f"memory: about {gigabytes(memory)} a process ({gigabytes(available)} available); "
               f"disk: about {gigabytes(max(disk, 0))} ({gigabytes(free)} free)", flush=True)
+        positions = getattr(model.config, "max_position_embeddings", math.inf)  # BLOOM's have no end
+        if settings.max_length > positions:
+            print(f"max_length {settings.max_length} is beyond the {positions} positions the model was made for",
+                  flush=True)
     if disk > free:
         raise UserError(f"{output}: {gigabytes(free)} free on its disk, expected {gigabytes(disk)} for {settings.keep} "
                         "checkpoints, the one being written and the model: --keep fewer, or another --output")
 
 
 def memory_needed(model, world, settings) -> float:
-    """Bytes a process will hold at its peak, estimated: weights, gradients, moments, and what the backward keeps."""
+    """Bytes a process will hold at its peak, estimated: weights, gradients, moments, and what the backward keeps; and
+    the second model where the settings ask for a live reference.
+    """
     config = model.config
     dtype = compute_dtype(settings.dtype, world.device)
-    state = sum((16 if p.requires_grad else 4) * p.numel() for p in model.parameters()) / world.size
+    parameters = list(model.parameters())
+    state = sum((16 if p.requires_grad else p.element_size()) * p.numel() for p in parameters) / world.size
+    if getattr(settings, "reference", None) == "live" and all(p.requires_grad for p in parameters):
+        state += sum(4 * p.numel() for p in parameters) / world.size
     blocks = set(model.blocks.parameters())
-    root = sum(p.numel() for p in model.parameters() if p not in blocks)  # embedding and head, never freed in a step
-    block = sum(p.numel() for p in model.blocks[0].parameters())
-    gathered = (root + 2 * block) * (dtype.itemsize + 12)  # the computing copy; the gradient, before and while reduced
+    # What is gathered: embedding and head, never freed in a step, and two blocks at a time. The computing copy; of what
+    # is trained the gradient, before and while reduced.
+    group = [p for p in parameters if p not in blocks] + 2 * list(model.blocks[0].parameters())
+    gathered = sum((dtype.itemsize + 12 * p.requires_grad) * p.numel() for p in group)
+    gathered *= isinstance(model, FSDPModule)
     tokens = settings.micro_batch_size * settings.max_length
     # Each linear layer keeps its input, and what stands between two of them keeps about as much again, in fp32.
     widths = sum(m.in_features * dtype.itemsize + m.out_features * 4

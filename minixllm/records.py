@@ -138,7 +138,7 @@ def _lines(path: Path, progress) -> Iterator[tuple[int, object]]:
                 continue
             try:
                 yield number, json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: not JSON ({_reason(error)}), in {_excerpt(text)}") from None
 
 
@@ -159,7 +159,7 @@ def _array(path: Path, progress) -> Iterator[tuple[int, object]]:
         line, start, counted = line + text.count("\n", counted, position), position, position
         try:
             entry, position = parse(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             line, found = getattr(error, "lineno", line), _excerpt(text[start:start + 99])
             raise UserError(f"{path}, line {line}: not JSON ({_reason(error)}), in {found}") from None
         yield line, entry
@@ -183,7 +183,9 @@ def _decode(path: Path, line: int, raw: bytes) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}, column {error.colno}"
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number too long"
 
 
 def _excerpt(text: str) -> str:

@@ -33,7 +33,8 @@ def save(folder, model, optimizer, world, step: int, facts: dict, keep: int) -> 
     failure = None
     if world.first:
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in folder.glob(".step-*.partial"):  # of a run killed while it wrote
+                shutil.rmtree(left)
             partial.mkdir(parents=True)
         except OSError as error:
             failure = str(error)

@@ -39,7 +39,7 @@ def parse(cls, argv=None, embedded: dict | None = None, needs=("model", "data"),
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
-    embedded = embedded or {}
+    embedded = dict(embedded or {})
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--config", metavar="RECIPE.toml", help="a TOML file of these settings; flags beat it")
@@ -51,6 +51,10 @@ def parse(cls, argv=None, embedded: dict | None = None, needs=("model", "data"),
     if "config" in flags:
         recipe = _read_recipe(flags.pop("config"), fields, hints)
     given = recipe | flags
+    for stronger, weaker in ((flags, recipe), (given, embedded)):
+        if "epochs" in stronger and "steps" not in stronger:  # the two name one thing
+            weaker.pop("steps", None)
+    given = recipe | flags
     return cls(**(given if any(name in given for name in needs) else embedded | given))
 
 
@@ -60,7 +64,7 @@ def run(main) -> None:
     """
     script = Path(sys.argv[0]).name
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        script += f" (rank {os.environ['RANK']})"
+        script += f" (rank {os.environ.get('RANK', 0)})"
     try:
         with explain_lost_peers("this run"):
             main(sys.argv[1:])
@@ -102,7 +106,7 @@ def _add_flag(parser, name, field, hint, embedded):
         if options["choices"]:
             del options["metavar"]
         if several:
-            options["nargs"] = "+"
+            options |= {"nargs": "+", "action": "extend"}
     parser.add_argument("--" + name.replace("_", "-"), dest=name, **options)
 
 

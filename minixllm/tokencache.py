@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from minixllm import prompts
+from minixllm import languages, prompts
 from minixllm.errors import UserError
 
 FORMAT = 1                  # part of every cache's key: to be raised when what is written changes
@@ -71,7 +71,7 @@ class TokenCache:
         paths = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
         if tokenizer.eos_id is None:
             raise UserError("the tokenizer has no end-of-sequence token: answers could not be closed")
-        wording = [Path(prompts.__file__), prompts.REQUESTS]
+        wording = [Path(prompts.__file__), prompts.REQUESTS, Path(languages.__file__)]
         inputs = {"format": FORMAT, "kind": encode.__name__, "tokenizer": tokenizer.fingerprint, **settings,
                   "files": [_digest(path) for path in paths + wording]}
         self.key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]

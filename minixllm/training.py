@@ -45,7 +45,7 @@ class TrainingSettings:
     beta2: float = setting(0.999, "AdamW's decay of squared gradients (beta1 is 0.9)")
     clip: float = setting(1.0, "largest global gradient norm")
     seed: int = setting(0, "of initial weights, data order and dropout")
-    dtype: str = setting("auto", "what the forward and backward compute in, over fp32 weights; "
+    dtype: str = setting("auto", "what the forward and backward compute in; the trained weights are fp32; "
                                  "auto is bfloat16 where the processor has it", ("auto", "bfloat16", "float32"))
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward: less memory, a third more work")
     eval_every: int = setting(500, "steps between held-out losses; 0 for only the last")
@@ -54,9 +54,9 @@ class TrainingSettings:
 
     def __post_init__(self):
         for name in ("batch_size", "micro_batch_size", "max_length", "save_every", "keep", "clip", "learning_rate",
-                     "epochs", "beta"):
+                     "epochs", "beta", "max_new_tokens"):
             if not 0 < getattr(self, name, 1) < math.inf:  # some settings belong to one script alone
-                raise UserError(f"{name}: found {getattr(self, name)}, expected more than 0")
+                raise UserError(f"{name}: found {getattr(self, name)}, expected a finite number above 0")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"steps: found {self.steps}, expected at least 1")
         limits = {"seed": None, "eval_every": None, "warmup_steps": None, "held_out_per_language": None, "lora_r": None,
@@ -139,9 +139,7 @@ def train_step(model, world, settings, stream, loss_fn, optimizer, meter, step, 
                         + first_few(where(stream, batch.micro_batches)))
     torch.manual_seed(settings.seed + (step * world.size + world.rank << 16))  # dropout, the same after a resume
     losses, sums = [], {}
-    for i, micro_batch in enumerate(batch.micro_batches):
-        if world.size > 1:
-            model.set_requires_gradient_sync(i == len(batch.micro_batches) - 1)  # reduce once, after the last
+    for micro_batch in batch.micro_batches:
         loss, extras = loss_fn(model, micro_batch)
         (loss / batch.count).backward()
         losses.append(loss.detach())

@@ -373,6 +373,24 @@ def model():
     return model.eval()
 
 
+def test_no_step_of_a_later_epoch_is_empty(sft):
+    """Packing may need fewer rows than in the first epoch: then a row is cut, and every record still comes once."""
+    rows = [len(Stream(sft, seed, 1, 1, 512)._plan(epoch)[1]) - 1 for seed in range(6) for epoch in range(3)]
+    assert any(rows[i] > min(rows[i:i + 3]) or len(set(rows[i:i + 3])) > 1 for i in range(0, 18, 3))
+    for seed in range(6):
+        stream = Stream(sft, seed, 1, 1, 512)
+        for epoch in range(3):
+            steps = [stream.batch(epoch * stream.steps_per_epoch + step) for step in range(stream.steps_per_epoch)]
+            assert all(step.count for step in steps)
+            records = [record for step in steps for batch in step.micro_batches for record in batch.records]
+            assert sorted(records) == list(range(len(sft)))
+
+
+def test_any_temperature_draws(sft):
+    for temperature in (0.001, 1000.0):
+        assert len(Stream(sft, 0, 8, 8, temperature=temperature)._plan(0)[0]) == len(sft)
+
+
 @torch.no_grad()
 def test_a_packed_document_does_not_touch_its_neighbours(sft, model):
     """Another first document leaves the logits of all others bit-equal."""
@@ -401,6 +419,18 @@ def test_a_pair_scores_as_its_two_sequences_do(tmp_path, model):
 
 
 # Preferences
+
+def test_a_pairs_prompt_and_answers_are_tokenised_apart(tmp_path):
+    train_sentencepiece([f"Response:yes {k}" for k in range(300)], tmp_path / "tokenizer.model", 400)
+    tokenizer = load_tokenizer(tmp_path)
+    entry = {"instruction": "a", "chosen": "yes 12", "rejected": "yes 13"}
+    prompt, *answers = one(tmp_path, tokenizer, kind=PreferenceData, entry=entry).read(0)
+    assert prompt.tolist() == tokenizer.encode(prompts.alpaca("a"), add_special_tokens=True)
+    for answer, text in zip(answers, ("yes 12", "yes 13"), strict=True):
+        assert answer.tolist() == tokenizer.encode(text) + [tokenizer.eos_id]
+        together = tokenizer.encode(prompts.alpaca("a") + text, add_special_tokens=True)
+        assert together != [*prompt, *answer[:-1]]
+
 
 def test_a_prompt_of_which_the_tokenizer_leaves_nothing(tmp_path):
     class Dropping(Bytes):

@@ -68,6 +68,7 @@ def test_any_json_reads_as_json_reads_it(tmp_path, entries, indent, ascii):
     ('{"instruction": "\\ud800", "output": "b"}', r"line 1: field 'instruction' holds half of a surrogate pair"),
     (GOOD.encode() + b"\n" + '{"instruction": "é"}'.encode("latin-1"), r"line 2: not UTF-8 \(byte 0xe9\)"),
     (GOOD + "\n" + "[" * 100_000, r"line 2: not JSON \(nested too deeply\)"),
+    (GOOD + "\n" + "9" * 5000, r"line 2: not JSON \(a number too long\)"),
     ("", r"a.jsonl: holds no records"),
     ("\n  \n", r"a.jsonl: holds no records"),
     ("[]", r"a.jsonl: holds no records"),

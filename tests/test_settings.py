@@ -31,6 +31,32 @@ def test_defaults_flags_and_recipe(tmp_path):
         data=["x.json"], batch_size=4, learning_rate=1.0, resume=False)
 
 
+def test_epochs_and_steps_name_one_thing(tmp_path):
+    @dataclass
+    class Run:
+        model: str | None = setting(None, "a model")
+        data: list[str] = setting([], "data")
+        epochs: float = setting(3.0, "epochs")
+        steps: int | None = setting(None, "steps")
+
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("steps = 7\n")
+    given = ["--config", str(recipe), "--model", "m"]
+    assert parse(Run, given).steps == 7 and parse(Run, [*given, "--epochs", "2"]).steps is None
+    embedded = {"steps": 9}
+    assert parse(Run, [], embedded).steps == 9 and parse(Run, ["--epochs", "2"], embedded).steps is None
+    assert parse(Run, ["--epochs", "2", "--steps", "5"], embedded).steps == 5 and embedded == {"steps": 9}
+
+
+def test_a_list_given_twice_is_longer():
+    @dataclass
+    class Run:
+        model: str | None = setting(None, "a model")
+        data: list[str] = setting([], "data")
+
+    assert parse(Run, ["--data", "a", "b", "--data", "c"]).data == ["a", "b", "c"]
+
+
 def test_embedded_defaults_yield_to_what_is_given(tmp_path):
     embedded = {"batch_size": 2, "learning_rate": 0.01}
     assert parse(Settings, [], embedded) == Settings(batch_size=2, learning_rate=0.01)
@@ -94,6 +120,7 @@ def test_a_mistake_is_one_line_and_exit_status_2(tmp_path, failure, said):
     script.write_text("from minixllm.settings import run\nfrom minixllm.errors import UserError\n"
                       f"def main(argv):\n    {failure}\nrun(main)\n")
     root = str(settings_module.__file__).rsplit("/", 2)[0]
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env={"PYTHONPATH": root})
+    environment = {"PYTHONPATH": root, "WORLD_SIZE": "1"}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert done.stderr == f"script.py: error: {said}\n"

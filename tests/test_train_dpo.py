@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 import train_dpo
 from conftest import ROOT
+from minixllm import dpo, parallel
 from minixllm.bloom import Bloom, BloomConfig
-from minixllm.checkpoint import initialise, load_model, save_model
+from minixllm.checkpoint import initialise, load, load_model, save_model
 from minixllm.datasets import PreferenceData, collate
 from minixllm.dpo import compare, pair_logps
 from minixllm.errors import UserError
@@ -116,6 +117,14 @@ def test_a_cached_reference_equals_a_live_one(mode, runs):
     for a, b in zip(sum(metrics(live), []), sum(metrics(cached), [])):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["margin"] == pytest.approx(b["margin"], abs=1e-5)
+
+
+def test_a_reference_of_weights_held_in_bf16_is_another(models, pairs, tmp_path):
+    model, tokenizer = load(models / "llama")
+    data, world = PreferenceData([pairs], tokenizer, 200, tmp_path), parallel.setup("cpu")
+    for held in (torch.float32, torch.bfloat16, torch.float32):
+        dpo.cached(model.to(held), world, data, models / "llama", tmp_path, "torch.float32", 400)
+    assert len(list(tmp_path.glob("reference-*.npy"))) == 2
 
 
 def test_dropout_is_off(runs, models, pairs, tmp_path):
