@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from minixllm import benchmarks, checkpoint, evaluation, parallel, report, scorers
+from minixllm import adapters, benchmarks, checkpoint, evaluation, parallel, report, scorers
 from minixllm.errors import UserError
 from minixllm.settings import parse, run, setting
 
@@ -97,7 +97,7 @@ def main(argv=None) -> None:
         notes.append("off-target rates need a language identifier: pip install 'minixllm[lid]'")
     for name, directory in models.items():
         dtype = parallel.compute_dtype(settings.dtype, world.device)
-        model, tokenizer = checkpoint.load(directory, dtype, world.device)
+        model, tokenizer = adapters.load(directory, dtype, world.device)
         with parallel.explain_lost_peers(f"evaluating {name}", "The same command goes on from there"):
             predictions[name] = evaluation.predict(model, tokenizer, items, world, Path(settings.output) / name,
                                                    settings.batch_rows, settings.max_new_tokens, settings.max_length)
@@ -125,7 +125,7 @@ def name_models(directories: list[str], names: list[str]) -> dict[str, str]:
     if names and len(names) != len(directories):
         raise UserError(f"--names gives {len(names)} names for {len(directories)} models")
     for directory in directories:
-        checkpoint.read_config(directory)              # before anything is computed
+        checkpoint.read_config(adapters.base_directory(directory))  # before anything is computed
     paths = [Path(directory).resolve() for directory in directories]
     names = names or [path.parent.name if path.name == "model" else path.name for path in paths]
     if len(set(names)) < len(names) or any(not name.strip() or "/" in name or name.startswith(".") for name in names):

@@ -88,6 +88,29 @@ def save_adapter(model, directory, config: LoraConfig, base: str | None = None):
                        "target_modules": list(config.target_modules)}, file, indent=2)
 
 
+def load(directory, dtype=torch.float32, device="cpu"):
+    """(model in eval mode, tokenizer) of a Hugging Face directory, or of a PEFT adapter: its base with it merged in."""
+    base = base_directory(directory)
+    model, tokenizer = checkpoint.load(base, dtype, device)
+    if base != Path(directory):
+        add_lora(model, read_adapter_config(directory))
+        load_adapter(model, directory)
+        lora.merge(model)
+    return model.eval(), tokenizer
+
+
+def base_directory(directory) -> Path:
+    """The directory of the model that an adapter directory was made for; any other directory itself."""
+    directory = Path(directory)
+    path = directory / "adapter_config.json"
+    if not path.exists() or (directory / "config.json").exists():
+        return directory
+    base = read_json(path).get("base_model_name_or_path")
+    if not isinstance(base, str) or not (Path(base) / "config.json").exists():
+        raise UserError(f"{path}: base_model_name_or_path: found {base!r}, expected the directory of the adapted model")
+    return Path(base)
+
+
 def read_adapter_config(directory) -> LoraConfig:
     """The settings of an adapter directory. Raises UserError, by name, for what is not plain LoRA."""
     path = Path(directory) / "adapter_config.json"

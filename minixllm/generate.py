@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from minixllm import checkpoint, generation, parallel, prompts
+from minixllm import adapters, generation, parallel, prompts
 from minixllm.datasets import encode_prompt
 from minixllm.errors import UserError
 from minixllm.settings import run
@@ -18,7 +18,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m minixllm.generate", description=__doc__,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to continue; none: the lines of stdin")
-    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face directory of a LLaMA or BLOOM")
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face directory of a LLaMA or BLOOM, or of a LoRA adapter")
     parser.add_argument("--input", default="", help="the instruction's input, for the Alpaca template")
     parser.add_argument("--raw", action="store_true", help="no template: continue the prompt itself")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="tokens to stop after, if no EOS comes before")
@@ -34,7 +34,7 @@ def main(argv=None):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA GPU here, expected one, or --device cpu")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = checkpoint.load(args.model, parallel.compute_dtype("auto", device), device)
+    model, tokenizer = adapters.load(args.model, parallel.compute_dtype("auto", device), device)
     for prompt in args.prompts or map(str.rstrip, sys.stdin):
         text = prompt if args.raw else prompts.alpaca(prompt, args.input)
         for piece in generation.stream(model, tokenizer, encode_prompt(tokenizer, text),

@@ -1,12 +1,13 @@
 """LoRA against peft, and the invariants that make it safe to train and to merge."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from minixllm import lora
-from minixllm.adapters import load_adapter, read_adapter_config, save_adapter
+from minixllm import checkpoint, lora
+from minixllm.adapters import base_directory, load, load_adapter, read_adapter_config, save_adapter
 from minixllm.checkpoint import load_model
 from minixllm.errors import UserError
 from minixllm.lora import LoraConfig, LoraLinear, add_lora
@@ -85,6 +86,18 @@ def test_we_open_an_adapter_of_peft_merged_and_unmerged(base, arch, tmp_path):
     lora.merge(model)
     assert not lora.lora_layers(model)
     torch.testing.assert_close(model(IDS), theirs.merge_and_unload()(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_directory_opens_as_its_base_with_it_merged(base, arch, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "load_tokenizer", lambda directory: SimpleNamespace(vocab_size=97))
+    model, config = adapted(base, arch)
+    save_adapter(model, tmp_path, config, base=str(base))
+    opened, _ = load(tmp_path)
+    torch.testing.assert_close(opened(IDS), model(IDS), rtol=1e-5, atol=1e-5)
+    assert base_directory(tmp_path) == base_directory(base) == base
+    save_adapter(model, tmp_path, config, base="meta/llama")
+    with pytest.raises(UserError, match="base_model_name_or_path: found 'meta/llama', expected the directory"):
+        load(tmp_path)
 
 
 def test_merged_equals_unmerged(base, arch):

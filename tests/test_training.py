@@ -368,6 +368,13 @@ def test_gradient_checkpointing_changes_nothing(reference, tmp_path):
     assert same(weights(tmp_path / "bf16"), weights(tmp_path / "plain"))
 
 
+def test_every_step_draws_its_own_dropout(tmp_path, monkeypatch):
+    seeds, manual_seed = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or manual_seed(seed))
+    run_here(tmp_path)
+    assert len(set(seeds)) == len(seeds) == 12
+
+
 def test_what_a_killed_save_left_is_removed(reference, tmp_path):
     shutil.copytree(reference, tmp_path / "run")
     left = tmp_path / "run/checkpoints/.step-00000005.partial"
