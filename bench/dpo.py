@@ -150,7 +150,7 @@ def main():
     args = parser.parse_args()
     if args.side:
         seconds = {"ours": run_ours, "trl": run_trl}[args.side](args.modes[0], args.pairs, args.dtype)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         print(json.dumps({"pairs/s": BATCH / seconds, "peak GB": peak}))
         return
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent), "TQDM_DISABLE": "1"}

@@ -33,7 +33,7 @@ CONFIG = LlamaConfig(vocab_size=128256, hidden_size=2048, intermediate_size=8192
 
 
 def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def write(directory):
