@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minixllm import languages
-from minixllm.errors import UserError
+from minixllm.errors import UserError, check_text
 from minixllm.wording import FIELDS, read_templates
 from minixllm.prompts import alpaca
 from minixllm.records import read_objects
@@ -355,10 +355,7 @@ def _text(file: Path, line: int, entry: dict, key: str, empty: bool = False) -> 
     value = entry.get(key)
     if not isinstance(value, str) or not (value.strip() or empty):
         raise UserError(f"{file}, line {line}: {key}: found {value!r:.60}, expected text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:          # JSON can spell half a surrogate pair; no tokenizer can read it
-        raise UserError(f"{file}, line {line}: {key} holds half of a surrogate pair, which is not text") from None
+    check_text(value, f"{file}, line {line}: {key}")
     return value
 
 

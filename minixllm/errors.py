@@ -13,6 +13,18 @@ class UserError(ValueError):
     """
 
 
+def check_text(text: str, what: str = "text"):
+    """Raise UserError where `text` holds half of a surrogate pair, as JSON can spell it: UTF-8 cannot, nor a tokenizer.
+
+    what: how the error names the text.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} holds half of a surrogate pair, U+{ord(text[error.start]):04X} at character "
+                        f"{error.start}, expected valid Unicode") from None
+
+
 @contextlib.contextmanager
 def atomic_write(path, mode: str = "w"):
     """Open a temporary file beside `path`; it takes that name when the block ends well, and is removed otherwise."""

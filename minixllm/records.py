@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minixllm.errors import UserError
+from minixllm.errors import UserError, check_text
 
 LONGEST_LINE = 16 * 2**20     # bytes; a longer line is a broken file, not an instruction
 WHITESPACE = " \t\n\r"        # JSON's
@@ -89,10 +89,7 @@ class _Fields:
             raise UserError(f"{self.where}: no field {spellings[0]!r}, found only {sorted(self.entry)}")
         if not isinstance(value, str):
             raise UserError(f"{self.where}: field {name!r} holds {_kind(value)}, expected text")
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:      # JSON can spell half a surrogate pair; no tokenizer can read it
-            raise UserError(f"{self.where}: field {name!r} holds half of a surrogate pair, which is not text") from None
+        check_text(value, f"{self.where}: field {name!r}")
         return value
 
 

@@ -67,15 +67,6 @@ class Tokenizer:
                     file.write(content)
 
 
-def check_text(text: str):
-    """Raise UserError where `text` holds a lone surrogate (half of a pair of UTF-16), which UTF-8 cannot spell."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"text holds the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}: "
-                        "it is no valid Unicode and has no tokens") from None
-
-
 def read_json(path: Path) -> dict:
     """The object in a JSON file, {} where there is no file; UserError where it is damaged or no object."""
     try:

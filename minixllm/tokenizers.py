@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 
 from minixllm.byte_bpe import ByteLevelBPE
-from minixllm.errors import UserError, atomic_write
-from minixllm.tokenizer_files import Tokenizer, check_text, read_json
+from minixllm.errors import UserError, atomic_write, check_text
+from minixllm.tokenizer_files import Tokenizer, read_json
 
 
 class SentencePieceTokenizer(Tokenizer):
