@@ -50,7 +50,7 @@ class Settings:
 
 
 def main(argv=None) -> None:
-    settings = parse(Settings, argv, DEFAULTS, needs=("benchmarks",), description=__doc__.splitlines()[0])
+    settings = parse(Settings, argv, DEFAULTS, needs=("benchmarks",), description=__doc__)
     for name in ("limit", "max_new_tokens", "max_length", "batch_rows"):
         if (value := getattr(settings, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}, expected 1 or more")

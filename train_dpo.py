@@ -24,7 +24,7 @@ from minixllm.errors import UserError
 from minixllm.records import record_files
 from minixllm.settings import parse, run, setting
 from minixllm.tokenizers import load_tokenizer
-from minixllm.training import TrainingSettings, train
+from minixllm.training import check_output, train, TrainingSettings
 
 
 @dataclass
@@ -43,7 +43,9 @@ class Settings(LoraSettings, TrainingSettings):
     nll_weight: float = setting(0.0, "how many times the chosen answer's negative log-likelihood is added to its loss")
     reference: str = setting("live", "compute the reference beside the policy, or once before training and keep its "
                                      "log-probabilities on disk", ("live", "cached"))
-    learning_rate: float = setting(5e-4, "peak learning rate")
+    lora_dropout: float = setting(0.0, "none: dropout is off in policy and reference, whatever is given here")
+    learning_rate: float = setting(5e-4, "peak learning rate; the default suits LoRA, all weights of a large model "
+                                         "want about 1e-6")
     weight_decay: float = setting(0.0, "decoupled weight decay; matrices only, no biases or norms")
     batch_size: int = setting(256, "pairs a step, over all processes")
     micro_batch_size: int = setting(8, "pairs a process computes at once; more memory, fewer passes")
@@ -55,6 +57,7 @@ class Settings(LoraSettings, TrainingSettings):
 def main(argv=None):
     settings = parse(Settings, argv, demo_feedback.SETTINGS, description=__doc__)
     world = parallel.setup()
+    check_output(settings.output, settings.resume)
     check_target(Path(settings.output) / "model")
 
     # Policy and reference, from the same directory. Dropout is off in both: they stay in evaluation mode.
@@ -67,7 +70,7 @@ def main(argv=None):
     if not (settings.model and settings.data):
         given, lacking = ("--model", "--data") if settings.model else ("--data", "--model")
         raise UserError(f"{given} without {lacking}: expected both, or neither for the embedded default")
-    tokenizer, (config, model_class) = load_tokenizer(settings.model), read_config(settings.model)
+    (config, model_class), tokenizer = read_config(settings.model), load_tokenizer(settings.model)
     check_vocabulary(tokenizer, config, settings.model)
     settings.lora_dropout = 0.0
     model = open_model(config, model_class, world, settings, settings.model).eval()

@@ -26,7 +26,7 @@ from minixllm.prompts import alpaca
 from minixllm.records import read_instructions, record_files
 from minixllm.settings import parse, run, setting
 from minixllm.tokenizers import load_tokenizer
-from minixllm.training import TrainingSettings, held_out_loss, sft_loss, train
+from minixllm.training import check_output, held_out_loss, sft_loss, train, TrainingSettings
 
 
 @dataclass
@@ -50,6 +50,7 @@ def main(argv=None):
     settings = parse(Settings, argv, demo.SETTINGS, description=__doc__)
     world = parallel.setup()
     output = Path(settings.output)
+    check_output(output, settings.resume)
     check_target(output / "model")
 
     # The model: on no device yet, then sharded, then each process fills its own slices.
@@ -57,7 +58,7 @@ def main(argv=None):
         given, lacking = ("--model", "--data") if settings.model else ("--data", "--model")
         raise UserError(f"{given} without {lacking}: expected both, or neither for the embedded default")
     if settings.model:
-        tokenizer, (config, model_class) = load_tokenizer(settings.model), read_config(settings.model)
+        (config, model_class), tokenizer = read_config(settings.model), load_tokenizer(settings.model)
         check_vocabulary(tokenizer, config, settings.model)
         train_files, held_out_files = record_files(settings.data), record_files(settings.held_out)
     else:

@@ -10,11 +10,14 @@ import json
 import multiprocessing
 import os
 import resource
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not bench/, where a file hides the library `tokenizers`
 
 from minixllm.datasets import SFTData, Stream, pack
 from minixllm.tokenizers import SentencePieceTokenizer, train_sentencepiece

@@ -130,7 +130,8 @@ def run_trl(mode: str, count: int, dtype: str) -> float:
 
     with tempfile.TemporaryDirectory() as folder:
         DPOTrainer(
-            model=model, ref_model=copy.deepcopy(model) if mode == "full" else None, processing_class=tokenizer, train_dataset=Dataset.from_list(rows), callbacks=[Clock()],
+            model=model, ref_model=copy.deepcopy(model) if mode == "full" else None,
+            processing_class=tokenizer, train_dataset=Dataset.from_list(rows), callbacks=[Clock()],
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=LORA["lora_targets"]) if "lora" in mode
             else None,
             args=DPOConfig(output_dir=folder, per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=1e-5,

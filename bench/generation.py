@@ -111,7 +111,7 @@ def mixed(kind, ours, theirs, count: int):
         return answers
 
     their_times, our_times = [], []
-    for _ in range(2):
+    for _ in range(ROUNDS):
         seconds, expected = timed(their_side)
         their_times.append(seconds)
         seconds, answers = timed(generate, ours, Eos, prompts, NEW)

@@ -67,7 +67,7 @@ def read_config(directory):
     path = directory / "config.json"
     if not directory.is_dir():
         found = what_kind(directory) if directory.exists() else "nothing there"
-        raise UserError(f"{directory}: found {found}, expected a Hugging Face model directory")
+        raise UserError(f"{directory}: found {found}, expected a Hugging Face model directory on this disk")
     adapter = (directory / "adapter_config.json").exists()
     if not path.exists():
         raise UserError(f"{directory}: " + ("found a PEFT adapter, expected a model (an adapter's base, for one)"

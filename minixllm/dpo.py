@@ -83,7 +83,8 @@ def cached(model, world, data, directory, folder, dtype: str, tokens: int):
     A collective. The file is named by what it depends on: the pairs as tokenised, the weights in `directory`, which the
     model was loaded from, and the types these are held and computed in. `tokens`: about how many are computed at once.
     """
-    key = hashlib.sha256(json.dumps([data.key, _digest(directory), str(model.embedding.weight.dtype), dtype]).encode()).hexdigest()[:32]
+    inputs = [data.key, _digest(directory), str(model.embedding.weight.dtype), dtype]
+    key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
     path = Path(folder) / f"reference-{key}.npy"
     found = world.sum(torch.tensor(float(path.exists()), device=world.device)) == world.size
     if not found:

@@ -11,23 +11,30 @@ import torch
 from minixllm import adapters, generation, parallel, prompts
 from minixllm.datasets import encode_prompt
 from minixllm.errors import UserError
-from minixllm.settings import run
+from minixllm.settings import Parser, run
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m minixllm.generate", description=__doc__,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(prog="python -m minixllm.generate", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to continue; none: the lines of stdin")
-    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face directory of a LLaMA or BLOOM, or of a LoRA adapter")
+    parser.add_argument("--model", metavar="DIR",
+                        help="Hugging Face directory of a LLaMA or BLOOM, or of a LoRA adapter (needed)")
     parser.add_argument("--input", default="", help="the instruction's input, for the Alpaca template")
     parser.add_argument("--raw", action="store_true", help="no template: continue the prompt itself")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="tokens to stop after, if no EOS comes before")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
-    parser.add_argument("--top-k", type=int, help="choose among the k likeliest tokens")
-    parser.add_argument("--top-p", type=float, help="choose among the likeliest tokens that hold this probability")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
+    parser.add_argument("--max-new-tokens", type=int, default=256,
+                        help="tokens to stop after, if no EOS comes before (default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (default: 0)")
+    parser.add_argument("--top-k", type=int, help="choose among the k likeliest tokens; with --temperature")
+    parser.add_argument("--top-p", type=float,
+                        help="choose among the likeliest tokens that hold this probability; with --temperature")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="cpu or cuda; by default CUDA where there is one")
     args = parser.parse_args(argv)
+    if not args.model:
+        raise UserError("--model is needed: the directory of the model that shall answer; --help lists the flags")
+    if (args.top_k or args.top_p) and not args.temperature:
+        raise UserError("--top-k and --top-p choose at random: expected a --temperature above 0, such as 0.7")
     if args.raw and args.input:
         raise UserError("--input belongs to the template, which --raw leaves out")
 
@@ -45,4 +52,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.argv[0] = "minixllm.generate"
     run(main)

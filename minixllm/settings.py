@@ -31,7 +31,8 @@ def setting(default, help: str, choices=None):
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse(cls, argv=None, embedded: dict | None = None, needs=("model", "data"), description: str | None = None):
+def parse(cls, argv=None, embedded: dict | None = None, needs=("model", "data"), description: str | None = None,
+          prog: str | None = None):
     """An instance of the dataclass `cls` from `argv` (sys.argv[1:] when None).
 
     `embedded` holds the values that replace the defaults in the embedded default run, that is when none of the
@@ -40,7 +41,7 @@ def parse(cls, argv=None, embedded: dict | None = None, needs=("model", "data"),
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     embedded = dict(embedded or {})
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--config", metavar="RECIPE.toml", help="a TOML file of these settings; flags beat it")
     for name, field in fields.items():
@@ -78,7 +79,9 @@ def run(main) -> None:
         sys.exit(130)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse, its complaints raised as UserError."""
+
     def error(self, message):
         raise UserError(f"{message}; --help lists the flags")
 
@@ -158,4 +161,4 @@ def _nearest(name, names) -> str:
 def _show(value) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value)) or "none"
-    return "none" if value is None else str(value)
+    return "none" if value in (None, "") else str(value)

@@ -38,7 +38,8 @@ class TrainingSettings:
     batch_size: int = setting(256, "rows of --max-length tokens a step, over all processes")
     micro_batch_size: int = setting(8, "rows a process computes at once; more memory, fewer passes")
     max_length: int = setting(1024, "tokens of a row, and of the longest record")
-    learning_rate: float = setting(1e-4, "peak learning rate")
+    learning_rate: float = setting(1e-4, "peak learning rate; the default suits LoRA, all weights of a large model "
+                                         "want about 2e-5")
     warmup_steps: int = setting(100, "steps over which the learning rate rises linearly")
     final_learning_rate: float = setting(0.0, "where the cosine ends, as a share of the peak")
     weight_decay: float = setting(0.05, "decoupled weight decay; matrices only, no biases or norms")
@@ -197,12 +198,17 @@ def learning_rate(step: int, steps: int, settings) -> float:
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def start_or_resume(output: Path, model, optimizer, world, resuming: bool, facts: dict) -> int:
-    """The step to continue after: 0, or that of the latest checkpoint, past which metrics.jsonl is cut."""
-    checkpoint, metrics = resume.latest(output / "checkpoints"), output / "metrics.jsonl"
-    if not resuming and (checkpoint or metrics.exists()):
+def check_output(output, resuming: bool) -> None:
+    """Refuse to begin a run where there is one."""
+    if not resuming and (resume.latest(Path(output) / "checkpoints") or (Path(output) / "metrics.jsonl").exists()):
         raise UserError(f"{output}: holds a run already, expected a new directory; "
                         "--resume continues it, --output names another")
+
+
+def start_or_resume(output: Path, model, optimizer, world, resuming: bool, facts: dict) -> int:
+    """The step to continue after: 0, or that of the latest checkpoint, past which metrics.jsonl is cut."""
+    check_output(output, resuming)
+    checkpoint, metrics = resume.latest(output / "checkpoints"), output / "metrics.jsonl"
     step = 0
     if checkpoint:
         step, before = resume.load(checkpoint, model, optimizer)

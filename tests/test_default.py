@@ -51,6 +51,7 @@ def test_three_commands(arch, tmp_path, monkeypatch, capsys):
     evaluate.main(["--limit", "1", "--max-new-tokens", "4"])
     said = capsys.readouterr().out
     table = next(line for line in said.splitlines() if "PAWS-X high" in line)
-    assert all(name in table for name in ("XCOPA all", "FLORES(f) all", "FLORES(t) all", "XL-Sum all", "Self-Inst* all"))
+    assert all(name in table for name in ("XCOPA all", "FLORES(f) all", "FLORES(t) all", "XL-Sum all",
+                                       "Self-Inst* all"))
     assert "| sft |" in said and "| dpo |" in said and "stand-ins" in said
     assert (tmp_path / "runs/eval/report.md").exists()

@@ -327,7 +327,10 @@ def test_command_prints_as_it_goes(directory, capsys):
 @pytest.mark.parametrize("argv, message", [
     (["--model", "nowhere", "hello"], "nowhere"),
     (["--raw", "--input", "x", "--model", "DIR", "hello"], "--raw leaves out"),
-    (["--model", "DIR", "--top-p", "2", "hello"], "top_p is 2.0"),
+    (["hello"], "--model is needed"),
+    (["--model", "DIR", "--top-p", "2", "--temperature", "1", "hello"], "top_p is 2.0"),
+    (["--model", "DIR", "--top-k", "5", "hello"], "expected a --temperature above 0"),
+    (["--modle", "DIR", "hello"], "unknown flag --modle: did you mean --model"),
     (["--model", "DIR", "--max-new-tokens", "0", "hello"], "max_new_tokens is 0"),
     (["--model", "DIR", "--device", "cuda", "hello"], "--device cuda: PyTorch finds no CUDA GPU"),
 ])

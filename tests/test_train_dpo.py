@@ -215,7 +215,7 @@ def test_the_adapter_beside_the_base_is_the_merged_model(runs, models):
 
 def test_what_is_missing_is_named(models, pairs, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--data without --model"):
-        train_dpo.main(["--data", str(pairs)])
+        train_dpo.main(["--data", str(pairs), "--output", str(tmp_path / "out")])
     monkeypatch.setattr(train_dpo.demo_feedback, "SFT_MODEL", tmp_path / "none")
     with pytest.raises(UserError, match="run torchrun train_sft.py first"):
         train_dpo.main(["--output", str(tmp_path / "out")])

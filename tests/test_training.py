@@ -336,7 +336,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(reference, tmp_path):
 
 
 def test_what_goes_wrong_in_one_of_two_processes(torchrun, tmp_path):
-    """A loss that is not finite, a full disk: every process says what it is, none hangs, no checkpoint is half there."""
+    """A loss that is not finite, a full disk: every process says what it is, none hangs, nothing is half there."""
     for fault, said in [("nan", "step 5: loss nan"), ("disk", "step-00000006: checkpoint not written")]:
         done = torchrun(2, __file__, "--output", tmp_path / fault, "--fault", fault, check=False, timeout=90)
         assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr.split("torch/")[0]

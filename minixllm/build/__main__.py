@@ -26,7 +26,8 @@ def main(argv):
         raise UserError(f"found {command!r}, expected one of {' or '.join(BUILDS)}")
     settings, build = BUILDS[command]
     words = services.__doc__.split("\n\n")[1]
-    settings = parse(settings, argv, description=f"{__doc__}\nServices are named so:\n\n{words}")
+    settings = parse(settings, argv, prog=f"python -m minixllm.build {command}",
+                     description=f"{__doc__}\nServices are named so:\n\n{words}")
     try:
         finished = build(settings)
     except (OSError, sqlite3.Error) as error:  # a full disk above all

@@ -86,8 +86,9 @@ def _pair(rng: random.Random, made: dict, content: tuple) -> dict:
             able = [code for code in FEEDBACK_LANGUAGES if speaks(LANGUAGES[code].tag, content[0])]
             rejected = render(content, LANGUAGES[rng.choice(able)].tag)
         elif mistake == "wrong value":
-            other = _asked(kind, draw(content[0], rng), source, target)
-            rejected = other["output"] if other else right
+            other = draw(content[0], rng)
+            asked = _asked(kind, other, source, target) if split(other) == split(content) else None
+            rejected = asked["output"] if asked else right
         elif mistake == "truncated":
             rejected = right[:rng.randrange(1, len(right))].strip() or right
         else:
