@@ -10,6 +10,7 @@ A flag beats the recipe, the recipe beats the default. An unknown flag or key is
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -20,7 +21,6 @@ import typing
 from pathlib import Path
 
 from minixllm.errors import UserError
-from minixllm.parallel import explain_lost_peers
 
 
 def setting(default, help: str, choices=None):
@@ -64,10 +64,14 @@ def run(main) -> None:
     process) becomes one line on stderr and exit status 2, Ctrl-C exit status 130.
     """
     script = Path(sys.argv[0]).name
+    guard = contextlib.nullcontext()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from minixllm.parallel import explain_lost_peers  # which imports torch: the building of data does without
+
+        guard = explain_lost_peers("this run")
         script += f" (rank {os.environ.get('RANK', 0)})"
     try:
-        with explain_lost_peers("this run"):
+        with guard:
             main(sys.argv[1:])
     except (UserError, OSError) as error:
         sys.stdout.flush()

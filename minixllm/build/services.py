@@ -357,9 +357,9 @@ class Local:
 
     def __init__(self, directory: str):
         import torch
-        from minixllm import checkpoint, parallel
+        from minixllm import adapters, parallel
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model, self.tokenizer = checkpoint.load(directory, parallel.compute_dtype("auto", device), device)
+        self.model, self.tokenizer = adapters.load(directory, parallel.compute_dtype("auto", device), device)
         self.name = f"local:{Path(directory).resolve().name}-{_fingerprint(directory)}"
         self._lock = threading.Lock()
 
