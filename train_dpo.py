@@ -24,7 +24,7 @@ from minixllm.errors import UserError
 from minixllm.records import record_files
 from minixllm.settings import parse, run, setting
 from minixllm.tokenizers import load_tokenizer
-from minixllm.training import check_output, train, TrainingSettings
+from minixllm.training import TrainingSettings, check_output, train
 
 
 @dataclass

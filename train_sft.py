@@ -26,7 +26,7 @@ from minixllm.prompts import alpaca
 from minixllm.records import read_instructions, record_files
 from minixllm.settings import parse, run, setting
 from minixllm.tokenizers import load_tokenizer
-from minixllm.training import check_output, held_out_loss, sft_loss, train, TrainingSettings
+from minixllm.training import TrainingSettings, check_output, held_out_loss, sft_loss, train
 
 
 @dataclass

@@ -40,7 +40,7 @@ def parse(cls, argv=None, embedded: dict | None = None, needs=("model", "data"),
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
-    embedded = dict(embedded or {})
+    embedded = embedded or {}
     parser = Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--config", metavar="RECIPE.toml", help="a TOML file of these settings; flags beat it")
@@ -51,12 +51,13 @@ def parse(cls, argv=None, embedded: dict | None = None, needs=("model", "data"),
     recipe = {}
     if "config" in flags:
         recipe = _read_recipe(flags.pop("config"), fields, hints)
-    given = recipe | flags
-    for stronger, weaker in ((flags, recipe), (given, embedded)):
-        if "epochs" in stronger and "steps" not in stronger:  # the two name one thing
-            weaker.pop("steps", None)
-    given = recipe | flags
-    return cls(**(given if any(name in given for name in needs) else embedded | given))
+    alone = not any(name in recipe | flags for name in needs)
+    values = {}
+    for layer in (embedded if alone else {}, recipe, flags):  # each beats those before it
+        if "epochs" in layer:
+            values.pop("steps", None)  # the two name one thing
+        values |= layer
+    return cls(**values)
 
 
 def run(main) -> None:

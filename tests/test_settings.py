@@ -45,6 +45,7 @@ def test_epochs_and_steps_name_one_thing(tmp_path):
     assert parse(Run, given).steps == 7 and parse(Run, [*given, "--epochs", "2"]).steps is None
     embedded = {"steps": 9}
     assert parse(Run, [], embedded).steps == 9 and parse(Run, ["--epochs", "2"], embedded).steps is None
+    assert parse(Run, ["--config", str(recipe), "--epochs", "2"], embedded).steps is None
     assert parse(Run, ["--epochs", "2", "--steps", "5"], embedded).steps == 5 and embedded == {"steps": 9}
 
 
