@@ -61,10 +61,10 @@ def parse(cls, argv=None, embedded: dict | None = None, needs=("model", "data"),
 
 
 def run(main) -> None:
-    """Run a script's `main(argv)`: what a user can mend (a UserError, a full disk, a file that may not be read, a lost
-    process) becomes one line on stderr and exit status 2, Ctrl-C exit status 130.
+    """Run a script's `main(argv)` and end the process: with status 0, with 2 and one line on stderr for what a user can
+    mend (a UserError, a full disk, a file that may not be read, a lost process), with 130 after Ctrl-C.
     """
-    script = Path(sys.argv[0]).name
+    script, status = Path(sys.argv[0]).name, 0
     guard = contextlib.nullcontext()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         from minixllm.parallel import explain_lost_peers  # which imports torch: the building of data does without
@@ -74,14 +74,19 @@ def run(main) -> None:
     try:
         with guard:
             main(sys.argv[1:])
-    except (UserError, OSError) as error:
         sys.stdout.flush()
+    except (UserError, OSError) as error:
         named = isinstance(error, OSError) and error.filename
         said = f"{error.filename}: {error.strerror}" if named else str(error)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         print(f"{script}: error: {said}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        status = 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+    if "torch.distributed" in sys.modules:
+        os._exit(status)  # gloo's threads may hold a tensor still: freed as Python ends, it aborts (pytorch #190489)
+    sys.exit(status)
 
 
 class Parser(argparse.ArgumentParser):
