@@ -16,6 +16,7 @@ from pathlib import Path
 
 from minixllm import adapters, benchmarks, checkpoint, evaluation, parallel, report, scorers
 from minixllm.errors import UserError
+from minixllm.generation import BATCH_TOKENS
 from minixllm.settings import parse, run, setting
 
 DEFAULTS = {"max_new_tokens": 48}                    # of the embedded default: its answers are short
@@ -40,7 +41,8 @@ class Settings:
     max_length: int | None = setting(None, "tokens of prompt and answer together; longer prompts lose the end of their "
                                      "article, input or sentence; by default the model's max_position_embeddings, or "
                                      "2048 where its config names none (BLOOM)")
-    batch_rows: int = setting(16, "prompts that generate at a time")
+    batch_tokens: int = setting(BATCH_TOKENS, "tokens of all prompts and answers under way at a time; a 7B model in bf16 "
+                                              "keeps 0.5 MB for each")
     dtype: str = setting("auto", "type to compute in; auto is bf16 where the processor has it",
                          choices=("auto", "bfloat16", "float32"))
     bleu_tokenizer: str = setting("", "13a, zh, char or the path of a SentencePiece model for BLEU in all languages; "
@@ -51,7 +53,7 @@ class Settings:
 
 def main(argv=None) -> None:
     settings = parse(Settings, argv, DEFAULTS, needs=("benchmarks",), description=__doc__)
-    for name in ("limit", "max_new_tokens", "max_length", "batch_rows"):
+    for name in ("limit", "max_new_tokens", "max_length", "batch_tokens"):
         if (value := getattr(settings, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
     if settings.max_length and settings.max_length <= settings.max_new_tokens:
@@ -100,7 +102,7 @@ def main(argv=None) -> None:
         model, tokenizer = adapters.load(directory, dtype, world.device)
         with parallel.explain_lost_peers(f"evaluating {name}", "The same command goes on from there"):
             predictions[name] = evaluation.predict(model, tokenizer, items, world, Path(settings.output) / name,
-                                                   settings.batch_rows, settings.max_new_tokens, settings.max_length)
+                                                   settings.batch_tokens, settings.max_new_tokens, settings.max_length)
         del model
         if world.first:
             tables[name] = report.results(predictions[name], bleu_tokenizer=settings.bleu_tokenizer or None,

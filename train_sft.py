@@ -104,7 +104,7 @@ def main(argv=None):
         prompts = [encode_prompt(tokenizer, alpaca(record.instruction, record.input)) for record in test]
         expected = [record.output for record in test]
     with parallel.gathered(model):
-        answers = [tokenizer.decode(ids) for ids in generate(model, tokenizer, prompts, settings.max_new_tokens, 128)]
+        answers = [tokenizer.decode(ids) for ids in generate(model, tokenizer, prompts, settings.max_new_tokens)]
     if world.first:
         print(f"\nsaved {output / 'model'}; some of its answers to held-out prompts:")
         for i in range(0, len(answers), max(1, len(answers) // 12)):

@@ -20,7 +20,7 @@ MAX_NEW_TOKENS = {"xlsum": 128}   # the paper's; 512 for all others
 CHUNK = 128                       # items; at most one chunk a process is lost by a kill
 
 
-def predict(model, tokenizer, items: list[Item], world, folder, batch_rows: int = 16,
+def predict(model, tokenizer, items: list[Item], world, folder, batch_tokens: int = generation.BATCH_TOKENS,
             max_new_tokens: int = 512, max_length: int | None = None) -> list[dict]:
     """A prediction for each item, in their order, on every process; the model is whole on each.
 
@@ -32,7 +32,7 @@ def predict(model, tokenizer, items: list[Item], world, folder, batch_rows: int 
     """
     folder = Path(folder)
     room = max_length or getattr(model.config, "max_position_embeddings", 2048)
-    settings = repr((_fingerprint(model, tokenizer), batch_rows, max_new_tokens, room, items))
+    settings = repr((_fingerprint(model, tokenizer), batch_tokens, max_new_tokens, room, items))
     key = hashlib.sha256(settings.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     done = {}
     for share in world.gather(_read_partial(folder, key)):
@@ -44,7 +44,7 @@ def predict(model, tokenizer, items: list[Item], world, folder, batch_rows: int 
     with (open(folder / f".partial-{key}-{world.rank}.jsonl", "a", encoding="utf-8") as partial,
           tqdm(total=sum(map(len, mine)), unit="item", disable=not world.first, desc=folder.name) as progress):
         for chunk in mine:
-            predictions = _answer(model, tokenizer, [items[i] for i in chunk], batch_rows, max_new_tokens, room,
+            predictions = _answer(model, tokenizer, [items[i] for i in chunk], batch_tokens, max_new_tokens, room,
                                   progress)
             found = dict(zip(chunk, predictions))
             partial.write(json.dumps(found, ensure_ascii=False) + "\n")
@@ -80,7 +80,7 @@ def _fingerprint(model, tokenizer) -> tuple:
     return tokenizer.fingerprint, repr(model.config), weights
 
 
-def _answer(model, tokenizer, items: list[Item], batch_rows: int, max_new_tokens: int, room: int,
+def _answer(model, tokenizer, items: list[Item], batch_tokens: int, max_new_tokens: int, room: int,
             progress) -> list[dict]:
     """The predictions of one chunk."""
     new_tokens = [min(max_new_tokens, MAX_NEW_TOKENS.get(item.benchmark, max_new_tokens)) for item in items]
@@ -103,7 +103,7 @@ def _answer(model, tokenizer, items: list[Item], batch_rows: int, max_new_tokens
     for new in sorted(set(new_tokens)):
         group = [i for i in asked if new_tokens[i] == new]
         continuations = generation.generate(model, tokenizer, [contexts[i][0] for i in group], new,
-                                            batch_rows=batch_rows, finished=lambda *_: progress.update())
+                                            batch_tokens=batch_tokens, finished=lambda *_: progress.update())
         for i, ids in zip(group, continuations):
             predictions[i]["answer"] = tokenizer.decode(ids)
     scored = [i for i in asked if items[i].choices]

@@ -1,8 +1,8 @@
 """Generation with a KV cache, any number of prompts at a time, and scoring of given continuations.
 
-Nothing is padded. `generate` keeps up to `batch_rows` prompts running, the longest first; one that ends makes room for
-the next, whose tokens join the forward in which the others take one step. What a prompt gets does not depend on its
-company: its random numbers are drawn from the seed and the prompt's place in the list.
+Nothing is padded. `generate` keeps as many prompts running as its cache has room for, the longest first; one that ends
+makes room for the next, whose tokens join the forward in which the others take one step. What a prompt gets does not
+depend on its company: its random numbers are drawn from the seed and the prompt's place in the list.
 
 A model sharded by FSDP2 gathers its weights in every forward, so all ranks must run equally many: `generate` deals the
 prompts over the ranks, and a rank that is done keeps stepping until all are.
@@ -22,6 +22,7 @@ from minixllm.attention import Packed
 from minixllm.errors import UserError
 from minixllm.kv_cache import KVCache
 
+BATCH_TOKENS = 32768   # of the cache; 16 GB for a model of 7B in bf16, 1 GB for one of 60 M in fp32
 PREFILL_TOKENS = 4096  # prompts join a forward up to this many tokens, which bounds its memory
 WIDE = 2048, 512       # the least outputs and inputs of a layer that gains by `thin_linear`
 NUCLEUS = 1024         # top_p looks among so many of the likeliest first: sorting a vocabulary takes as long as a step
@@ -80,17 +81,19 @@ def _draw(probs: torch.Tensor, uniform: list[float]) -> torch.Tensor:
     return torch.searchsorted(cumulated, target, right=True).squeeze(1)
 
 
-def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, batch_rows: int = 16, finished=None,
-             **sampling) -> list[list[int]]:
+def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, batch_tokens: int = BATCH_TOKENS,
+             finished=None, **sampling) -> list[list[int]]:
     """Continues each prompt, token ids to token ids, up to the EOS (left out) or `max_new_tokens`.
 
+    batch_tokens: of the KV cache. As many prompts run at once as fit it, each with room for the longest prompt and its
+    answer; at least one does.
     finished: called as finished(number of the prompt, its continuation) when one ends. sampling: the fields of
     `Sampling`; greedy without. Of a model sharded by FSDP2 this is a collective: every rank passes the same prompts,
     gets all the continuations, and sees its own share finish. A plain model is each process's own affair.
     Raises UserError: an empty prompt, a token beyond the vocabulary, a setting out of range.
     """
     answers = {}
-    for i, token in _tokens(model, tokenizer, prompts, max_new_tokens, batch_rows, Sampling(**sampling)):
+    for i, token in _tokens(model, tokenizer, prompts, max_new_tokens, batch_tokens, Sampling(**sampling)):
         answer = answers.setdefault(i, [])
         if token is not None:
             answer.append(token)
@@ -106,7 +109,7 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, ba
 def stream(model, tokenizer, prompt: list[int], max_new_tokens: int, **sampling):
     """Yields the continuation of one prompt as text, in pieces of whole characters, as `generate` would give it."""
     text = tokenizer.stream()
-    for _, token in _tokens(model, tokenizer, [prompt], max_new_tokens, 1, Sampling(**sampling)):
+    for _, token in _tokens(model, tokenizer, [prompt], max_new_tokens, BATCH_TOKENS, Sampling(**sampling)):
         if piece := text.flush() if token is None else text.push(token):
             yield piece
 
@@ -168,7 +171,7 @@ class _Row:
 
 
 @torch.no_grad()  # inference_mode would leave FSDP2 with gathered weights that training cannot use
-def _tokens(model, tokenizer, prompts, max_new_tokens: int, batch_rows: int, sampling: Sampling):
+def _tokens(model, tokenizer, prompts, max_new_tokens: int, batch_tokens: int, sampling: Sampling):
     """Yields (number of a prompt, next token of its continuation), then (number, None) when it has ended.
 
     Under FSDP2, those of this rank's share of the prompts.
@@ -177,20 +180,21 @@ def _tokens(model, tokenizer, prompts, max_new_tokens: int, batch_rows: int, sam
         if not prompt or not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
             raise UserError(f"prompt {number}: expected one or more token ids from 0 to {model.config.vocab_size - 1}, "
                             f"found {f'{min(prompt)} to {max(prompt)}' if prompt else 'none'}")
-    if max_new_tokens < 1 or batch_rows < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}, batch_rows {batch_rows}: expected 1 or more")
+    if max_new_tokens < 1 or batch_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}, batch_tokens {batch_tokens}: expected 1 or more")
     stop = _stop_ids(model, tokenizer)
     device = next(model.parameters()).device
     ranks = _ranks(model)
     in_step = ranks > 1 and not model.is_gathered  # within `parallel.gathered` forwards need no other rank
     share = range(dist.get_rank() if ranks > 1 else 0, len(prompts), ranks)
     waiting = sorted(share, key=lambda i: len(prompts[i]))  # the last and longest goes first
-    cache = KVCache(min(batch_rows, len(waiting)), max((len(prompts[i]) for i in waiting), default=0) + max_new_tokens)
+    capacity = max((len(prompts[i]) for i in waiting), default=0) + max_new_tokens
+    cache = KVCache(min(max(1, batch_tokens // capacity), len(waiting)), capacity)
     rows = []
     with _inference(model):
         while _on_any_rank(bool(rows or waiting), in_step, device):
             tokens = len(rows)
-            while waiting and len(rows) < batch_rows and (
+            while waiting and len(rows) < cache.rows and (
                     tokens == 0 or tokens + len(prompts[waiting[-1]]) <= PREFILL_TOKENS):
                 i = waiting.pop()
                 rows.append(_Row(i, prompts[i], sampling.uniform(i, max_new_tokens)[::-1]))

@@ -84,7 +84,8 @@ def test_answers_and_likelihoods_are_those_of_each_item_alone(five, tmp_path, ar
     model, tokenizer = checkpoint.load(directory)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     items = items_of(five)
-    predictions = evaluation.predict(model, tokenizer, items, ALONE, tmp_path / "out", batch_rows=5, max_new_tokens=12)
+    predictions = evaluation.predict(model, tokenizer, items, ALONE, tmp_path / "out", batch_tokens=1000,
+                                     max_new_tokens=12)
     assert len({p["answer"] for p in predictions}) > 5 and [p["id"] for p in predictions] == [i.id for i in items]
     for item, prediction in list(zip(items, predictions))[::5]:
         assert prediction["prompt"] == item.prompt() and prediction["cut"] == 0
@@ -276,7 +277,7 @@ def test_other_weights_do_not_continue_a_partial_evaluation(model_directory, fiv
 @pytest.mark.parametrize("argv, said", [
     (["--benchmarks", "/nowhere"], "/nowhere: no such directory"), (["--names", "a", "b"], "2 names for 1 models"),
     (["--names", "a/b"], "without '/'"), (["--names", ""], "called '': expected different names, not empty"),
-    (["--limit", "-5"], "--limit is -5, expected 1 or more"), (["--batch-rows", "0"], "--batch-rows is 0"),
+    (["--limit", "-5"], "--limit is -5, expected 1 or more"), (["--batch-tokens", "0"], "--batch-tokens is 0"),
     (["--max-new-tokens", "0"], "--max-new-tokens is 0"), (["--max-length", "0"], "--max-length is 0"),
     (["--max-length", "2"], "--max-length is 2, expected more than --max-new-tokens, 2"),
     (["--languages", "germn"], "unknown language 'germn'"),

@@ -73,7 +73,7 @@ def test_greedy_equals_transformers_alone_and_refilled(kind):
     prompts = random_prompts(*LENGTHS)
     expected = [theirs.generate(torch.tensor([p]), max_new_tokens=15, do_sample=False)[0, len(p):].tolist()
                 for p in prompts]
-    assert generate(ours, NoEos, prompts, 15, batch_rows=3) == expected
+    assert generate(ours, NoEos, prompts, 15, batch_tokens=3 * 45) == expected
     assert [generate(ours, NoEos, [p], 15)[0] for p in prompts] == expected
 
 
@@ -89,7 +89,7 @@ def test_eos_ends_rows_and_makes_room():
     expected = [answer[:answer.index(eos)] if eos in answer else answer for answer in free]
     assert any(len(answer) < 12 for answer in expected) and any(len(answer) == 12 for answer in expected)
     finished = {}
-    assert generate(ours, Eos, prompts, 12, batch_rows=4, finished=finished.__setitem__) == expected
+    assert generate(ours, Eos, prompts, 12, batch_tokens=4 * 42, finished=finished.__setitem__) == expected
     assert finished == dict(enumerate(expected))
 
     chat = LlamaConfig.from_dict(ours.config.to_dict() | {"eos_token_id": [V - 1, eos]})  # LLaMA 3 has several
@@ -115,8 +115,8 @@ def test_sampling_does_not_depend_on_company():
     ours, _ = pair("bloom 6")
     prompts = random_prompts(*LENGTHS)
     how = dict(temperature=1.3, top_k=50, top_p=0.9)
-    answers = generate(ours, NoEos, prompts, 12, batch_rows=2, **how)
-    assert answers == generate(ours, NoEos, prompts, 12, batch_rows=7, **how)
+    answers = generate(ours, NoEos, prompts, 12, batch_tokens=2 * 42, **how)
+    assert answers == generate(ours, NoEos, prompts, 12, batch_tokens=7 * 42, **how)
     assert answers[:3] == generate(ours, NoEos, prompts[:3], 12, **how)
     assert answers != generate(ours, NoEos, prompts, 12, seed=1, **how)
     twins = generate(ours, NoEos, prompts[:1] * 2, 12, **how)
@@ -221,7 +221,7 @@ def test_score_refuses_what_has_no_likelihood():
     ([[1]], {"top_p": 0.0}, "top_p is 0.0, expected above 0 and at most 1"),
     ([[1]], {"top_p": 1.1}, "top_p is 1.1"),
     ([[1]], {"seed": -1}, "seed is -1"),
-    ([[1]], {"batch_rows": 0}, "batch_rows 0"),
+    ([[1]], {"batch_tokens": 0}, "batch_tokens 0"),
 ])
 def test_bad_input(prompts, how, message):
     ours, _ = pair("llama")
@@ -235,7 +235,7 @@ def test_training_goes_on_as_before(monkeypatch):
     ours, _ = pair("llama")
     ours.train()
     assert generate(ours, NoEos, [], 3) == []
-    pieces = generation._tokens(ours, NoEos, [[1, 2], [3]], 4, 2, Sampling())
+    pieces = generation._tokens(ours, NoEos, [[1, 2], [3]], 4, 12, Sampling())
     next(pieces)  # in the midst of generating, too
     assert not any(isinstance(m, nn.Linear) and "forward" not in vars(m) for m in ours.modules())
     with torch.enable_grad():
@@ -270,20 +270,20 @@ SHARDED = textwrap.dedent("""
     world = parallel.setup("cpu")
     plain, _ = pair("llama")
     prompts = random_prompts(30, 2, 8, 1, 5)
-    alone = generate(plain, NoEos, prompts, 12, batch_rows=2, temperature=1.0)
+    alone = generate(plain, NoEos, prompts, 12, batch_tokens=2 * 42, temperature=1.0)
     class Eos: eos_id = alone[0][2]  # rank 0's longest prompt ends early, others at other times
-    alone = generate(plain, Eos, prompts, 12, batch_rows=2, temperature=1.0)
+    alone = generate(plain, Eos, prompts, 12, batch_tokens=2 * 42, temperature=1.0)
     items = [([1, 2, 3], [[4], [5, 6]])] * 2
     scores = score(plain, items)
     sharded = parallel.shard(pair("llama")[0], world, torch.float32).train()
-    before = generate(sharded, Eos, prompts, 12, batch_rows=2, temperature=1.0)
+    before = generate(sharded, Eos, prompts, 12, batch_tokens=2 * 42, temperature=1.0)
     one = generate(sharded, Eos, prompts[:1], 12, temperature=1.0)  # the second rank has nothing to do
     ids = torch.tensor([[1, 2, 3, 4]])
     sharded(ids, labels=ids).sum().backward()  # weights gathered for generation serve training
-    after = generate(sharded, Eos, prompts, 12, batch_rows=2, temperature=1.0)
+    after = generate(sharded, Eos, prompts, 12, batch_tokens=2 * 42, temperature=1.0)
     assert alone == before == after and one == alone[:1], (alone, before, after, one)
     with parallel.gathered(sharded):  # each rank by itself
-        assert alone == generate(sharded, Eos, prompts, 12, batch_rows=2, temperature=1.0)
+        assert alone == generate(sharded, Eos, prompts, 12, batch_tokens=2 * 42, temperature=1.0)
     assert len(set(map(len, alone))) > 1
     torch.testing.assert_close(score(sharded, items), scores, rtol=1e-5, atol=1e-5)
     assert sharded.training

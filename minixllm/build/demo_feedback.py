@@ -132,7 +132,7 @@ def measure(model, tokenizer, directory, world) -> dict:
     records = [json.loads(line) for line in lines]
     prompts = [encode_prompt(tokenizer, alpaca(record["instruction"], record["input"])) for record in records]
     with parallel.gathered(model):
-        answers = [tokenizer.decode(ids).strip() for ids in generate(model, tokenizer, prompts, MAX_NEW_TOKENS, 128)]
+        answers = [tokenizer.decode(ids).strip() for ids in generate(model, tokenizer, prompts, MAX_NEW_TOKENS)]
     exact = off_target = echoed = 0
     for record, answer in zip(records, answers):
         languages = languages_of(answer, record["kind"].removeprefix("own "))
