@@ -37,7 +37,8 @@ class Settings:
     limit: int | None = setting(None, "items a language or direction; by default 200 of translation, 250 of XL-Sum, "
                                 "all others")
     seed: int = setting(0, "of the draw of pairs without English")
-    max_new_tokens: int = setting(512, "longest answer, in tokens; XL-Sum's is 128 at most")
+    max_new_tokens: int = setting(512, "longest answer, in tokens; XL-Sum's is 128 at most; half of the model's "
+                                       "positions at most, unless --max-length is given")
     max_length: int | None = setting(None, "tokens of prompt and answer together; longer prompts lose the end of their "
                                      "article, input or sentence; by default the model's max_position_embeddings, or "
                                      "2048 where its config names none (BLOOM)")
@@ -100,6 +101,9 @@ def main(argv=None) -> None:
     for name, directory in models.items():
         dtype = parallel.compute_dtype(settings.dtype, world.device)
         model, tokenizer = adapters.load(directory, dtype, world.device)
+        longest, room = evaluation.limits(model.config, settings.max_new_tokens, settings.max_length)
+        if longest < settings.max_new_tokens:
+            notes.append(f"{name}: answers of {longest} tokens at most, half of the {room} it is asked with")
         with parallel.explain_lost_peers(f"evaluating {name}", "The same command goes on from there"):
             predictions[name] = evaluation.predict(model, tokenizer, items, world, Path(settings.output) / name,
                                                    settings.batch_tokens, settings.max_new_tokens, settings.max_length)

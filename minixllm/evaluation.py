@@ -24,14 +24,13 @@ def predict(model, tokenizer, items: list[Item], world, folder, batch_tokens: in
             max_new_tokens: int = 512, max_length: int | None = None) -> list[dict]:
     """A prediction for each item, in their order, on every process; the model is whole on each.
 
-    max_length: of prompt and answer together, in tokens; None takes the model's max_position_embeddings, or 2048 where
-    it has none (BLOOM).
+    max_new_tokens, max_length: see `limits`.
     folder: where partial results are kept until `forget`. Raises UserError for an item that cannot be asked.
     A prediction holds what the item is, `prompt`, `answer` (raw), `parsed`, `cut` (characters of the body that did not
     fit max_length; None where the prompt does not fit even without) and for choices `logps` of each.
     """
     folder = Path(folder)
-    room = max_length or getattr(model.config, "max_position_embeddings", 2048)
+    max_new_tokens, room = limits(model.config, max_new_tokens, max_length)
     settings = repr((_fingerprint(model, tokenizer), batch_tokens, max_new_tokens, room, items))
     key = hashlib.sha256(settings.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     done = {}
@@ -53,6 +52,18 @@ def predict(model, tokenizer, items: list[Item], world, folder, batch_tokens: in
     for share in world.gather({i: done[i] for chunk in mine for i in chunk}):
         done |= share
     return [done[i] for i in range(len(items))]
+
+
+def limits(config, max_new_tokens: int, max_length: int | None = None) -> tuple[int, int]:
+    """(the longest answer, the longest prompt and answer together), in tokens.
+
+    Where max_length does not say, they are together as long as the model's max_position_embeddings, or 2048 where it
+    has none (BLOOM), and an answer takes half of that at most: what is asked needs room too.
+    """
+    if max_length:
+        return max_new_tokens, max_length
+    room = getattr(config, "max_position_embeddings", 2048)
+    return min(max_new_tokens, room // 2), room
 
 
 def forget(folder) -> None:

@@ -127,6 +127,18 @@ def test_a_prompt_too_long_is_cut_from_the_article_alone(tmp_path, five, archite
     assert scores["accuracy"].value == scores["acc"].value == 0
 
 
+def test_answers_leave_room_for_prompts(tmp_path, five, capsys):
+    """A model of 512 positions or fewer, asked for the default's 512 tokens, would have no prompt fit beside them."""
+    directory = make_model(tmp_path, positions=400)
+    script.main(["--model", str(directory), "--benchmarks", five[4], "--output", str(tmp_path / "out")])
+    [prediction, *_] = map(json.loads, (tmp_path / "out/llama/predictions.jsonl").read_text("utf-8").splitlines())
+    assert prediction["answer"] and prediction["cut"] == 0
+    assert "llama: answers of 200 tokens at most, half of the 400" in capsys.readouterr().out
+    config = SimpleNamespace(max_position_embeddings=400)
+    assert evaluation.limits(config, 200) == (200, 400) and evaluation.limits(config, 300, 900) == (300, 900)
+    assert evaluation.limits(SimpleNamespace(), 2000) == (1024, 2048)
+
+
 def test_a_model_without_positions_is_asked_2048_tokens(tmp_path):
     """BLOOM's ALiBi has no last position, but memory has an end."""
     model, tokenizer = checkpoint.load(make_model(tmp_path, "bloom"))
