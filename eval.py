@@ -85,6 +85,8 @@ def main(argv=None) -> None:
         read |= here
         items += found
         notes += remarks
+    if not items:
+        raise UserError(f"nothing to evaluate: {'; '.join(notes)}")
     if world.first:
         print(f"{len(items)} items of {', '.join(dict.fromkeys(item.column for item in items))}, {settings.mode} mode")
         print("\n".join(f"  {note}" for note in notes))

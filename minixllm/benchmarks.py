@@ -66,16 +66,15 @@ class Wanted:
 
 
 def read(path, wanted: Wanted) -> tuple[list[Item], list[str]]:
-    """The items of one benchmark's directory, and notes for the user: what was skipped, missing or not asked.
+    """The items of one benchmark's directory, none perhaps, and notes: what was skipped, missing or not asked.
 
     Raises UserError naming file and line for what is malformed, and for a directory that is none of the five.
     """
     path, notes = Path(path), []
     name = detect(path)
     reader = _Reader(name, path, wanted, read_templates(wanted.templates), notes)
-    items = READERS[name](reader)
-    if not items:
-        raise UserError(f"{path}: nothing of {TITLES[name]} is left to evaluate: {'; '.join(notes) or 'no items'}")
+    if not (items := READERS[name](reader)):
+        reader.note(f"nothing of {path} is left to evaluate")
     return items, notes
 
 
@@ -93,7 +92,7 @@ def detect(path) -> str:
     for file in sorted(path.glob("*.jsonl")):
         if "instances" in next(read_objects(file))[1]:
             return "self-instruct"
-    if sum(_language_of_file(file) is not None for file in path.iterdir()) >= 2:
+    if len(_aligned_files(path)) >= 2:
         return "translation"
     found = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
     raise UserError(f"{path}: none of the five benchmarks: found {found}; expected */test_2k.tsv (PAWS-X), "
@@ -238,7 +237,7 @@ def _self_instruct(reader: _Reader) -> list[Item]:
 
 
 def _translation(reader: _Reader) -> list[Item]:
-    files = {code: file for file in sorted(reader.path.iterdir()) if (code := _language_of_file(file))}
+    files = _aligned_files(reader.path)
     if unknown := sorted(f.name for f in reader.path.iterdir() if f.is_file() and f not in files.values()):
         reader.note(f"{len(unknown)} files of no known language left out: {', '.join(unknown[:5])}"
                     + ", ..." * (len(unknown) > 5))
@@ -279,7 +278,8 @@ def translation_directions(codes: list[str], asked, seed: int, note=print) -> li
         parts = text.split("-")
         if text in ("from-english", "to-english"):
             if "eng" not in codes:
-                raise UserError(f"directions: {text}: there is no English file; expected pairs such as deu-fra")
+                note(f"direction {text}: no English file")
+                continue
             directions += [("eng", code, "f") if text == "from-english" else (code, "eng", "t") for code in others]
         elif len(parts) == 2 and set(parts) <= {"high", "mid", "low"}:
             pairs = [(a, b, text) for a in others for b in others
@@ -318,6 +318,12 @@ def _by_language(reader: _Reader, files, name) -> dict[str, Path]:
         except UserError as error:
             reader.note(f"{file} left out: {error}")
     return found
+
+
+def _aligned_files(path: Path) -> dict[str, Path]:
+    """{language code: file} of the texts of a translation directory; those of records are none."""
+    return {code: file for file in sorted(path.iterdir()) if file.is_file()
+            and file.suffix not in (".json", ".jsonl", ".tsv") and (code := _language_of_file(file))}
 
 
 def _language_of_file(file: Path) -> str | None:

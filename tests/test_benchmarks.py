@@ -98,8 +98,8 @@ def test_directions():
     for wrong, named in (("sideways", "sideways"), ("high-middle", "'high'"), ("english-to", "'to'")):
         with pytest.raises(UserError, match=named):
             benchmarks.translation_directions(codes, [wrong], 0)
-    with pytest.raises(UserError, match="no English file"):
-        benchmarks.translation_directions(["fra", "deu"], ["to-english"], 0)
+    assert benchmarks.translation_directions(["fra", "deu"], ["to-english", "de-fr"], 0, said.append) == [
+        ("deu", "fra", "pairs")] and said[1] == "direction to-english: no English file"
 
 
 @pytest.mark.parametrize("name, code", [
@@ -157,8 +157,9 @@ def test_understanding_mode_is_shipped_for_pawsx_and_xcopa():
 
 
 def test_languages_without_an_instruction_are_named(flores, tmp_path):
-    with pytest.raises(UserError, match="nothing of Translation is left"):
-        read(flores, Wanted(mode="understanding", directions=("fra-zh",)))
+    items, notes = read(flores, Wanted(mode="understanding", directions=("fra-zh",)))
+    assert not items and notes == ["Translation: fra-zho_simpl: no instruction in fra: left out",
+                                   f"Translation: nothing of {flores} is left to evaluate"]
     items, notes = read(flores, Wanted(mode="understanding", directions=("from-english", "to-english")))
     assert {i.column for i in items} == {"FLORES(f)"} and any("fra-eng: no instruction in fra" in note
                                                               for note in notes)
@@ -215,6 +216,18 @@ def test_bad_directories(tmp_path, flores):
     lines(tmp_path / "other" / "notes.doc", ["x"])
     with pytest.raises(UserError, match="found notes.doc"):
         read(tmp_path / "other", Wanted())
+    lines(tmp_path / "x-final" / "de" / "dev_2k.tsv", PAWSX_ROWS)
+    lines(tmp_path / "x-final" / "fr" / "dev_2k.tsv", PAWSX_ROWS)
+    with pytest.raises(UserError, match="found de, fr; expected .*/test_2k.tsv"):
+        read(tmp_path / "x-final", Wanted())
+    lines(tmp_path / "data" / "it" / "val.it.jsonl", XCOPA_ROWS)
+    lines(tmp_path / "data" / "et" / "val.et.jsonl", XCOPA_ROWS)
+    with pytest.raises(UserError, match=r"found et, it; .*test\..*jsonl \(XCOPA\)"):
+        read(tmp_path / "data", Wanted())
+    lines(tmp_path / "records" / "deu.jsonl", [{"instruction": "a"}])
+    lines(tmp_path / "records" / "eng.jsonl", [{"instruction": "a"}])
+    with pytest.raises(UserError, match="found deu.jsonl, eng.jsonl; .* with instances"):
+        read(tmp_path / "records", Wanted())
     lines(flores / "fra.devtest", ["Un."] * 204)
     with pytest.raises(UserError, match="eng.devtest has 205 lines, .*fra.devtest 204"):
         read(flores, Wanted())
@@ -231,5 +244,6 @@ def test_line_separators_inside_a_sentence_do_not_shift_the_file(flores):
 
 
 def test_nothing_left_says_why(xcopa):
-    with pytest.raises(UserError, match="nothing of XCOPA is left to evaluate: .*no file for fra"):
-        read(xcopa, Wanted(languages=("fra",)))
+    items, notes = read(xcopa, Wanted(languages=("fra",)))
+    assert not items and notes == [f"XCOPA: no file for fra in {xcopa}",
+                                   f"XCOPA: nothing of {xcopa} is left to evaluate"]

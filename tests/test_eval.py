@@ -220,6 +220,18 @@ def test_tables_of_five_benchmarks_and_two_models(model_directory, five, tmp_pat
     assert not list((tmp_path / "out").glob("*/.partial*"))
 
 
+def test_a_benchmark_with_nothing_left_is_named_and_the_rest_run(model_directory, five, tmp_path, capsys):
+    base = ["--model", str(model_directory), "--max-new-tokens", "2", "--output", str(tmp_path), "--benchmarks"]
+    script.main([*base, *five[:2], "--languages", "de"])
+    said = capsys.readouterr().out
+    assert "2 items of PAWS-X, " in said and f"XCOPA: nothing of {five[1]} is left" in said
+    script.main([*base, five[1], five[3], "--mode", "understanding", "--languages", "it", "fr"])
+    said = capsys.readouterr().out
+    assert "30 items of XCOPA, " in said and f"XL-Sum: nothing of {five[3]} is left" in said
+    with pytest.raises(UserError, match="nothing to evaluate: PAWS-X: no file for it.*; XL-Sum: .*is left to evaluate"):
+        script.main([*base, five[0], five[3], "--languages", "it"])
+
+
 def arguments(model_directory, five, output):
     return ["--model", str(model_directory), "--benchmarks", *five, "--max-new-tokens", "16", "--output", str(output),
             "--names", "m"]
