@@ -197,8 +197,8 @@ def _languages(models, column) -> str:
             metric, mine = models[name][column]["main"], models[name][column]["groups"][group]
             result = mine["scores"][metric]
             cell = f"{result['value']:.2f} ± {(result['high'] - result['low']) / 2:.2f}"
-            if mine["unparsed"]:
-                cell += f", {100 * mine['unparsed'] / mine['items']:.0f} % unread"
+            cell += "".join(f", {100 * mine[count] / mine['items']:.0f} % {said}" for count, said in
+                            (("unparsed", "unread"), ("cut", "cut"), ("too_long", "too long")) if mine[count])
             if before is not None:
                 result["p"] = statistics.paired_bootstrap(before, mine["_scores"][metric])
                 cell += f", p {result['p']:.3f}"

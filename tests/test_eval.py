@@ -127,6 +127,19 @@ def test_a_prompt_too_long_is_cut_from_the_article_alone(tmp_path, five, archite
     assert scores["accuracy"].value == scores["acc"].value == 0
 
 
+def test_the_report_says_what_was_unread_cut_and_too_long():
+    base = {"benchmark": "xcopa", "column": "XCOPA", "group": "ita", "language": "ita", "target": "ita", "cut": 0,
+            "choices": ["a", "b"], "logps": [-1.0, -2.0], "parsed": "a", "reference": "a"}
+    changes = [{}, {"parsed": None}, {"parsed": None, "cut": None, "logps": None}, {"cut": 3}, {"cut": 9}]
+    table = report.results([base | change for change in changes])
+    entry = table["XCOPA"]["groups"]["ita"]
+    assert (entry["unparsed"], entry["cut"], entry["too_long"], entry["items"]) == (2, 2, 1, 5)
+    assert entry["scores"]["accuracy"]["value"] == 60 and entry["scores"]["acc"]["value"] == 80
+    row = report.markdown({"m": table}, []).split("| ita (high, 5) |")[1].split("|")[0]
+    assert row.endswith(", 40 % unread, 40 % cut, 20 % too long ") and row.strip().startswith("60.00 ± ")
+    assert "%" not in report.markdown({"m": report.results([base])}, []).split("| ita (high, 1) |")[1].split("|")[0]
+
+
 def test_answers_leave_room_for_prompts(tmp_path, five, capsys):
     """A model of 512 positions or fewer, asked for the default's 512 tokens, would have no prompt fit beside them."""
     directory = make_model(tmp_path, positions=400)
