@@ -20,10 +20,12 @@ from minixllm.tensor_files import read_header
 from minixllm.tokenizers import read_json
 
 PREFIX = "base_model.model."
-# Settings that change what an adapter computes, none of which plain LoRA has.
-UNSUPPORTED = ("use_rslora", "use_dora", "fan_in_fan_out", "modules_to_save", "layers_to_transform", "layers_pattern",
-               "rank_pattern", "alpha_pattern", "exclude_modules", "lora_bias", "target_parameters",
-               "trainable_token_indices", "layer_replication", "alora_invocation_tokens")
+# Settings that plain LoRA has or that change nothing it computes; any other that is set makes it something else.
+PLAIN = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+         "inference_mode", "r", "target_modules", "lora_alpha", "lora_dropout", "bias", "init_lora_weights",
+         "eva_config", "megatron_core", "qalora_group_size"}
+# Initial weights that leave the base as it is. "pissa", "olora", "corda", "loftq" and others subtract from it.
+INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 # What the paper's recipe adapts, by model_type; for BLOOM, where it names none, the usual choice.
 TARGETS = {"llama": ["q_proj", "v_proj"], "bloom": ["query_key_value"]}
 
@@ -117,9 +119,12 @@ def read_adapter_config(directory) -> LoraConfig:
     saved = read_json(path)
     if saved.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type: found {saved.get('peft_type')!r}, expected 'LORA'")
-    for key in UNSUPPORTED:
-        if saved.get(key):
-            raise UserError(f"{path}: {key}: found {saved[key]!r}, expected plain LoRA without it")
+    for key, value in saved.items():
+        if value and key not in PLAIN:
+            raise UserError(f"{path}: {key}: found {value!r}, expected plain LoRA without it")
+    if (init := saved.get("init_lora_weights", True)) not in INITS:
+        raise UserError(f"{path}: init_lora_weights: found {init!r}, which changes the base model's weights; expected "
+                        f"one of {', '.join(map(str, INITS))}")
     if saved.get("bias", "none") != "none":
         raise UserError(f"{path}: bias: found {saved['bias']!r}, expected 'none'")
     targets = saved.get("target_modules")

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minixllm import checkpoint, lora
+from minixllm import adapters, checkpoint, lora
 from minixllm.adapters import base_directory, load, load_adapter, read_adapter_config, save_adapter
 from minixllm.checkpoint import load_model
 from minixllm.errors import UserError
 from minixllm.lora import LoraConfig, LoraLinear, add_lora
 
-TARGETS = {"llama": ("q_proj", "v_proj"), "bloom": ("query_key_value",)}
+TARGETS = {"llama": ("q_proj", "v_proj", "down_proj"), "bloom": ("query_key_value", "dense", "dense_4h_to_h")}
 IDS = torch.randint(0, 90, (2, 11), generator=torch.Generator().manual_seed(0))
 
 
@@ -69,16 +69,20 @@ def test_peft_opens_our_adapter(base, arch, tmp_path):
     assert not torch.allclose(model(IDS), load_model(base)(IDS), atol=1e-2)
 
 
-def test_we_open_an_adapter_of_peft_merged_and_unmerged(base, arch, tmp_path):
+@pytest.mark.parametrize("init", adapters.INITS)
+def test_we_open_an_adapter_of_peft_merged_and_unmerged(base, arch, init, tmp_path):
     import peft
     import transformers
 
     torch.manual_seed(5)
     theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(
-        r=3, lora_alpha=7, target_modules=list(TARGETS[arch]), init_lora_weights=False, task_type="CAUSAL_LM")).eval()
+        r=4, lora_alpha=7, target_modules=list(TARGETS[arch]), init_lora_weights=init, task_type="CAUSAL_LM")).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
     theirs.save_pretrained(tmp_path)
     config = read_adapter_config(tmp_path)
-    assert (config.r, config.lora_alpha) == (3, 7)
+    assert (config.r, config.lora_alpha) == (4, 7)
     model = load_model(base)
     add_lora(model, config)
     load_adapter(model, tmp_path)
@@ -150,6 +154,14 @@ def test_a_target_that_is_no_layer_is_named(base):
     ({"peft_type": "IA3"}, "peft_type: found 'IA3'"),
     ({"use_dora": True}, "use_dora"),
     ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
+    ({"use_qalora": True}, "use_qalora: found True, expected plain LoRA without it"),
+    ({"kasa_config": {"beta": 1}}, "kasa_config"),
+    ({"of_a_later_peft": 3}, "of_a_later_peft: found 3"),
+    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: found 'pissa_niter_4', which changes the base"),
+    ({"init_lora_weights": "olora"}, "init_lora_weights"),
+    ({"init_lora_weights": "corda"}, "init_lora_weights"),
+    ({"init_lora_weights": "loftq"}, "init_lora_weights"),
+    ({"init_lora_weights": "lora_ga"}, "init_lora_weights"),
     ({"bias": "all"}, "bias: found 'all'"),
     ({"r": "8"}, "r: found '8', expected a number"),
     ({"target_modules": "all-linear"}, "target_modules"),
