@@ -63,18 +63,17 @@ def main(argv=None) -> None:
     world = parallel.setup()
     start = time.perf_counter()
     models = name_models(settings.model or default_models(), settings.names)
-    folders, wanted = settings.benchmarks, benchmarks.Wanted(
-        settings.mode, tuple(settings.languages), tuple(settings.directions), settings.limit, settings.seed,
-        Path(settings.templates) if settings.templates else None)
-    notes = []
+    folders, notes = settings.benchmarks, []
     if not folders:
         from minixllm.build import demo_benchmarks
         with world.one_by_one():
             folders, templates = demo_benchmarks.build(Path(settings.output) / "stand-in")
-        wanted = dataclasses.replace(wanted, templates=wanted.templates or templates)
+        settings.templates = settings.templates or str(templates)
         notes.append("these are stand-ins made from held-out CLDR items, not the published benchmarks; a language "
                      "identifier cannot tell the language of texts so short: no off-target rates")
 
+    wanted = benchmarks.Wanted(settings.mode, tuple(settings.languages), tuple(settings.directions), settings.limit,
+                               settings.seed, Path(settings.templates) if settings.templates else None)
     items, read = [], {}
     for folder in folders:
         found, remarks = benchmarks.read(folder, wanted)

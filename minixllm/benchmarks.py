@@ -15,7 +15,7 @@ default, per language or direction, from the start of the file. The directory te
 import functools
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from minixllm import languages
@@ -75,6 +75,8 @@ def read(path, wanted: Wanted) -> tuple[list[Item], list[str]]:
     reader = _Reader(name, path, wanted, read_templates(wanted.templates), notes)
     if not (items := READERS[name](reader)):
         reader.note(f"nothing of {path} is left to evaluate")
+    for source, asked_in in reader.used.items():
+        reader.note(f"{wanted.mode} mode, instructions in {', '.join(asked_in)}: {source}")
     return items, notes
 
 
@@ -111,6 +113,7 @@ class _Reader:
     wanted: Wanted
     templates: dict
     notes: list[str]
+    used: dict[str, dict] = field(default_factory=dict)   # {where instructions are from: {the languages they are in}}
 
     @property
     def limit(self) -> int | None:
@@ -131,7 +134,16 @@ class _Reader:
     def template(self, code: str) -> tuple[dict, str]:
         """The instruction for items in this language, and the language it is written in."""
         asked_in = code if self.wanted.mode == "understanding" else "eng"
-        return self.templates[self.benchmark, asked_in], asked_in
+        template = self.templates[self.benchmark, asked_in]
+        shipped = template == read_templates().get((self.benchmark, asked_in))
+        self.used.setdefault("as shipped" if shipped else str(self.wanted.templates), {})[asked_in] = None
+        for key in ("instruction", "input"):
+            try:
+                template[key].format(**dict.fromkeys(FIELDS[self.benchmark] | {"language"}, ""))
+            except (ValueError, LookupError) as error:
+                raise UserError(f"{self.wanted.templates}: [{self.benchmark}.{asked_in}]: {key}: {error} in "
+                                f"{template[key]!r}; expected fields alone, such as {{language}}") from None
+        return template, asked_in
 
     def note(self, text: str) -> None:
         self.notes.append(f"{TITLES[self.benchmark]}: {text}")
@@ -174,6 +186,8 @@ def _pawsx(reader: _Reader) -> list[Item]:
             items.append(reader.item(code, id, template,
                                      {"sentence1": first, "sentence2": second, "language": _name(code, asked_in)},
                                      choices[label == "0"], choices=choices, words=words))
+        if not count + skipped:
+            raise UserError(f"{file}: holds no rows, expected id, sentence1, sentence2, label in each")
         if skipped:
             reader.note(f"{file}: {skipped} rows skipped, a sentence is the placeholder NS")
     return items
@@ -194,12 +208,13 @@ def _xcopa(reader: _Reader) -> list[Item]:
             texts = {key: _text(file, line, entry, key) for key in ("premise", "choice1", "choice2", "question")}
             if texts["question"] not in ("cause", "effect"):
                 raise UserError(f"{file}, line {line}: question {texts['question']!r}, expected 'cause' or 'effect'")
-            if entry.get("label") not in (0, 1):
-                raise UserError(f"{file}, line {line}: label {entry.get('label')!r}, expected 0 or 1")
+            label = entry.get("label")
+            if type(label) is not int or label not in (0, 1):
+                raise UserError(f"{file}, line {line}: label {label!r}, expected 0 or 1")
             choices = texts["choice1"], texts["choice2"]
             fields = {**texts, "question": template[texts["question"]], "language": _name(code, asked_in)}
             items.append(reader.item(code, _id(file, line, entry, "idx", count), template, fields,
-                                     choices[entry["label"]], choices=choices, words=(("A",), ("B",))))
+                                     choices[label], choices=choices, words=(("A",), ("B",))))
     return items
 
 
@@ -220,6 +235,7 @@ def _xlsum(reader: _Reader) -> list[Item]:
 def _self_instruct(reader: _Reader) -> list[Item]:
     """Instruction and input as the file has them, in its language, in both modes."""
     template, items = {"instruction": "{instruction}", "input": "{input}"}, []
+    reader.used["as in its files"] = {"the languages themselves": None}
     files = _by_language(reader, reader.path.glob("*.jsonl"), lambda f: f.stem)
     for code, file in reader.choose(files).items():
         for count, (line, entry) in enumerate(read_objects(file)):
@@ -354,7 +370,7 @@ def _lines(file: Path) -> list[str]:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 at byte {error.start}") from None
-    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
 def _text(file: Path, line: int, entry: dict, key: str, empty: bool = False) -> str:

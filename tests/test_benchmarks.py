@@ -65,7 +65,8 @@ def test_xcopa(xcopa):
     chinese = [i for i in items if i.group == "zho_simpl"]
     assert ("Here is a premise: 物品用气泡纸包着。. What is the cause? Help me pick the more plausible option: "
             "-A: 它很易碎。, -B: 它很小。.\n\n### Response:") in chinese[0].prompt()
-    assert [i.reference for i in chinese] == ["它很易碎。", "武器。"] and not notes and chinese[1].id == "8"
+    assert [i.reference for i in chinese] == ["它很易碎。", "武器。"] and chinese[1].id == "8"
+    assert notes == ["XCOPA: generating mode, instructions in eng: as shipped"]
     italian, _ = read(xcopa, Wanted(mode="understanding", languages=("it",), limit=1))
     assert len(italian) == 1 and "Qual è la causa?" in italian[0].prompt()
 
@@ -134,7 +135,8 @@ def test_xlsum_and_self_instruct(tmp_path):
     task = {"id": "t0", "instruction": "Schreibe {es} um.", "instances": [{"input": "Das da.", "output": "Dies."}]}
     lines(tmp_path / "self" / "de.jsonl", [task, {**task, "instances": [{"input": "", "output": "x"}]}])
     lines(tmp_path / "self" / "user_oriented_instructions.jsonl", [task])
-    items, _ = read(tmp_path / "self", Wanted(mode="understanding"))
+    items, notes = read(tmp_path / "self", Wanted(mode="understanding"))
+    assert notes == ["Self-Inst*: understanding mode, instructions in the languages themselves: as in its files"]
     assert [i.group for i in items] == ["deu", "deu", "eng"]
     assert "### Instruction:\nSchreibe {es} um.\n\n### Input:\nDas da.\n" in items[0].prompt()
     assert "### Input" not in items[1].prompt()
@@ -144,7 +146,8 @@ def test_real_files(data):
     items, _ = read(data / "xcopa", Wanted())
     assert len(items) == 3000 and {i.group for i in items} == {"est", "ind", "ita", "swh", "tam", "zho_simpl"}
     items, notes = read(data / "ntrex", Wanted(directions=("from-english", "to-english", "low-high")))
-    assert len(items) == (88 * 2 + 15) * 200 and not notes
+    assert len(items) == (88 * 2 + 15) * 200
+    assert notes == ["Translation: generating mode, instructions in eng: as shipped"]
     items, _ = read(data / "self_instruct", Wanted())
     assert len(items) == 252
 
@@ -165,8 +168,18 @@ def test_languages_without_an_instruction_are_named(flores, tmp_path):
                                                               for note in notes)
     mine = tmp_path / "mine.toml"
     mine.write_text('[translation.fra]\ninstruction = "Traduis du {source_language} : {source}"\n', encoding="utf-8")
-    items, _ = read(flores, Wanted(mode="understanding", directions=("fra-eng",), templates=mine))
+    items, notes = read(flores, Wanted(mode="understanding", directions=("fra-eng", "eng-fra"), templates=mine))
     assert "Traduis du français : Un. 0" in items[0].prompt()
+    assert notes == [f"Translation: understanding mode, instructions in fra: {mine}",
+                     "Translation: understanding mode, instructions in eng: as shipped"]
+
+
+def test_a_template_that_cannot_be_filled_in_is_named(xcopa, tmp_path):
+    for number, field in enumerate(("{premise:d}", "{premise:>{width}}", "{premise!x}")):
+        mine = tmp_path / f"{number}.toml"
+        mine.write_text(f'[xcopa.eng]\ninstruction = "{field}"\n', encoding="utf-8")
+        with pytest.raises(UserError, match=r".toml: \[xcopa.eng\]: instruction: .* in '{premise.*expected fields"):
+            read(xcopa, Wanted(templates=mine))
 
 
 @pytest.mark.parametrize("text, said", [
@@ -188,7 +201,11 @@ def test_wrong_templates(tmp_path, text, said):
     ("de/test_2k.tsv", PAWSX_ROWS + ["4\tone\ttwo"], "test_2k.tsv, line 5: 3 columns, expected 4"),
     ("de/test_2k.tsv", PAWSX_ROWS + ["4\tone\ttwo\tthree\t1"], "line 5: 5 columns"),
     ("de/test_2k.tsv", PAWSX_ROWS + ["4\tone\ttwo\t2"], "line 5: label '2', expected 0 or 1"),
+    ("de/test_2k.tsv", [], "test_2k.tsv: holds no rows, expected id"),
+    ("de/test_2k.tsv", PAWSX_ROWS[:1], "test_2k.tsv: holds no rows, expected id"),
     ("test.it.jsonl", [{**XCOPA_ROWS[0], "label": 2}], "test.it.jsonl, line 1: label 2"),
+    ("test.it.jsonl", [{**XCOPA_ROWS[0], "label": 1.0}], "test.it.jsonl, line 1: label 1.0, expected 0 or 1"),
+    ("test.it.jsonl", [{**XCOPA_ROWS[0], "label": True}], "test.it.jsonl, line 1: label True, expected 0 or 1"),
     ("test.it.jsonl", [XCOPA_ROWS[0], {**XCOPA_ROWS[0], "question": "why"}], "line 2: question 'why'"),
     ("test.it.jsonl", [{k: v for k, v in XCOPA_ROWS[0].items() if k != "choice2"}], "line 1: choice2: found None"),
     ("test.it.jsonl", [{**XCOPA_ROWS[0], "choice1": " "}], "line 1: choice1: found ' '"),

@@ -54,4 +54,8 @@ def test_three_commands(arch, tmp_path, monkeypatch, capsys):
     assert all(name in table for name in ("XCOPA all", "FLORES(f) all", "FLORES(t) all", "XL-Sum all",
                                        "Self-Inst* all"))
     assert "| sft |" in said and "| dpo |" in said and "stand-ins" in said
-    assert (tmp_path / "runs/eval/report.md").exists()
+    results = json.loads((tmp_path / "runs/eval/results.json").read_text("utf-8"))
+    assert results["settings"]["templates"] == "runs/eval/stand-in/instructions.toml"
+    for name, source in (("XL-Sum", results["settings"]["templates"]), ("PAWS-X", "as shipped")):
+        note = f"{name}: generating mode, instructions in eng: {source}"
+        assert note in results["notes"] and note in (tmp_path / "runs/eval/report.md").read_text("utf-8")

@@ -229,7 +229,9 @@ def test_tables_of_five_benchmarks_and_two_models(model_directory, five, tmp_pat
     assert len(predictions) == 4 + 60 + 36 + 8 + 3 and {"prompt", "answer", "parsed", "reference",
                                                         "language"} <= set(predictions[0])
     assert (tmp_path / "out/scores.png").stat().st_size > 1000
-    assert (tmp_path / "out/report.md").read_text(encoding="utf-8") in said
+    written = (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    assert written in said and "- XCOPA: generating mode, instructions in eng: as shipped" in written
+    assert "XCOPA: generating mode, instructions in eng: as shipped" in results["notes"]
     assert not list((tmp_path / "out").glob("*/.partial*"))
 
 
