@@ -4,7 +4,7 @@ The paper generates answers freely and parses them, by rules it does not give. T
 answer in NFKC form after the prompt, if repeated, and anything from a further "### " heading on are cut away:
 
 yes / no (the words of the instruction's language, the item's, and English)
-  1. the question's own "yes or no", repeated, says nothing and is passed over;
+  1. the question's own "yes or no", repeated, says nothing and is passed over, and so do "yes and no" and "no sé";
   2. the answer begins with a word for yes or for no: that one ("No, because ...", "**Yes.**", "是的", "不是改写");
   3. words for one of the two occur as whole words, with no letter on either side in any script, for the other do not:
      that one ("I would say yes").
@@ -35,7 +35,9 @@ _NAMED = re.compile(r"""\b(?i:answer|option|choice|choose|pick|select)(?i:\s+is)
                     r"([AB])\b(?!\s*(?:and|or|/|&)\s*-?[AB]\b)"
                     r"|\b([AB])\s+is\s+the\s+(?:better|best|correct|right|(?:more|most)\s+plausible)\b")
 _BOTH = re.compile(_OPENING + r"(?:(?i:both|neither)\b|A\s*(?:and|or|[/&,])\s*-?B\b|B\s*(?:and|or|[/&,])\s*-?A\b)")
-_OR = r"""["'“”„«»「」]*\s*(?:/|\bor\b|\boder\b|\bou\b|\bo\b|또는|または|か|或者|或)\s*["'“”„«»「」]*"""
+_OR = (r"""["'“”„«»「」]*\s*(?:/|\b(?:or|oder|ou|o|and|und|et|y)\b|또는|または|か|或者|或|그리고|と|和)\s*"""
+       r"""["'“”„«»「」]*""")
+_UNKNOWING = r"\bno (?:(?:lo )?sé|estoy segur[oa]|idea)\b"
 _MARKED = re.compile(r"""(?<!\w)(?:\(([AB])\)|\[([AB])\]|([AB])(?=\s*[:.)])|(?<=:)[\s\-"'*]*([AB])(?=\W*$))""")
 
 
@@ -59,7 +61,7 @@ def yes_no(answer: str, words: tuple[tuple[str, ...], tuple[str, ...]]) -> int |
     word = "|".join(re.escape(word) + (_ENDED if word in _ORDINARY else "" if _UNSPACED.search(word) else r"(?!\w)")
                     for word in longest_first)
     yes, no = ("|".join(re.escape(_normal(w)) for w in words[choice]) for choice in (0, 1))
-    answer = re.sub(f"(?:{yes}){_OR}(?:{no})|是否", " ", answer)
+    answer = re.sub(f"(?:{yes}){_OR}(?:{no})|是否|{_UNKNOWING}", " ", answer)
     if first := re.match(f"{_OPENING}({word})", answer):
         return meaning[first[1]]
     said = {meaning[found[1]] for found in re.finditer(rf"(?<!\w)({word})(?!\w)", answer)}
