@@ -56,6 +56,8 @@ class Settings(LoraSettings, TrainingSettings):
 
 def main(argv=None):
     settings = parse(Settings, argv, demo_feedback.SETTINGS, description=__doc__)
+    if settings.loss == "ipo" and settings.label_smoothing:
+        raise UserError(f"label_smoothing: found {settings.label_smoothing} with --loss ipo, expected 0")
     world = parallel.setup()
     check_output(settings.output, settings.resume)
     check_target(Path(settings.output) / "model")
@@ -85,8 +87,10 @@ def main(argv=None):
         held_out = np.arange(len(held_out_data))
     else:
         held_out_data, (records, held_out) = data, hold_out(data, settings.held_out_per_language, settings.seed)
-    if world.first and not embedded:
-        print(data.summary())
+    if world.first:
+        for each in dict.fromkeys((data, held_out_data)):
+            print(each.total() if embedded else f"{each.summary()}\n{each.total()}")
+        print(f"{len(records):,} pairs to train on, {len(held_out):,} held out")
     stream = Stream(data, settings.seed, settings.batch_size, settings.micro_batch_size, None,
                     world.rank, world.size, records=records)
 

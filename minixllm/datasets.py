@@ -38,6 +38,9 @@ def encode_instruction(record: Instruction, tokenizer, max_length: int, too_long
         return language, None, counts
     prompt = encode_prompt(tokenizer, prompts.alpaca(record.instruction, record.input))
     answer = tokenizer.encode(record.output) + [tokenizer.eos_id]
+    if len(answer) == 1:  # of characters that the tokenizer drops
+        counts.empty = 1
+        return language, None, counts
     counts.tokens, counts.characters = len(answer) - 1, len(record.output)
     if len(prompt) + len(answer) > max_length:
         if too_long == "drop" or len(prompt) >= max_length:
@@ -59,17 +62,15 @@ def encode_preference(record: Preference, tokenizer, max_length: int, too_long: 
     languages = [name for name in (record.language, record.response_language) if name] or [UNKNOWN]
     language = ">".join(dict.fromkeys(languages))
     text = prompts.preference(record)
-    if not (text.strip() and record.chosen.strip() and record.rejected.strip()):
+    prompt = encode_prompt(tokenizer, text)
+    answers = [tokenizer.encode(answer) + [tokenizer.eos_id] for answer in (record.chosen, record.rejected)]
+    # in text, or to the tokenizer, which may drop characters or turn some into others
+    if not all(map(str.strip, (text, record.chosen, record.rejected))) or not prompt or min(map(len, answers)) == 1:
         counts.empty = 1
         return language, None, counts
-    if record.chosen.strip() == record.rejected.strip():
+    if record.chosen.strip() == record.rejected.strip() or answers[0] == answers[1]:
         counts.equal = 1
         return language, None, counts
-    prompt = encode_prompt(tokenizer, text)
-    if not prompt:  # of characters that the tokenizer drops
-        counts.empty = 1
-        return language, None, counts
-    answers = [tokenizer.encode(answer) + [tokenizer.eos_id] for answer in (record.chosen, record.rejected)]
     counts.tokens = sum(map(len, answers)) - 2
     counts.characters = len(record.chosen) + len(record.rejected)
     if len(prompt) + max(map(len, answers)) > max_length:
@@ -150,6 +151,14 @@ class PreferenceData(TokenCache):
         ids = np.concatenate([prompt, chosen[:-1], prompt[-1:], rejected[:-1]])
         return ids, np.concatenate([np.full(len(prompt) - 1, IGNORE), chosen, rejected])
 
+    def total(self) -> str:
+        """What was kept, left out and cut, over all languages."""
+        counts = Counts()
+        for each in self.report.values():
+            counts.add(each)
+        return (f"{counts.kept:,} pairs; left out {counts.too_long:,} too long, {counts.empty:,} empty, "
+                f"{counts.equal:,} equal; {counts.truncated:,} truncated")
+
     def document(self, index: int) -> tuple[int, list[int]]:
         prompt, *answers = self.segments[index].tolist()
         return prompt - 1, answers
@@ -205,11 +214,17 @@ def collate(data, records) -> Batch:
 
 
 def hold_out(data, per_language: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(the ids to train on, the ids held out): of each language `per_language` records, but never over a tenth."""
+    """(the ids to train on, the ids held out): of each language `per_language` records, but never over a tenth.
+
+    Where every language has under ten, a tenth of all records, with as many of a language at most.
+    """
     order = np.random.default_rng(seed).permutation(len(data))
-    languages = data.languages[order]
-    held = [order[languages == language] for language in range(len(data.language_names))]
-    held = np.sort(np.concatenate([each[:min(per_language, len(each) // 10)] for each in held]))
+    languages = [order[data.languages[order] == language] for language in range(len(data.language_names))]
+    held = np.concatenate([each[:min(per_language, len(each) // 10)] for each in languages])
+    if not len(held):
+        few = np.concatenate([each[:per_language] for each in languages])
+        held = order[np.isin(order, few)][:len(data) // 10]
+    held = np.sort(held)
     return np.setdiff1d(np.arange(len(data)), held), held
 
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import time
+import unicodedata
 from collections import Counter
 
 import numpy as np
@@ -360,6 +361,22 @@ def test_held_out_records_are_never_trained_on(sft):
     assert list(in_order(sft, held[:0], 600)) == []
 
 
+def test_few_records_of_each_language_are_held_out_from_all():
+    class Few:
+        languages = np.repeat(np.arange(30), 5)
+        language_names = list(map(str, range(30)))
+
+        def __len__(self):
+            return len(self.languages)
+
+    train, held = hold_out(Few(), per_language=20)
+    assert len(held) == 15 and sorted([*train, *held]) == list(range(150))
+    assert not np.array_equal(hold_out(Few(), 20, seed=1)[1], held)
+    most = max(np.bincount(hold_out(Few(), 20, seed)[1] // 5).max() for seed in range(5))
+    assert most > 1 == max(np.bincount(hold_out(Few(), 1, seed)[1] // 5).max() for seed in range(5))
+    assert not len(hold_out(Few(), 0)[1])
+
+
 # What a model makes of them
 
 @pytest.fixture(scope="module")
@@ -441,6 +458,22 @@ def test_a_prompt_of_which_the_tokenizer_leaves_nothing(tmp_path):
                                         {"prompt": "x", "chosen": "a", "rejected": "b"}])
     data = PreferenceData(path, Dropping(prefix=()), 400, tmp_path / "cache")
     assert len(data) == 1 and sum(counts.empty for counts in data.report.values()) == 1
+
+
+def test_answers_are_compared_as_the_tokenizer_sees_them(tmp_path):
+    class Folding(Bytes):
+        def encode(self, text, add_special_tokens=False):
+            return super().encode(unicodedata.normalize("NFKC", text).replace("\u200b", ""), add_special_tokens)
+
+    entries = [{"instruction": "a", "chosen": c, "rejected": r, "output": c}
+               for c, r in (("ﬁ", "fi"), ("b", "\u200b"), ("b", "c"), ("\u200b", "c"))]
+    path = write(tmp_path / "a.jsonl", entries)
+    data = PreferenceData(path, Folding(), 400, tmp_path / "cache")
+    report = data.report["und"]
+    assert (len(data), report.equal, report.empty) == (1, 1, 2)
+    assert data.total() == "1 pairs; left out 0 too long, 2 empty, 1 equal; 0 truncated"
+    sft = SFTData(path, Folding(), 400, tmp_path / "cache")
+    assert (len(sft), sft.report["und"].empty) == (3, 1)
 
 
 PAIR = {"instruction": "Say", "chosen": "oui", "rejected": "yes!", "language": "eng", "response_language": "fra"}
