@@ -81,29 +81,40 @@ def cached(model, world, data, directory, folder, dtype: str, tokens: int):
     """The reference as a table (pairs, 2) of what `model`, as it now is, gives; made once and kept below `folder`.
 
     A collective. The file is named by what it depends on: the pairs as tokenised, the weights in `directory`, which the
-    model was loaded from, and the types these are held and computed in. `tokens`: about how many are computed at once.
+    model was loaded from, and the types these are held and computed in. Only the first process reads and writes it: the
+    others may be on machines that do not see it. `tokens`: about how many are computed at once.
     """
     inputs = [data.key, _digest(directory), str(model.embedding.weight.dtype), dtype]
     key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
     path = Path(folder) / f"reference-{key}.npy"
-    found = world.sum(torch.tensor(float(path.exists()), device=world.device)) == world.size
+    table = torch.zeros(len(data), 2, device=world.device)
+    stored = _stored(path, len(data)) if world.first else None
+    if stored is not None:
+        table += stored.to(world.device)
+    found = world.sum(torch.tensor(float(stored is not None), device=world.device)) > 0
     if not found:
-        table = torch.zeros(len(data), 2, device=world.device)
         with tqdm(total=len(data), unit="pair", desc="reference", disable=not world.first, dynamic_ncols=True) as bar:
             for batch in in_order(data, np.arange(len(data)), tokens, world.rank, world.size):
                 with torch.no_grad():
                     table[batch.records] = pair_logps(model, batch)
                 bar.update(len(batch.records) * world.size)
-        world.sum(table)
-        if world.first:
-            with atomic_write(path, "wb") as file:
-                np.save(file, table.cpu().numpy())
-        world.barrier()
-    table = torch.from_numpy(np.load(path, allow_pickle=False))
+    world.sum(table)
+    if world.first and not found:
+        with atomic_write(path, "wb") as file:
+            np.save(file, table.cpu().numpy())
 
     def reference(model, batch):
-        return table[batch.records].to(world.device)
+        return table[batch.records]
     return reference
+
+
+def _stored(path: Path, pairs: int) -> torch.Tensor | None:
+    """The table (pairs, 2) in a file; None where there is none or it is damaged, to be made anew."""
+    try:
+        table = torch.from_numpy(np.load(path, allow_pickle=False))
+    except (OSError, ValueError, EOFError):
+        return None
+    return table if table.shape == (pairs, 2) else None
 
 
 def _digest(directory) -> str:

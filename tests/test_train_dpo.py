@@ -127,6 +127,49 @@ def test_a_reference_of_weights_held_in_bf16_is_another(models, pairs, tmp_path)
     assert len(list(tmp_path.glob("reference-*.npy"))) == 2
 
 
+def test_a_cached_reference_is_read_again_and_made_anew_for_other_pairs_or_when_damaged(models, pairs, tmp_path,
+                                                                                      monkeypatch):
+    model, tokenizer = load(models / "llama")
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(pairs.read_text().splitlines(True)[::2]))
+    data, other = (PreferenceData([path], tokenizer, 200, tmp_path) for path in (pairs, fewer))
+    world, batch, computed = parallel.setup("cpu"), collate(data, [3, 1]), []
+    monkeypatch.setattr(dpo, "pair_logps", lambda *args: computed.append(1) or pair_logps(*args))
+
+    def reference(data):
+        computed.clear()
+        made = dpo.cached(model, world, data, models / "llama", tmp_path, "torch.float32", 400)
+        return made, bool(computed)
+
+    first, made = reference(data)
+    assert made and torch.allclose(first(None, batch), pair_logps(model, batch), atol=1e-5)
+    [file] = tmp_path.glob("reference-*.npy")
+    again, made = reference(data)
+    assert not made and torch.equal(again(None, batch), first(None, batch))
+    assert reference(other)[1] and len(list(tmp_path.glob("reference-*.npy"))) == 2
+    for damaged in (b"", file.read_bytes()[:-4], b"\x93NUMPY nonsense"):
+        file.write_bytes(damaged)
+        again, made = reference(data)
+        assert made and torch.equal(again(None, batch), first(None, batch)) and not reference(data)[1]
+
+
+def test_a_cached_reference_needs_no_shared_disk(models, pairs, tmp_path, torchrun):
+    """Each process with a folder of its own; the first one's, once written, serves both."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; from minixllm import dpo, parallel; from minixllm.checkpoint import load\n"
+        "from minixllm.datasets import PreferenceData, collate\n"
+        "world, (models, pairs, folder) = parallel.setup('cpu'), sys.argv[1:]\n"
+        "folder += f'/{world.rank}'; model, tokenizer = load(models + '/llama')\n"
+        "data = PreferenceData([pairs], tokenizer, 200, folder)\n"
+        "def reference(): return dpo.cached(model, world, data, models + '/llama', folder, 'torch.float32', 400)\n"
+        "first = reference(); dpo.pair_logps = None; again = reference(); batch = collate(data, range(len(data)))\n"
+        "found = world.gather((first(0, batch).tolist(), again(0, batch).tolist()))\n"
+        "assert found.count(found[0]) == 2 and found[0][0] == found[0][1]; parallel.close()\n")
+    torchrun(2, script, models, pairs, tmp_path)
+    assert len(list(tmp_path.glob("0/reference-*.npy"))) == 1 and not list(tmp_path.glob("1/reference-*.npy"))
+
+
 def test_dropout_is_off(runs, models, pairs, tmp_path):
     train_dpo.main([*flags(models, pairs, "llama", tmp_path, "lora"), "--lora-dropout", "0.9"])
     assert metrics(tmp_path) == metrics(runs("llama", "lora"))
@@ -139,11 +182,25 @@ def test_held_out_measures_come_by_pair_of_languages(runs):
         assert held_out[name] == pytest.approx(mean, abs=1e-6)
 
 
-def test_no_pair_held_out_measures_nothing(models, pairs, tmp_path):
+def test_no_pair_held_out_measures_nothing(models, pairs, tmp_path, capsys):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(pairs.read_text().splitlines(True)[:6]))
     train_dpo.main(flags(models, few, "llama", tmp_path / "out", "lora"))
     assert metrics(tmp_path / "out")[1] == [{}]
+    assert "6 pairs to train on, 0 held out" in capsys.readouterr().out
+
+
+def test_what_was_left_out_is_said_of_held_out_files_too(models, pairs, tmp_path, capsys):
+    lines = pairs.read_text().splitlines(True)
+    equal = json.dumps(json.loads(lines[0]) | {"chosen": "red", "rejected": "red"}) + "\n"
+    (tmp_path / "train.jsonl").write_text("".join(lines[:12]) + 2 * equal)
+    (tmp_path / "valid.jsonl").write_text("".join(lines[12:19]) + equal)
+    train_dpo.main([*flags(models, tmp_path / "train.jsonl", "llama", tmp_path / "out", "lora"), "--steps", "1",
+                    "--held-out", str(tmp_path / "valid.jsonl")])
+    said = capsys.readouterr().out
+    for kept, equal in ((12, 2), (7, 1)):
+        assert f"{kept} pairs; left out 0 too long, 0 empty, {equal} equal; 0 truncated" in said
+    assert "12 pairs to train on, 7 held out" in said and said.count("tokens/character") == 2
 
 
 def test_ipo_starts_at_its_own_loss(runs):
@@ -216,6 +273,8 @@ def test_the_adapter_beside_the_base_is_the_merged_model(runs, models):
 def test_what_is_missing_is_named(models, pairs, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--data without --model"):
         train_dpo.main(["--data", str(pairs), "--output", str(tmp_path / "out")])
+    with pytest.raises(UserError, match="label_smoothing: found 0.1 with --loss ipo, expected 0"):
+        train_dpo.main([*flags(models, pairs, "llama", tmp_path / "out", "ipo"), "--label-smoothing", "0.1"])
     monkeypatch.setattr(train_dpo.demo_feedback, "SFT_MODEL", tmp_path / "none")
     with pytest.raises(UserError, match="run torchrun train_sft.py first"):
         train_dpo.main(["--output", str(tmp_path / "out")])
