@@ -53,8 +53,8 @@ def repeated(head: bytes) -> str:
 class Server:
     """`with Server(fault) as server:` serves on server.port of 127.0.0.1, in a thread.
 
-    fault: (request number, body) -> None, or "silence", "cut", "text", "shape", "huge", a status such as "429",
-    "temperature", which is 400 in OpenAI's words, or "closed" after a good answer.
+    fault: (request number, body) -> None, or "silence", "cut", "text", "shape", "huge", a status such as "429", which
+    asks to wait for `retry_after`, "temperature", which is 400 in OpenAI's words, or "closed" after a good answer.
     `asked` holds the bodies of all requests, `answered` of those answered well, `all_headers` the heads.
     """
 
@@ -62,6 +62,7 @@ class Server:
         self.fault, self.port, self.tls, self.keep = fault, port, tls, keep
         self.asked, self.answered, self.all_headers, self.number = [], [], [], 0
         self.echo = False  # repeat the request's headers in answers
+        self.retry_after = "1"
 
     def __enter__(self):
         started = threading.Event()
@@ -143,7 +144,7 @@ class Connection(asyncio.Protocol):
                                  f"{body['temperature']} with this model. Only the default (1) value is supported."}})
             answer = answer.encode()
         elif fault and fault != "closed":
-            status, extra = f"{fault} Something {repeated(head)}", "Retry-After: 1\r\n" if fault == "429" else ""
+            status, extra = f"{fault} Something {repeated(head)}", f"Retry-After: {server.retry_after}\r\n" if fault == "429" else ""
             answer = f'{{"error": {{"message": "you sent {repeated(head)}"}}}}'.encode()
         self.transport.write(f"HTTP/1.1 {status}\r\n{extra}Content-Length: {len(answer)}\r\n\r\n".encode() + answer)
         if fault == "closed":

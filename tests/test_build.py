@@ -130,7 +130,7 @@ def twice(stub, folder, items=range(40)):
         return {"answer": ask(stub, services.Prompt(f"{first} {item}"))}
 
     with runner.Runner(runner.RunnerSettings(output=str(folder))) as run:
-        run.work(task, items, len(items), "twice")
+        run.work(task, items, len(items), "twice", lambda item: {"id": item})
         return run, run.write(folder / "twice.jsonl", task, items, lambda item: {"id": item})
 
 
@@ -141,7 +141,8 @@ def test_what_many_records_ask_is_asked_once(tmp_path):
     # nor again in the same run when it has failed: some records would go on from an answer that others never saw
     stub = Stub(fails=lambda text, number: number == 1)
     run, report = twice(stub, tmp_path / "failed")
-    assert stub.asked == ["the same"] and report["failed"] == 40 and len(run.failures) == 40
+    assert stub.asked == ["the same"] and report["failed"] == 40
+    assert [failure["id"] for failure in run.failures] == list(range(40))   # in the order of their source
     assert twice(stub, tmp_path / "failed")[1]["records"] == 40
 
 
@@ -217,7 +218,7 @@ def test_a_model_that_refuses_temperatures(tmp_path, undisturbed, capsys):
         chat = services.service(f"chat:model@{server.url}")
         with runner.Runner(runner.RunnerSettings(output=str(tmp_path / "translated"))) as run:
             run.reach(chat)
-            assert "Good morning." in str(server.answered[-1])
+            assert "Say yes." in str(server.answered[-1])
             assert run.ask(chat, services.Translate("one two", "eng", "spa")) == "eno owt"
 
 
@@ -226,8 +227,10 @@ def test_a_generator_is_asked_only_where_answers_are_generated(tmp_path):
     with Server() as server:
         out = build(server, tmp_path, "--min-bleu", "101", *nobody)
         assert all(len((out / f"{code}.jsonl").read_text().splitlines()) == 30 for code in ("mri", "nya"))
-        with pytest.raises(UserError, match="chat:model@127.0.0.1:9/v1 cannot be asked"):
-            build(server, tmp_path / "both", *nobody, data=tmp_path / "alpaca.json")
+        before = server.number
+        with pytest.raises(UserError, match="chat:model@127.0.0.1:9/v1 cannot be asked"):   # nor is it asked for late
+            build(server, tmp_path / "both", "--languages", "nya", *nobody, data=tmp_path / "alpaca.json")
+        assert server.number == before + 1   # nothing but whether the translator is there
 
 
 def test_only_half_written_files_of_builds_are_removed(tmp_path):
@@ -256,6 +259,41 @@ def test_retry_after(tmp_path):
     assert 27 < services._seconds(stamp.strftime("%a, %d %b %Y %H:%M:%S GMT")) <= 30
     assert services._seconds("7") == 7
     assert all(services._seconds(nothing) is None for nothing in ("0", "soon", None, "Sun, 06 Nov 1994 08:49:37 GMT"))
+
+
+def test_an_endpoint_that_admits_few_requests_a_second(tmp_path, monkeypatch):
+    """To be told to wait is no failed attempt, however often; and who waits does not ask meanwhile."""
+    monkeypatch.setattr(services, "_seconds", lambda header: 0.2 if header else None)
+    opened, admitted = 0.0, 0
+
+    def fault(number, body):
+        nonlocal opened, admitted
+        if body["seed"]:
+            return "429" if number <= 10 else None
+        if (now := time.monotonic()) > opened + 0.2:
+            opened, admitted = now, 0
+        admitted += 1
+        return "429" if admitted > 5 else None
+
+    with Server(fault) as server, runner.Runner(runner.RunnerSettings(output=str(tmp_path))) as run:
+        chat = services.service(f"chat:m@{server.url}")
+        assert run.ask(chat, services.Prompt("x", seed=1)) and server.number == 11 > runner.ATTEMPTS
+        run.work(lambda ask, item: ask(chat, services.Prompt(str(item))), range(45), 45, "few", lambda item: {})
+        assert not run.failures and len(server.answered) == 46
+        assert server.number < 11 + 45 + 11 + 8 * 6   # at first 11 are refused, then not all that wait each time
+
+
+def test_no_endless_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "LONGEST_WAIT", 2.5)
+    with Server(lambda number, body: "429") as server, runner.Runner(runner.RunnerSettings(output=str(tmp_path))) as run:
+        chat = services.service(f"chat:m@{server.url}")
+        with pytest.raises(services.Failure, match="429"):
+            run.ask(chat, services.Prompt("x"))
+        assert server.number == 3   # at once, after one second and after two
+        server.retry_after = "7"
+        with pytest.raises(UserError, match="cannot be asked: .*429"):
+            run.reach(chat)
+        assert server.number == 4
 
 
 @pytest.mark.parametrize(
@@ -289,8 +327,20 @@ def test_a_service_that_dies_stops_the_build(tmp_path, undisturbed, capsys, monk
         with pytest.raises(SystemExit):
             build(server, tmp_path)
         assert "stopped: 20 requests in a row failed" in capsys.readouterr().out
+        assert "500 Something" in (tmp_path / "out/build/failures.jsonl").read_text()
         dead = False
         assert contents(build(server, tmp_path)) == undisturbed[0]
+
+
+def test_what_failed_is_listed_whatever_ends_the_run(tmp_path):
+    def fault(number, body):
+        return "400" if "100th" in str(body) and body.get("source") == "en" else end if number > 60 else None
+
+    for end, more in (("401", ()), (None, ("--budget-requests", "60"))):
+        with Server(fault) as server, pytest.raises((UserError, SystemExit)):
+            build(server, tmp_path / str(end), *more, "--quality-sample", "1", data=alpaca(tmp_path))
+        listed = (tmp_path / str(end) / "out/build/failures.jsonl").read_text()
+        assert '"id": "0"' in listed and "400 Something" in listed
 
 
 def test_ctrl_c_does_not_wait_for_answers(tmp_path):

@@ -87,7 +87,7 @@ def build(settings: FeedbackSettings) -> bool:
         for service in (*asked.generators, asked.judge):
             runner.reach(service)
         runner.work(lambda ask, item: compare(ask, item, asked), instructions(settings.data, drawn), total,
-                    settings.feedback)
+                    settings.feedback, named)
         report = runner.write(Path(settings.output) / "pairs.jsonl", finish, instructions(settings.data, drawn), named)
         if report is None:
             return runner.conclude("pairs.jsonl is not yet written", False)

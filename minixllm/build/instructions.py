@@ -84,21 +84,21 @@ def build(settings: InstructionSettings) -> bool:
 
     wrong_language, report = identifier(), {}
     with Runner(settings) as runner:
-        for plan in plans:
-            runner.reach(plan.translator)
+        for service in (*(plan.translator for plan in plans), *[generator] * (settings.min_bleu <= 100)):
+            runner.reach(service)
         for number, plan in enumerate(plans, start=1):
             label = f"{plan.code} {number}/{len(plans)}"
             if (scores := quality(runner, settings.data, sample, plan, label)) is None:
                 break
             if scores["bleu"] < settings.min_bleu:
                 plan = dataclasses.replace(plan, generator=None)
-            else:
-                runner.reach(generator)
-            runner.work(lambda ask, item: make(ask, item[1], plan), sources(settings.data), total, label)
+            def name(item):
+                return {"language": plan.code, "id": identity(*item)}
+
+            runner.work(lambda ask, item: make(ask, item[1], plan), sources(settings.data), total, label, name)
             finished = functools.partial(finish, plan=plan, scores=scores, wrong_language=wrong_language,
                                          is_new=runner.is_new)
-            counts = runner.write(Path(settings.output) / f"{plan.code}.jsonl", finished, sources(settings.data),
-                                  lambda item: {"language": plan.code, "id": identity(*item)})
+            counts = runner.write(Path(settings.output) / f"{plan.code}.jsonl", finished, sources(settings.data), name)
             if counts is None:
                 break
             report[plan.code] = {**scores, "translator": plan.translator.name,
@@ -186,7 +186,8 @@ def quality(runner: Runner, paths, sample: set[int], plan: Plan, label: str) -> 
         there = ask(plan.translator, Translate(item[1].instruction, "eng", plan.code))
         return ask(plan.translator, Translate(there, plan.code, "eng"))
 
-    runner.work(back, sampled, len(sampled), f"{label} quality")
+    runner.work(back, sampled, len(sampled), f"{label} quality",
+                lambda item: {"language": plan.code, "sampled": identity(*item)})
     pairs = []
     for item in sampled:
         try:
@@ -194,7 +195,6 @@ def quality(runner: Runner, paths, sample: set[int], plan: Plan, label: str) -> 
         except Missing as missing:
             if missing.reason is None:
                 return None
-            runner.failures.append({"language": plan.code, "sampled": identity(*item), "reason": missing.reason})
     if 2 * len(pairs) < len(sampled):
         runner.stop(f"{plan.code}: of {len(sampled)} sampled instructions only {len(pairs)} could be translated")
         return None

@@ -30,7 +30,7 @@ from minixllm.settings import setting
 
 ATTEMPTS = 6
 BACKOFF = 0.5         # seconds before the second attempt, doubled each time
-LONGEST_WAIT = 600.0  # seconds; a server that asks for more has failed
+LONGEST_WAIT = 3600.0  # seconds that one request waits in all because a server says so; then it has failed
 FAILURES_IN_A_ROW = 40
 EXAMPLES = 3          # of each reason for leaving a record out
 # what `atomic_write` leaves of a build's files when it is killed
@@ -86,7 +86,9 @@ class Runner:
         self.spent, self._reserved = dict.fromkeys(("requests", "tokens", "characters"), 0), {}
         self._settled, self._in_flight, self._reached = threading.Condition(), set(), set()
         self._stop, self.why_stopped, self._error = threading.Event(), None, None
-        self._failed_in_a_row, self._resume_at, self.failures = 0, {}, []
+        self._failed_in_a_row, self._resume_at = 0, {}
+        self._reasons = {}  # why a request got no answer in this run
+        self.failures = []  # the records that this concerns, as they are listed
 
         # WAL: a stored answer survives the death of this process at once; exclusive: two builds may not share a folder
         self._lock = threading.Lock()
@@ -96,8 +98,6 @@ class Runner:
             self._database.executescript("""
                 PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
                 CREATE TABLE IF NOT EXISTS answers (request BLOB PRIMARY KEY, answer TEXT);
-                CREATE TABLE IF NOT EXISTS failures (request BLOB PRIMARY KEY, reason TEXT);
-                DELETE FROM failures;
                 CREATE TEMP TABLE seen (text BLOB PRIMARY KEY) WITHOUT ROWID;""")
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
@@ -110,10 +110,13 @@ class Runner:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
         self._stop.set()
         with self._lock:
             self._database.close()
+        if self.failures or error is None:
+            with atomic_write(self.folder / "failures.jsonl") as file:
+                file.writelines(json.dumps(failure, ensure_ascii=False) + "\n" for failure in self.failures)
 
     # -- stored answers
 
@@ -128,8 +131,7 @@ class Runner:
         key = _key(service, request)
         if row := self._query("SELECT answer FROM answers WHERE request = ?", key):
             return row[0]
-        reason = self._query("SELECT reason FROM failures WHERE request = ?", key)
-        raise Missing(reason and reason[0])
+        raise Missing(self._reasons.get(key))
 
     def is_new(self, text: str) -> bool:
         """Whether it is asked of `text` for the first time; on disk, for a set of all texts would fill the memory."""
@@ -143,19 +145,15 @@ class Runner:
         if service.name in self._reached:
             return
         self._reached.add(service.name)
-        request = Translate("Good morning.", "eng", "spa")
+        request = Prompt("Say yes.", max_new_tokens=512)  # enough for a model that thinks first
         if not service.does(request):
-            request = Prompt("Say yes.", max_new_tokens=8)
-        for last in (False, False, True):
-            try:
-                return self._once(service, request)
-            except Failure as failure:
-                if failure.again and not failure.charged and failure.after != 0:
-                    return  # it is there and says that it is busy
-                if last or not failure.again:
-                    raise UserError(f"{service.name} cannot be asked: {failure}") from None
-            except Stopped:
-                return
+            request = Translate("Good morning.", "eng", "spa")
+        try:
+            self._insist(service, request, 3)
+        except Failure as failure:
+            raise UserError(f"{service.name} cannot be asked: {failure}") from None
+        except Stopped:
+            pass
 
     def ask(self, service, request) -> str:
         """The answer, stored or new. Raises Failure when there is none for good, Stopped when the run is ending."""
@@ -169,9 +167,9 @@ class Runner:
                 if missing.reason is not None:
                     raise Failure(missing.reason) from None
             try:
-                answer = self._insist(service, request)
+                answer = self._insist(service, request, ATTEMPTS)
             except Failure as failure:
-                self._query("INSERT INTO failures VALUES (?, ?)", key, str(failure))
+                self._reasons[key] = str(failure)
                 self._failed_in_a_row += 1
                 if self._failed_in_a_row >= FAILURES_IN_A_ROW:
                     self.stop(f"{FAILURES_IN_A_ROW} requests in a row failed, the last with: {failure}")
@@ -193,18 +191,22 @@ class Runner:
                 self._in_flight.remove(key)
                 self._settled.notify_all()
 
-    def _insist(self, service, request) -> str:
-        delay = BACKOFF
-        for attempt in range(1, ATTEMPTS + 1):
-            self._wait(self._resume_at.get(service.name, 0) - time.monotonic())
+    def _insist(self, service, request, attempts: int) -> str:
+        delay, patience = BACKOFF, LONGEST_WAIT
+        while True:
+            # whoever wakes first tells, refused again, all others to sleep on; so a few are refused, not all
+            while (pause := self._resume_at.get(service.name, 0) - time.monotonic()) > 0:
+                self._wait(pause * random.uniform(1, 1.25))
             try:
                 return self._once(service, request)
             except Failure as failure:
-                if not failure.again or attempt == ATTEMPTS or (failure.after or 0) > LONGEST_WAIT:
+                attempts -= not failure.after  # to be told to come later is no failed attempt
+                patience -= failure.after or 0
+                if not failure.again or attempts == 0 or patience < 0:
                     raise
-                if failure.after:  # it goes for all that would ask this service
-                    self._resume_at[service.name] = time.monotonic() + failure.after * random.uniform(1, 1.1)
-                elif failure.after is None:
+                if failure.after:
+                    self._resume_at[service.name] = time.monotonic() + failure.after
+                else:
                     self._wait(delay * random.uniform(0.5, 1.5))
                     delay *= 2
 
@@ -251,24 +253,25 @@ class Runner:
         self.why_stopped = self.why_stopped or why
         self._stop.set()
 
-    def work(self, task, items, total: int, label: str) -> None:
+    def work(self, task, items, total: int, label: str, name) -> None:
         """task(ask, item) for every item, `concurrency` at a time, with a progress bar; its results are thrown away.
 
-        Raises what reading the items raised, and UserErrors of services; goes on after Failures, ends when stopped.
+        Raises what reading the items raised, and UserErrors of services; goes on after Failures, which it lists under
+        name(item), what tells an item from others; ends when stopped.
         """
-        items, reading, end = iter(items), threading.Lock(), object()
+        items, reading, end, failed = enumerate(items), threading.Lock(), (0, None), []
 
         def thread():
             try:
                 while not self._stop.is_set():
                     with reading:
-                        item = next(items, end)
-                    if item is end:
+                        number, item = next(items, end)
+                    if item is None:
                         return
                     try:
                         task(self.ask, item)
-                    except Failure:
-                        pass  # kept with its reason, told at the end
+                    except Failure as failure:
+                        failed.append((number, {**name(item), "reason": str(failure)}))
                     bar.update()
             except Stopped:
                 pass
@@ -278,22 +281,24 @@ class Runner:
 
         # daemons: Ctrl-C need not wait for answers on their way
         threads = [threading.Thread(target=thread, daemon=True) for _ in range(self.threads)]
-        with tqdm(total=total, desc=label, unit="record", smoothing=0.05, disable=None, file=sys.stderr) as bar:
-            for each in threads:
-                each.start()
-            for each in threads:
-                while each.is_alive():
-                    each.join(0.2)
+        try:
+            with tqdm(total=total, desc=label, unit="record", smoothing=0.05, disable=None, file=sys.stderr) as bar:
+                for each in threads:
+                    each.start()
+                for each in threads:
+                    while each.is_alive():
+                        each.join(0.2)
+        finally:
+            self.failures += [failure for _, failure in sorted(failed)]
         if self._error:
             raise self._error
 
     def write(self, path, task, items, name) -> dict | None:
         """Write task(recall, item) of every item in order, as JSON lines; None when answers are still to be asked for.
 
-        Returns the counts of records written, failed, and left out by reason, these with examples. name: what tells
-        an item from others, {"id": ...}.
+        Returns the counts of records written, failed, and left out by reason, these with examples.
         """
-        written, failures, reasons, examples = 0, [], Counter(), {}
+        written, failed, reasons, examples = 0, 0, Counter(), {}
         try:
             with atomic_write(path) as file:
                 for item in items:
@@ -302,7 +307,7 @@ class Runner:
                     except Missing as missing:
                         if missing.reason is None:
                             raise
-                        failures.append({**name(item), "reason": missing.reason})
+                        failed += 1
                     except LeftOut as out:
                         reasons[out.reason] += 1
                         if len(examples.setdefault(out.reason, [])) < EXAMPLES:
@@ -312,17 +317,11 @@ class Runner:
                         written += 1
         except Missing:
             return None
-        self.failures += failures
-        return {"records": written, "failed": len(failures), "left_out": dict(sorted(reasons.items())),
+        return {"records": written, "failed": failed, "left_out": dict(sorted(reasons.items())),
                 "examples": dict(sorted(examples.items()))}
 
     def conclude(self, state: str, finished: bool) -> bool:
-        """Write failures.jsonl, print how the run ended; whether it has done all it should.
-
-        finished: whether `write` has written every file.
-        """
-        with atomic_write(self.folder / "failures.jsonl") as file:
-            file.writelines(json.dumps(failure, ensure_ascii=False) + "\n" for failure in self.failures)
+        """Print how the run ended; whether it has done all it should. finished: whether `write` wrote every file."""
         print(f"{state}; asked in this run: {_amounts(self.spent)}")
         for reason, count in Counter(failure["reason"] for failure in self.failures).most_common(5):
             print(f"no answer for {count} records: {reason}")
