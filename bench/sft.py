@@ -4,6 +4,7 @@
     python bench/sft.py --malloc              # both sides with malloc's mmap and trim thresholds raised
     python bench/sft.py --sides ours transformers trl --rounds 3 --steps 4 --dtype bfloat16
     python bench/sft.py --model bloom --vocabulary 250880
+    python bench/sft.py --sides ours litgpt --litgpt PYTHON    # the interpreter of an environment with litgpt
 
 Random weights, vocabulary 32,000, width 512, 8 layers, 8 heads, LLaMA's feed-forward 1,376; documents of lognormal
 length, mean 120, at most 512; 4 x 512 tokens a step; AdamW. The sides take turns, each in a process of its own, and a
@@ -30,7 +31,7 @@ sys.path[0] = ROOT  # for minixllm, and away from this folder, whose tokenizers.
 SHAPES = {"llama": dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8),
           "bloom": dict(hidden_size=512, n_layer=8, n_head=8)}
 ROWS, LENGTH = 4, 512
-SIDES = ["ours", "ours-masked", "transformers", "trl"]
+SIDES = ["ours", "ours-masked", "transformers", "litgpt", "trl"]
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 
 
@@ -41,24 +42,19 @@ def documents(rng):
         yield int(np.clip(rng.lognormal(math.log(120) - sigma**2 / 2, sigma), 8, LENGTH))
 
 
-def packed(rng):
-    """Endless steps: the lengths of the whole documents that fit into ROWS rows of LENGTH tokens."""
-    lengths, waiting = documents(rng), []
-    while True:
-        step = []
-        for _ in range(ROWS):
-            room = LENGTH
-            while (length := waiting.pop() if waiting else next(lengths)) <= room:
-                step.append(length)
-                room -= length
-            waiting.append(length)
-        yield step
-
-
 def ours(masked: bool, architecture: str, vocabulary: int, dtype: torch.dtype):
     from minixllm import parallel
     from minixllm.attention import Packed
     from minixllm.checkpoint import ARCHITECTURES
+    from minixllm.datasets import pack
+
+    def steps(rng):
+        """Endless steps: the lengths of the whole documents in ROWS rows of LENGTH tokens, packed as in training."""
+        while True:
+            lengths = np.fromiter(itertools.islice(documents(rng), 2**12), int)
+            order, bounds = pack(lengths, LENGTH)
+            for row in range(0, len(bounds) - 16 - ROWS, ROWS):  # less the last rows, which wait for more
+                yield lengths[order[bounds[row]:bounds[row + ROWS]]].tolist()
 
     config_class, model_class = ARCHITECTURES[architecture]
     model = model_class(config_class.from_dict({"vocab_size": vocabulary, **SHAPES[architecture]}))
@@ -66,7 +62,7 @@ def ours(masked: bool, architecture: str, vocabulary: int, dtype: torch.dtype):
         model.init_weights(name, parameter.data, torch.Generator().manual_seed(0))
     parallel.shard(model, parallel.setup("cpu"), dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    for lengths in packed(np.random.default_rng(0)):
+    for lengths in steps(np.random.default_rng(0)):
         ids, labels = torch.randint(0, vocabulary, (2, sum(lengths)))
         if masked:
             for start, length in zip(itertools.accumulate([0, *lengths]), lengths):
@@ -85,12 +81,23 @@ def theirs(architecture: str, vocabulary: int):
     return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
-def plain_transformers(model, vocabulary: int, dtype: torch.dtype):
+def litgpt(vocabulary: int):
+    """(its model, its loss), as its training loops put them together: the next token over unpadded rows."""
+    from litgpt import GPT, Config
+    from litgpt.utils import chunked_cross_entropy
+
+    model = GPT(Config(vocab_size=vocabulary, padded_vocab_size=vocabulary, block_size=LENGTH, n_embd=512, n_layer=8,
+                       n_head=8, intermediate_size=1376, norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP",
+                       rotary_percentage=1.0, parallel_residual=False, bias=False))
+    return model, lambda ids: chunked_cross_entropy(model(ids[:, :-1]), ids[:, 1:])
+
+
+def plain_loop(model, loss, vocabulary: int, dtype: torch.dtype):
     model = model.to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     while True:
         ids = torch.randint(0, vocabulary, (ROWS, LENGTH))
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        loss(ids).backward()
         optimizer.step()
         optimizer.zero_grad()
         yield ids.numel()
@@ -137,8 +144,14 @@ def measure(side: str, steps: int, architecture: str, vocabulary: int, dtype: to
         with tempfile.TemporaryDirectory() as output:
             tokens, seconds = trl(theirs(architecture, vocabulary), vocabulary, steps, output)
     else:
-        run = (ours(side == "ours-masked", architecture, vocabulary, dtype) if side.startswith("ours")
-               else plain_transformers(theirs(architecture, vocabulary), vocabulary, dtype))
+        if side.startswith("ours"):
+            run = ours(side == "ours-masked", architecture, vocabulary, dtype)
+        elif side == "litgpt":
+            run = plain_loop(*litgpt(vocabulary), vocabulary, dtype)
+        else:
+            model = theirs(architecture, vocabulary)
+            run = plain_loop(model, lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss, vocabulary,
+                             dtype)
         next(run)  # the first step makes the optimiser's state
         start = time.perf_counter()
         tokens = sum(itertools.islice(run, steps))
@@ -161,11 +174,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(SHAPES), default="llama")
     parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES[:-1])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES[:3])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--malloc", action="store_true")
+    parser.add_argument("--litgpt", metavar="PYTHON", help="the interpreter that runs the side litgpt")
     parser.add_argument("--measure", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
@@ -174,7 +188,8 @@ def main():
     environment = {**os.environ, **(MALLOC if args.malloc else {})}
     results = {side: [] for side in args.sides}
     for _, side in itertools.product(range(args.rounds), args.sides):
-        command = [sys.executable, __file__, "--measure", side, "--steps", str(args.steps), "--dtype", args.dtype,
+        python = args.litgpt if side == "litgpt" else sys.executable
+        command = [python, __file__, "--measure", side, "--steps", str(args.steps), "--dtype", args.dtype,
                    "--model", args.model, "--vocabulary", str(args.vocabulary)]
         done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
         results[side].append(json.loads(done.stdout.splitlines()[-1]))

@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-CHUNK_BYTES, CHUNK_TOKENS = 2**25, 128  # logits held at once: this many bytes, but never fewer tokens
+CHUNK_BYTES, CHUNK_TOKENS = 2**24, 128  # logits held at once: this many bytes, but never fewer tokens
+BLOCK_BYTES = 2**21                     # on a CPU, of what is handled at a time within them: what its caches hold
 
 
 def token_logps(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -28,10 +29,10 @@ class _TokenLogps(torch.autograd.Function):
         logps = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(supervised) if wants_hidden else None
         grad_weight = None
-        for chunk, chunk_logps, slopes, totals in _chunks(supervised, weight, labels):
+        for chunk, chunk_logps, slopes, totals, cast_weight in _chunks(supervised, weight, labels):
             logps[chunk] = chunk_logps
             if wants_hidden:
-                grad_hidden[chunk] = (slopes @ weight).div_(totals)
+                grad_hidden[chunk] = (slopes @ cast_weight).div_(totals)
             if wants_weight:
                 grad_weight = _add_product(grad_weight, slopes, supervised[chunk] / totals)
         ctx.save_for_backward(rows, labels, supervised, weight, grad_hidden, grad_weight)
@@ -53,36 +54,58 @@ class _TokenLogps(torch.autograd.Function):
             grad_weight.mul_(scale[0])  # in place, as it is as large as `weight`: a second backward is an error
         else:
             grad_weight = None
-            for chunk, _, slopes, totals in _chunks(supervised, weight, labels):
+            for chunk, _, slopes, totals, _ in _chunks(supervised, weight, labels):
                 grad_weight = _add_product(grad_weight, slopes, supervised[chunk] * scale[chunk] / totals)
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
 def _chunks(hidden, weight, labels):
-    """Yields (slice, logps (chunk,), slopes (chunk, V), totals (chunk, 1)); d logp / d logits is slopes / totals."""
-    size = max(CHUNK_TOKENS, CHUNK_BYTES // (4 * len(weight)))
+    """Yields (slice, logps (chunk,), slopes (chunk, V), totals (chunk, 1), weight in hidden's type).
+
+    d logp / d logits = onehot(label) - softmax(logits) is slopes / totals: d columns take totals off more cheaply.
+    """
+    weight = weight.to(hidden.dtype)
+    size = max(CHUNK_TOKENS, CHUNK_BYTES // (weight.element_size() * len(weight)))
     # one buffer for all chunks: fresh memory for each would cost as much as a third of its product in page faults
     buffer = torch.empty(min(size, len(hidden)), len(weight), dtype=weight.dtype, device=weight.device)
     for start in range(0, len(hidden), size):
         chunk = slice(start, min(start + size, len(hidden)))
-        logits = torch.mm(hidden[chunk], weight.T, out=buffer[:chunk.stop - start]).float()
-        logits -= logits.amax(dim=-1, keepdim=True)
-        label = labels[chunk, None]
-        chosen = logits.gather(1, label)
-        totals = logits.exp_().sum(dim=-1, keepdim=True)
-        # d logp / d logits = onehot(label) - softmax(logits), here times totals, which d columns take off more cheaply
-        slopes = logits.neg_().scatter_add_(1, label, totals).to(weight.dtype)
-        yield chunk, (chosen - totals.log()).squeeze(1), slopes, totals
+        logits = torch.mm(hidden[chunk], weight.T, out=buffer[:chunk.stop - start])
+        parts = [_to_slopes(*part) for part in zip(_blocks(logits), labels[chunk].split(_block_rows(logits)))]
+        logps, totals = (torch.cat(column) for column in zip(*parts))
+        yield chunk, logps, logits, totals, weight
+
+
+def _to_slopes(logits, labels):
+    """Turns logits (n, V) into slopes, in place. Returns logps (n,) and totals (n, 1), fp32."""
+    label = labels[:, None]
+    exact = logits.float()
+    exact -= exact.amax(dim=-1, keepdim=True)
+    chosen = exact.gather(1, label)
+    totals = exact.exp_().sum(dim=-1, keepdim=True)
+    logits.copy_(exact.neg_().scatter_add_(1, label, totals))
+    return (chosen - totals.log()).squeeze(1), totals
 
 
 def _add_product(grad, slopes, hidden):
-    """grad (V, d) fp32, or None, + slopes (chunk, V)^T hidden (chunk, d), without a second (V, d) where types agree."""
+    """grad (V, d) fp32, or None, + slopes (chunk, V)^T hidden (chunk, d)."""
     hidden = hidden.to(slopes.dtype)
     if grad is None:
-        return (slopes.T @ hidden).float()  # bf16 would lose what many chunks add
+        grad = hidden.new_zeros(slopes.shape[1], hidden.shape[1], dtype=torch.float32)
     if grad.dtype == slopes.dtype:
         return grad.addmm_(slopes.T, hidden)
-    return grad.add_(slopes.T @ hidden)
+    for rows, part in zip(_blocks(grad), slopes.split(_block_rows(grad), dim=1)):
+        rows += part.T @ hidden  # bf16 would lose what many chunks add
+    return grad
+
+
+def _blocks(matrix):
+    return matrix.split(_block_rows(matrix))
+
+
+def _block_rows(matrix) -> int:
+    """How many rows of an fp32 matrix of this width are handled at a time: on a CPU so many as its caches hold."""
+    return max(1, BLOCK_BYTES // (4 * matrix.shape[1])) if matrix.is_cpu else max(1, len(matrix))
 
 
 def dpo_loss(policy_logps, reference_logps, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:

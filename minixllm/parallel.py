@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -98,15 +99,18 @@ def close() -> None:
 
 def shard(model, world: World, dtype: torch.dtype):
     """FSDP2 over `model` in place: one group a block, and a root group for embedding, head and last norm together.
+    In a world of one nothing is sharded, and the same numbers are computed without FSDP2.
 
     Weights, gradients and their reduction stay in the parameters' own type (fp32); the forward and backward compute in
     `dtype`. Gradients are *summed* over processes, for the loss is already divided by the global count.
     """
     # Inputs are not cast: blocks receive fp32 rotary angles and integer positions that must stay what they are.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    model.is_gathered = False
-    if world.size == 1 and all(parameter.dtype == dtype for parameter in model.parameters()):
-        return model  # nothing to shard, nothing to cast: FSDP2 would copy every weight and gradient, a sixth of a step
+    model.compute_dtype, model.is_gathered = dtype, False
+    if world.size == 1 and all(parameter.dtype in (dtype, torch.float32) for parameter in model.parameters()):
+        # Nothing to shard. FSDP2 would copy every weight and gradient whole, the embedding's too: a third of a step.
+        _cast_when_called(model, dtype)
+        return model
     for module in (*model.blocks, model):
         # The root is needed again at once: the backward begins with the head.
         fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=module is not model)
@@ -116,6 +120,37 @@ def shard(model, world: World, dtype: torch.dtype):
     model.register_forward_hook(_reshard_without_backward)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # a loss never changes it in place
     return model
+
+
+def _cast_when_called(model, dtype: torch.dtype) -> None:
+    """FSDP2's mixed precision for a world of one: each layer sees its weights in `dtype` while it is called.
+
+    The head's, in a forward with labels, is left to `losses.token_logps`, which keeps its gradient in fp32.
+    """
+    def before(module, inputs):
+        if not model.is_gathered:
+            _show_weights(module, dtype)
+
+    def after(module, inputs, output):
+        if not model.is_gathered:
+            _hide_weights(module)
+
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):  # rows are cast once looked up, not the table
+            module.register_forward_hook(lambda module, inputs, output: output.to(dtype))
+        elif any(parameter.dtype != dtype for parameter in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(before)
+            module.register_forward_hook(after, always_call=True)
+
+
+def _show_weights(module, dtype) -> None:
+    """Cast copies as plain attributes, which hide the parameters of the same names."""
+    vars(module).update({name: parameter.to(dtype) for name, parameter in module.named_parameters(recurse=False)})
+
+
+def _hide_weights(module) -> None:
+    for name, _ in module.named_parameters(recurse=False):
+        vars(module).pop(name, None)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -143,11 +178,16 @@ def gathered(model):
     for module in _sharded(model):
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
+    plain = [] if isinstance(model, FSDPModule) else list(model.modules())
+    for module in plain:
+        _show_weights(module, model.compute_dtype)
     model.is_gathered = True
     try:
         yield model
     finally:
         model.is_gathered = False
+        for module in plain:
+            _hide_weights(module)
         for module in _sharded(model):
             module.set_reshard_after_forward(module is not model, recurse=False)
             module.reshard()

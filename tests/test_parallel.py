@@ -41,19 +41,39 @@ def test_world_of_one():
     assert world.gather("x") == ["x"] and world.sum(torch.ones(2)).tolist() == [1, 1]
 
 
-def test_forward_without_backward_puts_the_weights_back():
-    world = parallel.setup("cpu")
-    model = sharded_model(world, torch.bfloat16)
+def test_one_process_computes_in_bf16_over_fp32_weights():
+    """As FSDP2 does it, without its copies: what a layer sees is cast, what is trained and its gradient are not."""
+    model, plain = sharded_model(parallel.setup("cpu"), torch.bfloat16), plain_model().bfloat16()
+    seen = []
+    model.blocks[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(
+        (inputs[0].dtype, output.dtype)))
+    labels = torch.arange(1, 8)[None]
+    losses = [-each(documents(0), labels=labels).sum() for each in (model, plain)]
+    assert seen == [(torch.bfloat16, torch.bfloat16)] and losses[0] == losses[1]
+    losses[0].backward(), losses[1].backward()
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert p.dtype == p.grad.dtype == torch.float32, name
+        assert (p.grad - q.grad).abs().max() <= 0.02 * q.grad.abs().max(), name
+    assert not any(name in vars(module) for module in model.modules() for name in ("weight", "bias"))
+
+
+def test_an_error_in_the_middle_leaves_no_cast_weights():
+    model = sharded_model(parallel.setup("cpu"), torch.bfloat16)
+    linear = model.blocks[0].mlp.gate_proj
+    with pytest.raises(RuntimeError):
+        linear(torch.zeros(1, 3, dtype=torch.bfloat16))
+    assert linear.weight.dtype == torch.float32
+
+
+def test_gathered_weights_are_cast_once(monkeypatch):
+    model = sharded_model(parallel.setup("cpu"), torch.bfloat16)
     with torch.no_grad():
-        model(documents(0))
-    assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in model.parameters())
-    with torch.no_grad(), parallel.gathered(model):
-        model(documents(0))
-        model(documents(0))
-        assert not any(isinstance(p, DTensor) for p in model.parameters())
-    assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in model.parameters())
-    model(documents(0)).sum().backward()  # and training goes on
-    assert all(p.grad is not None for p in model.parameters())
+        expected = model(documents(0))
+        with parallel.gathered(model):
+            assert model.head.weight.dtype == model.blocks[0].mlp.up_proj.weight.dtype == torch.bfloat16
+            monkeypatch.setattr(parallel, "_show_weights", None)  # would fail if called
+            assert torch.equal(model(documents(0)), expected)
+    assert all(p.dtype == torch.float32 for p in (*model.parameters(), model.head.weight))
 
 
 def test_positions_stay_fp32_under_bf16():
@@ -112,11 +132,18 @@ def two_processes(world):
     for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.allclose(p.grad.full_tensor(), q.grad, rtol=1e-4, atol=1e-5 * q.grad.abs().max().item()), name
 
+    # a forward without a backward puts the sharded weights back: a save would otherwise see the computing copy
+    with torch.no_grad():
+        model(documents(world.rank))
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+
     # held whole, each process may run as many forwards as it likes; then they train on
     with torch.no_grad(), parallel.gathered(model):
         for length in range(1, 4 if world.first else 2):
             ids = torch.arange(length)
             assert torch.allclose(model(ids, Packed([length])), plain(ids, Packed([length])), atol=1e-5)
+        assert not any(isinstance(p, DTensor) for p in model.parameters())
+    assert all(isinstance(p, DTensor) for p in model.parameters())
     world.barrier()
     model(documents(world.rank)).sum().backward()
 
