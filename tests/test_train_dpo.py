@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 import train_dpo
+import train_sft
 from conftest import ROOT
 from minixllm import dpo, parallel
 from minixllm.bloom import Bloom, BloomConfig
@@ -279,21 +280,28 @@ def test_pair_log_probabilities_equal_transformers(arch, models, pairs, tmp_path
             assert logp.item() == pytest.approx(logps[len(prompt) - 1:].sum().item(), rel=1e-5)
 
 
-def test_a_killed_adapter_run_resumes_bit_equal(runs, models, pairs, tmp_path):
-    arguments = [*flags(models, pairs, "llama", tmp_path, "lora"), "--save-every", "1", "--resume"]
-    command = [sys.executable, str(ROOT / "train_dpo.py"), *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+@pytest.mark.parametrize("script", [train_dpo, train_sft], ids=["dpo", "sft"])
+def test_a_killed_adapter_run_resumes_bit_equal(script, runs, models, pairs, tmp_path):
+    killed, whole, data, more = tmp_path / "killed", tmp_path / "whole", pairs, []
+    if script is train_dpo:
+        whole = runs("llama", "lora")
+    else:  # with dropout, over a base held in bf16
+        data, more = tmp_path / "records.jsonl", ["--max-length", "150", "--dtype", "bfloat16"]
+        data.write_text(pairs.read_text().replace('"chosen"', '"output"'))
+        script.main([*flags(models, data, "llama", whole, "lora"), *more])
+    arguments = [*flags(models, data, "llama", killed, "lora"), *more, "--save-every", "1", "--resume"]
+    process = subprocess.Popen([sys.executable, script.__file__, *arguments], cwd=ROOT,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"},
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    steps = tmp_path / "checkpoints"
+    steps = killed / "checkpoints"
     while process.poll() is None and not list(steps.glob("step-*2")):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (tmp_path / "model").exists()
-    train_dpo.main(arguments)
-    whole = runs("llama", "lora")
-    assert_same_weights(whole, tmp_path)
-    assert metrics(whole) == metrics(tmp_path)
+    assert not (killed / "model").exists()
+    script.main(arguments)
+    assert_same_weights(whole, killed)
+    assert metrics(whole) == metrics(killed)
     state = dcp.FileSystemReader(max(steps.glob("step-*"))).read_metadata().state_dict_metadata
     assert state and all("lora_" in name for name in state)
 
