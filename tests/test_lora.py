@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minixllm import adapters, checkpoint, lora
+from minixllm import adapters, checkpoint, lora, parallel
 from minixllm.adapters import base_directory, load, load_adapter, read_adapter_config, save_adapter
 from minixllm.checkpoint import load_model
 from minixllm.errors import UserError
@@ -186,6 +186,42 @@ def test_adapter_tensors_that_do_not_fit_are_named(base, arch, tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="adapter_model.safetensors"):
         load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("dtype, held", [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
+def test_the_base_is_held_once_and_adapters_in_fp32(base, dtype, held):
+    config, model_class = checkpoint.read_config(base)
+    settings = SimpleNamespace(dtype=dtype, lora_r=4, lora_alpha=8.0, lora_dropout=0.0, lora_targets=[], seed=0)
+    model = adapters.open_model(config, model_class, parallel.setup("cpu"), settings, base)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if lora.is_adapter(name) else held), name
+        assert parameter.requires_grad == lora.is_adapter(name)
+    settings.lora_r = 0
+    whole = adapters.open_model(config, model_class, parallel.setup("cpu"), settings, base)
+    assert {(p.dtype, p.requires_grad) for p in whole.parameters()} == {(torch.float32, True)}
+
+
+def test_adapters_start_gaussian_with_the_size_of_their_input(base, arch):
+    model, _ = adapted(base, arch, r=200, trained=False)
+    for name, layer in lora.lora_layers(model).items():
+        A = layer.lora_A.weight.detach() * layer.in_features ** 0.5
+        assert abs(A.mean()) < 0.05 and abs(A.std() - 1) < 0.05, name
+        assert 0.03 < (A.abs() > 1.96).float().mean() < 0.07  # a uniform one would have none there
+        assert not layer.lora_B.weight.any()
+
+
+def test_checkpointing_changes_no_gradient_under_dropout(base, arch):
+    model, _ = adapted(base, arch, dropout=0.5)
+    model.train()
+    gradients = []
+    for model.gradient_checkpointing in (False, True):
+        torch.manual_seed(0)
+        model(IDS).square().mean().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+        model.zero_grad()
+    assert gradients[0].keys() == gradients[1].keys() and all(grad.any() for grad in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
 
 
 def test_layers_keep_their_type(base, arch):
