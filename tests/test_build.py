@@ -258,7 +258,8 @@ def test_retry_after(tmp_path):
     stamp = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=30)
     assert 27 < services._seconds(stamp.strftime("%a, %d %b %Y %H:%M:%S GMT")) <= 30
     assert services._seconds("7") == 7
-    assert all(services._seconds(nothing) is None for nothing in ("0", "soon", None, "Sun, 06 Nov 1994 08:49:37 GMT"))
+    assert all(services._seconds(nothing) is None for nothing in (
+        "0", "soon", None, "Sun, 06 Nov 1994 08:49:37 GMT", "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"))
 
 
 def test_an_endpoint_that_admits_few_requests_a_second(tmp_path, monkeypatch):
@@ -297,7 +298,7 @@ def test_no_endless_wait(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "budget, unit", [("--budget-requests", 60), ("--budget-tokens", 1000), ("--budget-characters", 2000)]
+    "budget, unit", [("--budget-requests", 60), ("--budget-tokens", 1300), ("--budget-characters", 2000)]
 )
 def test_a_budget_is_never_passed(tmp_path, undisturbed, budget, unit, capsys):
     with Server() as server:
@@ -419,6 +420,16 @@ def test_twenty_kills_change_no_byte(tmp_path):
         # again were asked at most the requests on their way, and the two services at each start
         assert len(server.asked) - once <= once + 20 * (4 + 2)
     assert contents(tmp_path / "killed") == whole
+
+
+@pytest.mark.parametrize("word", [
+    "chat:m@http://127.0.0.1:9/v1#SECRET", "chat:gpt-4o#SECRET", "SECRET", "chat:m@http://user:SECRET@127.0.0.1:9/v1",
+    "https://user:SECRET@127.0.0.1/v1", "google:SECRET", "google@http://127.0.0.1:9/v2?key=SECRET", "openai:SECRET"])
+def test_what_may_be_a_key_is_not_repeated(tmp_path, word):
+    for secret in ("sk-proj-0123456789abc", "0123456789", "hf_abcDEFghiJKL"):
+        with pytest.raises(UserError) as error, runner.Runner(runner.RunnerSettings(output=str(tmp_path))) as run:
+            run.reach(services.service(word.replace("SECRET", secret)))
+        assert secret[:9] not in str(error.value) and re.search("expected|'#' names", str(error.value))
 
 
 def test_a_key_is_nowhere(tmp_path, capfd, undisturbed):
@@ -765,14 +776,14 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
         "--languages",
         "spa",
     )
-    fails("no service is called 'deepl'", "--translator", "deepl")
+    fails("no service is written 'deepl...'", "--translator", "deepl")
     fails("keys and passwords belong in the environment", "--translator", "google@https://127.0.0.1/v2?key=abc")
     for address, host in (("[::1/v1", "[::1"), ("[bad", "[bad"), ("a..b/v1", "a..b"), (f"{'a' * 64}.org/v1", "a" * 64),
                           ("h/v1/ü", "h"), ("h:99999/v1", "h:99999"), ("user:pass/word@h/v1", "h")):
         for word in (("--translator", f"google@http://{address}"), ("--generator", f"chat:m@http://{address}")):
             fails(f"^'{re.escape(host)}[^/@]*': expected the address of a service", *word, "--languages", "spa")
     fails("only translates: expected chat", "--generator", "google", "--languages", "spa")
-    fails("no model.bin", "--translator", f"nllb:{tmp_path}")
+    fails("expected model.bin and sentencepiece.bpe.model.*No such file", "--translator", f"nllb:{tmp_path}")
     fails("did you mean --translator", "--translater", "google")
     with Server() as server:
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)

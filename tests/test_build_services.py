@@ -79,13 +79,24 @@ def test_a_chat_model_translates(monkeypatch):
 
 
 def test_half_an_answer_is_none(monkeypatch):
-    with Server() as server:
-        chat = services.service(f"chat:m@{server.url}")
-        monkeypatch.setattr(
-            chat.endpoint, "post", lambda *_: {"choices": [{"message": {"content": "cut"}, "finish_reason": "length"}]}
-        )
-        assert chat.ask(Prompt("x"))[0] == ""
-        assert chat.endpoint.clean("half a pair: \ud83d") == "half a pair: ?"
+    chat = services.service("chat:m@http://127.0.0.1:9/v1")
+    choice = {"message": {"content": "cut"}, "finish_reason": "length"}
+    monkeypatch.setattr(chat.endpoint, "post", lambda *_: {"choices": [choice]})
+    assert chat.ask(Prompt("x"))[0] == ""
+    choice = {"message": {"content": None, "refusal": "no"}, "finish_reason": "stop"}
+    assert chat.ask(Prompt("x"))[0] == ""
+    choice = {"message": {"content": ["text"]}}
+    with pytest.raises(Failure, match="not the JSON that was expected"):
+        chat.ask(Prompt("x"))
+    assert chat.endpoint.clean("half a pair: \ud83d") == "half a pair: ?"
+
+
+@pytest.mark.parametrize("count", ["1e999", "-5", "0", '"many"', "null", "true", "NaN"])
+def test_a_senseless_count_of_tokens_is_the_upper_bound(monkeypatch, count):
+    chat = services.service("chat:m@http://127.0.0.1:9/v1")
+    answer = f'{{"choices": [{{"message": {{"content": "yes"}}}}], "usage": {{"total_tokens": {count}}}}}'
+    monkeypatch.setattr(chat.endpoint, "post", lambda *_: json.loads(answer))
+    assert chat.ask(Prompt("x", max_new_tokens=8)) == ("yes", {"requests": 1, "tokens": 1 + 512 + 8})
 
 
 @pytest.mark.parametrize("fault, words", [
@@ -116,6 +127,8 @@ def test_openai_gets_its_key_and_nobody_else(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "openai-key-0")
     assert services.service("chat:m@https://api.openai.com/v1").endpoint.key == "openai-key-0"
     assert services.service("chat:m@https://example.org/v1").endpoint.key == ""
+    assert services.service("chat:m@http://api.openai.com/v1").endpoint.key == ""  # in clear only where it is asked for
+    assert services.service("chat:m@http://api.openai.com/v1#OPENAI_API_KEY").endpoint.key == "openai-key-0"
 
 
 def test_nllb_in_ctranslate2(tmp_path, monkeypatch):
@@ -203,9 +216,10 @@ def test_nllb_in_ctranslate2(tmp_path, monkeypatch):
         and report["umb"]["translator"] == nllb.name
         and report["umb"]["answers"] == "translated"
     )
-    with pytest.raises(UserError, match="sentencepiece.bpe.model, expected NLLB converted"):
-        (directory / "sentencepiece.bpe.model").unlink()
-        services.service(f"nllb:{directory}")
+    for name in ("model.bin", "sentencepiece.bpe.model"):
+        (directory / name).write_bytes((directory / name).read_bytes()[:99])
+        with pytest.raises(UserError, match="expected model.bin and sentencepiece.bpe.model, NLLB converted"):
+            services.service(f"nllb:{directory}")
 
 
 def test_a_local_model_directory(tmp_path, monkeypatch):

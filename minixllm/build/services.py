@@ -78,8 +78,9 @@ def service(word: str, timeout: float = 120.0):
     model, at, url = rest.partition("@http")
     if kind == "chat" and model and at:
         return Chat(model, "http" + url, timeout)
-    raise UserError(f"no service is called {word.partition('@')[0]!r}: expected google, nllb:DIR, local:DIR or "
-                    "chat:MODEL@URL, such as chat:gpt-4o-mini@https://api.openai.com/v1")
+    start = re.match("[a-z]{0,9}", word)[0]  # what follows may be secret
+    raise UserError(f"no service is written '{start}...': expected google, nllb:DIR, local:DIR or chat:MODEL@URL, such "
+                    "as chat:gpt-4o-mini@https://api.openai.com/v1")
 
 
 def sentences(text: str) -> list[str]:
@@ -110,30 +111,25 @@ class _Endpoint:
     def post(self, path: str, body: dict) -> dict:
         """The JSON object that answers `body`. Raises Failure; UserError for what no other request would escape."""
         if self.variable and not re.fullmatch("[!-~]{8,}", self.key):
-            raise UserError(f"{self.host} needs a key in the environment variable {self.variable}: found "
+            # a name that was given may be a key by mistake
+            name = self.variable if self.variable in ("GOOGLE_API_KEY", "OPENAI_API_KEY") else "that '#' names"
+            raise UserError(f"{self.host} needs a key in the environment variable {name}: found "
                             f"{'something that cannot be one' if self.key else 'none'}")
-        used = getattr(self._thread, "used", False)
         connection = self._thread.__dict__.setdefault("connection", self._connect())
         try:
-            self._thread.used = False
             connection.request("POST", self.path + path, json.dumps(body).encode(), self.headers)
             response = connection.getresponse()
             raw = response.read(LARGEST + 1)
             if len(raw) > LARGEST:
-                raise Failure(f"{self.host}: an answer of more than {LARGEST:,} bytes")
+                raise http.client.HTTPException(f"an answer of more than {LARGEST:,} bytes")
             if response.length:
                 raise http.client.IncompleteRead(raw, response.length)
-            self._thread.used = True
         except ssl.SSLCertVerificationError as error:
             raise UserError(f"{self.host}: its certificate is not valid: {error.verify_message}") from None
         except (OSError, http.client.HTTPException) as error:
+            connection.close()
             why = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
-            # a server may close an idle connection: that says nothing of the next one, which is made at once
-            idle = used and isinstance(error, ConnectionError)
-            raise Failure(f"{self.host}: {self.excerpt(why)}", after=0.0 if idle else None) from None
-        finally:
-            if not self._thread.used:
-                connection.close()
+            raise Failure(f"{self.host}: {self.excerpt(why)}") from None
         try:
             answer = json.loads(raw)
         except (ValueError, RecursionError):
@@ -193,7 +189,7 @@ def _seconds(retry_after: str | None) -> float | None:
     try:
         seconds = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
         return seconds if seconds > 0 else None
-    except ValueError:
+    except (ValueError, OverflowError):  # no date, or one beyond all calendars
         return None
 
 
@@ -228,7 +224,8 @@ class Chat:
     def __init__(self, model: str, url: str, timeout: float):
         url, _, variable = url.partition("#")
         openai = _address(url).hostname == "api.openai.com"
-        self.endpoint = _Endpoint(url, "Authorization", variable or ("OPENAI_API_KEY" if openai else None), timeout)
+        own = "OPENAI_API_KEY" if openai and url.startswith("https") else None  # unencrypted only where '#' asks for it
+        self.endpoint = _Endpoint(url, "Authorization", variable or own, timeout)
         self.model, self.name = model, f"chat:{model}@{self.endpoint.host}{self.endpoint.path}"
         self.limit = "max_completion_tokens" if openai else "max_tokens"  # OpenAI's newer models refuse the old name
         self._refused = {1.0}  # temperatures that are not sent: the default, and what this model will not have
@@ -237,10 +234,10 @@ class Chat:
         return True
 
     def cost(self, request) -> dict:
-        """An upper bound: a token has at least a byte, and a template adds few."""
+        """An upper bound: a token has at least a byte, and a template, with a system prompt of its own, has 512."""
         prompt = self._prompt(request)
         return {"requests": 1, "tokens": sum(len(part.encode()) for part in (prompt.text, prompt.input, prompt.system))
-                + 64 + prompt.max_new_tokens}
+                + 512 + prompt.max_new_tokens}
 
     def ask(self, request) -> tuple[str, dict]:
         prompt = self._prompt(request)
@@ -258,17 +255,17 @@ class Chat:
             if prompt.temperature not in self._refused:
                 print(f"{self.name} refuses temperature {prompt.temperature:g}: it is asked without", file=sys.stderr)
             self._refused.add(prompt.temperature)
-            raise Failure(str(failure), after=0.0, charged=False) from None
+            raise Failure(str(failure), charged=False) from None
         try:
             choice = answer["choices"][0]
-            content = choice["message"]["content"].strip()
-            used = answer.get("usage") or {}
-            tokens = int(used.get("total_tokens") or self.cost(request)["tokens"])
+            content = (choice["message"]["content"] or "").strip()  # null: refused, or cut off while it thought
+            tokens = (answer.get("usage") or {}).get("total_tokens")
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             raise self.endpoint.misshapen(answer) from None
         if choice.get("finish_reason") in ("length", "content_filter"):
             content = ""  # half an answer teaches to stop in mid-sentence
-        return self.endpoint.clean(content), {"requests": 1, "tokens": tokens}
+        counted = type(tokens) is int and tokens > 0
+        return self.endpoint.clean(content), {"requests": 1, "tokens": tokens} if counted else self.cost(request)
 
     @staticmethod
     def _prompt(request) -> Prompt:
@@ -303,21 +300,21 @@ class Nllb:
         except ImportError:
             raise UserError(f"nllb:{directory} needs the package ctranslate2: pip install 'minixllm[nllb]'") from None
         import sentencepiece
-        for name in ("model.bin", "sentencepiece.bpe.model"):
-            if not (Path(directory) / name).is_file():
-                raise UserError(f"{directory}: no {name}, expected NLLB converted by ct2-transformers-converter with "
-                                "--copy_files sentencepiece.bpe.model")
-        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(Path(directory) / "sentencepiece.bpe.model"))
         device = "cuda" if ctranslate2.get_cuda_device_count() else "cpu"
-        self.model = ctranslate2.Translator(str(directory), device=device)
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=f"{directory}/sentencepiece.bpe.model")
+            self.model = ctranslate2.Translator(directory, device=device)
+        except (OSError, RuntimeError, ValueError) as error:  # of either: a file that is missing, or is none of theirs
+            raise UserError(f"{directory}: expected model.bin and sentencepiece.bpe.model, NLLB converted by "
+                            "ct2-transformers-converter --copy_files sentencepiece.bpe.model; found: "
+                            f"{' '.join(str(error).split())[-160:]}") from None
         self.name = f"nllb:{Path(directory).name}-{_fingerprint(directory)}"
         self._lock, self._waiting = threading.Lock(), queue.SimpleQueue()
 
     def does(self, request) -> bool:
         return isinstance(request, Translate)
 
-    def cost(self, request) -> dict:
-        return {"requests": 1, "characters": len(request.text)}
+    cost = Google.cost
 
     def ask(self, request: Translate) -> tuple[str, dict]:
         job = {"parts": sentences(request.text), "request": request, "done": None}
