@@ -13,6 +13,7 @@ Where each column of the table comes from:
 """
 
 import difflib
+import functools
 from dataclasses import dataclass
 
 from minixllm.errors import UserError
@@ -185,13 +186,14 @@ def find(text: str) -> Language:
 
     Raises UserError naming the nearest spellings when there is none.
     """
-    known = {
-        key.lower(): language
-        for language in [*BENCHMARK_ONLY.values(), *LANGUAGES.values()]
-        for key in (language.code, language.tag, language.name)
-    }
-    if (language := known.get(text.lower())) is not None:
+    if (language := _known().get(text.lower())) is not None:
         return language
-    near = difflib.get_close_matches(text.lower(), known, n=3)
+    near = difflib.get_close_matches(text.lower(), _known(), n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise UserError(f"unknown language {text!r}: expected a FLORES-101 code, a BCP-47 tag or an English name{hint}")
+
+
+@functools.cache
+def _known() -> dict[str, Language]:
+    return {key.lower(): language for language in [*BENCHMARK_ONLY.values(), *LANGUAGES.values()]
+            for key in (language.code, language.tag, language.name)}

@@ -53,7 +53,7 @@ def repeated(head: bytes) -> str:
 class Server:
     """`with Server(fault) as server:` serves on server.port of 127.0.0.1, in a thread.
 
-    fault: (request number, body) -> None, or "silence", "cut", "text", "shape", "huge", a status such as "429", which
+    fault: (request number, body) -> None, or "silence", "cut", "text", "shape", "huge", "talk", a status such as "429", which
     asks to wait for `retry_after`, "temperature", which is 400 in OpenAI's words, or "closed" after a good answer.
     `asked` holds the bodies of all requests, `answered` of those answered well, `all_headers` the heads.
     """
@@ -134,6 +134,8 @@ class Connection(asyncio.Protocol):
         status, extra = "200 OK", ""
         if fault == "text":
             answer = b"<html>upstream is busy</html>"
+        elif fault == "talk":
+            answer = b'{"choices": [{"message": {"content": "Well, the first one."}}]}'
         elif fault == "shape":
             answer = b'{"choices": [], "data": {"translations": 7}}'
         elif fault == "huge":

@@ -584,17 +584,22 @@ def test_feedback(tmp_path, monkeypatch):
     assert {p.extra["chosen_by"][:6] for p in own} == {"chat:a", "chat:b"}
 
 
-def test_the_identifier_vetoes_a_winner():
+def test_a_winner_that_refuses_loops_or_is_off_target_is_vetoed():
     german, french = (
         "Der schönste Apfel liegt heute auf dem Tisch.",
         "La plus belle pomme est aujourd'hui sur la table.",
     )
-    asked = feedback.Services([], services.Local.__new__(services.Local), feedback.FeedbackSettings())
-    asked.judge.name = "judge"
     item = Instruction("Name", "", ""), "spa", "deu"
-    made = feedback.pair(item, asked, instructions.identifier(), "Name", {french: "a", german: "b", "Apfel": "c"},
-                         {(0, 1): 4.0, (0, 2): 6.0, (1, 2): 2.0})
-    assert (made["chosen"], made["rejected"], made["vetoed"]) == (german, "Apfel", True)
+    for unfit in (french, "I'm sorry, but I can't help with that.", "Apfel " * 9):
+        def made(least, answers):
+            return feedback.pair(item, Stub(), least, instructions.identifier(), "Name", dict.fromkeys(answers, "a"),
+                                 {(0, 1): 4.0, (0, 2): 6.0, (1, 2): 2.0})
+
+        pair = made(1.0, (unfit, german, "Apfel"))
+        assert (pair["chosen"], pair["rejected"], pair["vetoed"]) == (german, "Apfel", True)
+        with pytest.raises(runner.LeftOut, match="vetoed winner") as out:
+            made(3.0, (unfit, german, "Apfel"))
+        assert out.value.example == ["Name", unfit, german, "Apfel"]
 
 
 def test_draw_is_even(tmp_path):
@@ -605,8 +610,27 @@ def test_draw_is_even(tmp_path):
         counts[code, target] == (0 if languages.FEEDBACK_LANGUAGES[target] == code else 2) for code, target in counts
     )
     assert all((places[1:] > places[:-1]).all() and places[-1] < 70 for places, _ in drawn.values())
+    built = Path(settings.data[0])
+    for named, found in (("de", "deu"), ("Japanese", "jpn")):   # by tag or name as well
+        (built / f"{found}.jsonl").write_text((built / f"{found}.jsonl").read_text().replace(
+            f'"language": "{found}"', f'"language": "{named}"'))
+    again = feedback.draw(settings)
+    assert all((again[code][0] == drawn[code][0]).all() for code in drawn)
+    with open(built / "fra.jsonl", "a") as file:
+        file.write('{"instruction": "a", "output": "b", "language": "frensh"}')
+    with pytest.raises(UserError, match="fra.jsonl, line 71: unknown language 'frensh'.*did you mean french"):
+        feedback.draw(settings)
+    (built / "fra.jsonl").write_text((built / "fra.jsonl").read_text().replace("frensh", "French"))
     with pytest.raises(UserError, match="70 records in German \\(deu\\), expected 87 or more for --pairs-each 3"):
         feedback.draw(feedback.FeedbackSettings(data=settings.data, pairs_each=3))
+
+
+def test_a_judge_that_cannot_be_read_is_given_up(tmp_path):
+    with Server() as server, Server(lambda number, body: "talk") as talker:
+        with pytest.raises(UserError, match="chat:talker@127.*no verdict that can be read"):
+            build(server, tmp_path, "--pairs-each", "1", "--candidates", "2", "--judge", f"chat:talker@{talker.url}",
+                  kind="feedback", data=spoken(tmp_path, 30))
+        assert 80 <= talker.number < 200 and server.number < 200   # not all 870 instructions
 
 
 def verdict(tag, first, second) -> str:
@@ -650,6 +674,7 @@ def test_an_answer_cannot_pass_for_the_judge_or_for_its_markers():
         verdict("t", "9", 1),
         verdict("other", 9, 1),
         verdict("t", None, 1),
+        "The first. " * 2000 + verdict("t", 9, 1),   # what goes on so long is none, either
     ],
 )
 def test_what_is_no_verdict(text):
@@ -662,7 +687,7 @@ def test_choice_of_the_pair():
     assert feedback.choose(3, margins, [False] * 3, 1.0) == (0, 2, 5.0, False)
     assert feedback.choose(3, margins, [True, False, False], 1.0) == (1, 2, 3.0, True)   # the winner is off target
     assert feedback.choose(3, {**margins, (0, 2): -5.0, (1, 2): -3.0}, [False, False, True], 1.0)[:2] == (0, 1)
-    for off_target, least, reason in (([True] * 3, 1.0, "no answer in the asked"), ([False] * 3, 5.5, "too small"),
+    for off_target, least, reason in (([True] * 3, 1.0, "all answers refuse, loop or are"), ([False] * 3, 5.5, "too small"),
                                       ([True, True, False], 1.0, "vetoed")):
         with pytest.raises(runner.LeftOut, match=reason):
             feedback.choose(3, margins, off_target, least)
@@ -784,6 +809,10 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
             fails(f"^'{re.escape(host)}[^/@]*': expected the address of a service", *word, "--languages", "spa")
     fails("only translates: expected chat", "--generator", "google", "--languages", "spa")
     fails("expected model.bin and sentencepiece.bpe.model.*No such file", "--translator", f"nllb:{tmp_path}")
+    for flag, value, bound in (("timeout", "inf", "0.001"), ("timeout", "nan", "0.001"), ("budget-requests", "-1", "1"),
+                               ("max-new-tokens", "0", "1"), ("temperature", "-0.5", "0"), ("min-bleu", "nan", "0"),
+                               ("concurrency", "0", "1"), ("quality-sample", "0", "1")):
+        fails(f"--{flag} is {value}, expected a number, {bound} or more", f"--{flag}", value)
     fails("did you mean --translator", "--translater", "google")
     with Server() as server:
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -794,6 +823,14 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
         first = runner.Runner(runner.RunnerSettings(output=str(tmp_path / "out")))
         with first:
             fails("another build is writing there", "--translator", f"google@{server.url}", "--languages", "spa")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("generators = []")
+    for match, *flags in (("--generators names no service", "--config", str(recipe)),
+                          ("--output .* is --data, too", "--output", f"{tmp_path}/."),
+                          ("--candidates is 1, expected a number, 2 or more", "--candidates", "1"),
+                          ("--min-margin is nan", "--min-margin", "nan")):
+        with pytest.raises(UserError, match=match):
+            command.main(["feedback", "--data", str(tmp_path), "--output", str(tmp_path / "out"), *flags])
     with pytest.raises(UserError, match="found 'instruct', expected one of instructions or feedback"):
         command.main(["instruct"])
 

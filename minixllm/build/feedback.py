@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from minixllm import prompts
+from minixllm import languages, prompts
 from minixllm.build import services
-from minixllm.build.instructions import identifier
-from minixllm.build.runner import Estimate, LeftOut, Runner, RunnerSettings
+from minixllm.build.instructions import LOOP, REFUSALS, identifier
+from minixllm.build.runner import Estimate, LeftOut, Runner, RunnerSettings, check
 from minixllm.build.services import Prompt
 from minixllm.errors import UserError, atomic_write
 from minixllm.languages import FEEDBACK_LANGUAGES, LANGUAGES
@@ -28,6 +28,7 @@ from minixllm.settings import setting
 
 CRITERIA = ("helpfulness", "correctness", "language")
 DRY_RUN_SAMPLE = 200
+UNREADABLE = 40  # comparisons after which a judge that never gave a verdict is given up
 
 
 @dataclass
@@ -45,13 +46,6 @@ class FeedbackSettings(RunnerSettings):
     temperature: float = setting(1.0, "at which candidates are drawn")
 
 
-@dataclass(frozen=True)
-class Services:
-    generators: list
-    judge: object
-    settings: FeedbackSettings
-
-
 def build(settings: FeedbackSettings) -> bool:
     """Write pairs.jsonl, and build/failures.jsonl and report.json, into settings.output.
 
@@ -59,35 +53,43 @@ def build(settings: FeedbackSettings) -> bool:
     """
     if not (settings.data and settings.output):
         raise UserError("expected --data DIRECTORY, the built instructions, and --output DIRECTORY")
-    for name, least in (("candidates", 2), ("pairs_each", 1), ("max_new_tokens", 1)):
-        if getattr(settings, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}, expected {least} or more")
+    if Path(settings.output).resolve() in (Path(path).resolve() for path in settings.data):
+        raise UserError(f"--output {settings.output} is --data, too: expected another directory")
+    if not settings.generators:
+        raise UserError("--generators names no service, expected one or more")
+    check(settings, candidates=2, pairs_each=1, max_new_tokens=1, temperature=0, min_margin=0)
     drawn = draw(settings)
     total = sum(len(places) for places, _ in drawn.values())
     # each opened once: a local model may well be generator and judge
     words = dict.fromkeys((*settings.generators, settings.judge))
     opened = {word: services.service(word, settings.timeout) for word in words}
-    asked = Services([opened[word] for word in settings.generators], opened[settings.judge], settings)
-    for each in (*asked.generators, asked.judge):
-        if not each.does(Prompt("")):
-            raise UserError(f"{each.name} only translates: expected chat:... or local:... as generator and judge")
+    generators, judge = [opened[word] for word in settings.generators], opened[settings.judge]
+    for service in opened.values():
+        if not service.does(Prompt("")):
+            raise UserError(f"{service.name} only translates: expected chat:... or local:... as generator and judge")
     if settings.dry_run:
-        print(estimate(drawn, total, asked))
+        print(estimate(drawn, total, generators, judge, settings))
         return True
     wrong_language, comparisons, each = identifier(), Counter(), Counter()
 
-    def finish(ask, item):
-        *compared, outcomes = compare(ask, item, asked)
+    def compared(ask, item):
+        *made, outcomes = compare(ask, item, generators, judge, settings)
         comparisons.update(outcomes)
-        made = pair(item, asked, wrong_language, *compared)
+        if comparisons["not readable"] == comparisons.total() >= UNREADABLE:
+            raise UserError(f"{judge.name}: the first {UNREADABLE} comparisons and more gave no verdict that can be "
+                            "read, expected a judge that answers with the JSON it is asked for")
+        return made
+
+    def finish(ask, item):
+        made = pair(item, judge, settings.min_margin, wrong_language, *compared(ask, item))
         each[f"{item[1]}>{item[2]}"] += 1
         return made
 
     with Runner(settings) as runner:
-        for service in (*asked.generators, asked.judge):
+        for service in opened.values():
             runner.reach(service)
-        runner.work(lambda ask, item: compare(ask, item, asked), instructions(settings.data, drawn), total,
-                    settings.feedback, named)
+        runner.work(compared, instructions(settings.data, drawn), total, settings.feedback, named)
+        comparisons.clear()  # counted again as they are written
         report = runner.write(Path(settings.output) / "pairs.jsonl", finish, instructions(settings.data, drawn), named)
         if report is None:
             return runner.conclude("pairs.jsonl is not yet written", False)
@@ -130,8 +132,12 @@ def spoken(paths) -> Iterator[tuple[str, Instruction]]:
         for record in read_instructions(path):
             if record.language is None:
                 raise UserError(f"{path}, line {record.line}: no field 'language', expected a FLORES code such as spa")
-            if record.language in FEEDBACK_LANGUAGES:
-                yield record.language, record
+            try:
+                code = languages.find(record.language).code
+            except UserError as error:
+                raise UserError(f"{path}, line {record.line}: {error}") from None
+            if code in FEEDBACK_LANGUAGES:
+                yield code, record
 
 
 def instructions(paths, drawn) -> Iterator[tuple[Instruction, str, str]]:
@@ -148,16 +154,15 @@ def instructions(paths, drawn) -> Iterator[tuple[Instruction, str, str]]:
 # -- candidates and their judge -------------------------------------------------------------------------------------
 
 
-def compare(ask, item, asked: Services) -> tuple[str, dict[str, str], dict, Counter]:
+def compare(ask, item, generators, judge, settings) -> tuple[str, dict[str, str], dict, Counter]:
     """The instruction as it is asked, {answer: its generator}, the margins of each two answers (see `choose`), and how
     their comparisons went. Everything comes through ask(service, request).
     """
     record, code, target = item
-    settings = asked.settings
     instruction = record.instruction if code == target else prompts.cross_lingual(record.instruction, target, code)
     answers, margins, outcomes = {}, {}, Counter()
     for number in range(settings.candidates):
-        generator = asked.generators[number % len(asked.generators)]
+        generator = generators[number % len(generators)]
         answer = ask(generator, Prompt(instruction, record.input, "", settings.max_new_tokens, settings.temperature,
                                        settings.seed + number))
         if answer:
@@ -167,22 +172,25 @@ def compare(ask, item, asked: Services) -> tuple[str, dict[str, str], dict, Coun
         verdicts = []
         for first, second in ((i, j), (j, i)):
             question, tag = comparison(instruction, record.input, texts[first], texts[second], LANGUAGES[target].name)
-            answer = ask(asked.judge, Prompt(question, max_new_tokens=512, seed=settings.seed))
+            answer = ask(judge, Prompt(question, max_new_tokens=512, seed=settings.seed))
             verdicts.append(read_verdict(answer, tag))
         margins[i, j] = 0.0 if None in verdicts else agreed(verdicts[0], -verdicts[1])
         outcomes["not readable" if None in verdicts else "decided" if margins[i, j] else "tie"] += 1
     return instruction, answers, margins, outcomes
 
 
-def pair(item, asked: Services, wrong_language, instruction: str, answers: dict, margins: dict) -> dict:
+def pair(item, judge, least: float, wrong_language, instruction: str, answers: dict, margins: dict) -> dict:
     """The record that the compared answers to an instruction give. Raises LeftOut."""
     record, _, target = item
     texts = list(answers)
-    off_target = [wrong_language(text, target) is not None for text in texts]
-    best, worst, margin, vetoed = choose(len(texts), margins, off_target, asked.settings.min_margin)
+    unfit = [bool(REFUSALS.match(text) or LOOP.search(text) or wrong_language(text, target)) for text in texts]
+    try:
+        best, worst, margin, vetoed = choose(len(texts), margins, unfit, least)
+    except LeftOut as out:
+        raise LeftOut(out.reason, instruction, *texts) from None
     return {"instruction": instruction, "input": record.input, "chosen": texts[best], "rejected": texts[worst],
             **named(item), "chosen_by": answers[texts[best]], "rejected_by": answers[texts[worst]],
-            "judge": asked.judge.name, "margin": round(margin, 3), "vetoed": vetoed}
+            "judge": judge.name, "margin": round(margin, 3), "vetoed": vetoed}
 
 
 def comparison(instruction: str, input: str, first: str, second: str, language: str) -> tuple[str, str]:
@@ -203,7 +211,7 @@ def comparison(instruction: str, input: str, first: str, second: str, language: 
 
 def read_verdict(text: str, tag: str) -> float | None:
     """By how many points, of 10, the first answer is better; None for anything but one verdict that bears the tag."""
-    found, position = set(), 0
+    text, found, position = text[:20_000], set(), 0
     while (position := text.find("{", position)) >= 0:
         try:
             entry, position = json.JSONDecoder().raw_decode(text, position)
@@ -227,10 +235,11 @@ def agreed(one_way: float, other_way: float) -> float:
     return (one_way + other_way) / 2 if one_way * other_way > 0 else 0.0
 
 
-def choose(count: int, margins: dict, off_target: list[bool], least: float) -> tuple[int, int, float, bool]:
+def choose(count: int, margins: dict, unfit: list[bool], least: float) -> tuple[int, int, float, bool]:
     """(best, worst, margin between them, whether a better one was vetoed) of `count` candidates. Raises LeftOut.
 
-    margins: {(i, j), i < j: points by which i beats j}. A candidate in the wrong language can be worst, never best.
+    margins: {(i, j), i < j: points by which i beats j}. An unfit candidate, one that refuses, loops or is in the wrong
+    language, can be worst, never best.
     """
     def beats(i, j):
         return margins[i, j] if i < j else -margins[j, i]
@@ -238,10 +247,10 @@ def choose(count: int, margins: dict, off_target: list[bool], least: float) -> t
     if count < 2:
         raise LeftOut("fewer than two different answers")
     points = [sum(beats(i, j) for j in range(count) if j != i) for i in range(count)]
-    if all(off_target):
-        raise LeftOut("no answer in the asked language")
+    if all(unfit):
+        raise LeftOut("all answers refuse, loop or are in the wrong language")
     ranked = sorted(range(count), key=lambda i: -points[i])
-    best = next(i for i in ranked if not off_target[i])
+    best = next(i for i in ranked if not unfit[i])
     worst = next(i for i in reversed(ranked) if i != best)
     margin = beats(best, worst)
     if margin == 0:
@@ -251,10 +260,10 @@ def choose(count: int, margins: dict, off_target: list[bool], least: float) -> t
     return best, worst, margin, ranked[0] != best
 
 
-def estimate(drawn, total: int, asked: Services) -> str:
+def estimate(drawn, total: int, generators, judge, settings) -> str:
     """What the build would ask, if all candidates differed and no answer failed."""
     every = -(-total // DRY_RUN_SAMPLE)
-    sample = list(itertools.islice(instructions(asked.settings.data, drawn), 0, None, every))
+    sample = list(itertools.islice(instructions(settings.data, drawn), 0, None, every))
     length = sum(len(record.output) for record, _, _ in sample) // len(sample)
     counter, numbers = Estimate(length), itertools.count()
 
@@ -262,7 +271,7 @@ def estimate(drawn, total: int, asked: Services) -> str:
         return f"{counter.ask(service, request)}{next(numbers)}"
 
     for item in sample:
-        compare(ask, item, asked)
+        compare(ask, item, generators, judge, settings)
     lines = [f"{total:,} instructions, counted on {len(sample)}"]
     for name, counts in counter.counts.items():
         lines += [f"{name}: {count * total // len(sample):,} {unit}" for unit, count in counts.items() if count]

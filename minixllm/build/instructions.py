@@ -20,7 +20,7 @@ import numpy as np
 
 from minixllm import languages, scorers
 from minixllm.build import services
-from minixllm.build.runner import Estimate, LeftOut, Missing, Runner, RunnerSettings
+from minixllm.build.runner import Estimate, LeftOut, Missing, Runner, RunnerSettings, check
 from minixllm.build.services import Prompt, Translate
 from minixllm.errors import UserError, atomic_write
 from minixllm.languages import LANGUAGES
@@ -61,8 +61,7 @@ def build(settings: InstructionSettings) -> bool:
     codes = chosen_languages(settings.languages)
     if not (settings.data and settings.output):
         raise UserError("expected --data FILE, an English file in Alpaca's format, and --output DIRECTORY")
-    if settings.quality_sample < 1:
-        raise UserError(f"--quality-sample is {settings.quality_sample}, expected 1 or more")
+    check(settings, quality_sample=1, min_bleu=0, max_new_tokens=1, temperature=0)
     total = check_source(settings.data)
     sample = set(random.Random(settings.seed).sample(range(total), min(settings.quality_sample, total)))
     generator = services.service(settings.generator, settings.timeout)

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import random
 import re
 import sqlite3
@@ -52,6 +53,15 @@ class RunnerSettings:
     seed: int = setting(0, "draws samples and language pairs, and is passed to chat models")
 
 
+def check(settings: RunnerSettings, **least) -> None:
+    """Raise UserError where one of these settings, or of those of all builds, is less than that, infinite or nan."""
+    least |= dict(concurrency=1, timeout=0.001, budget_requests=1, budget_tokens=1, budget_characters=1)
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if value is not None and not bound <= value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, expected a number, {bound} or more")
+
+
 class Missing(Exception):
     """There is no answer to a request of this record: because of `reason`, or not yet (None)."""
 
@@ -75,9 +85,6 @@ class Runner:
     """The threads, the budget and the stored answers of one run."""
 
     def __init__(self, settings: RunnerSettings):
-        for name in ("concurrency", "timeout"):
-            if getattr(settings, name) <= 0:
-                raise UserError(f"--{name} is {getattr(settings, name)}, expected more than 0")
         self.folder = folder = Path(settings.output) / "build"
         folder.mkdir(parents=True, exist_ok=True)
         self.threads = settings.concurrency
@@ -229,7 +236,7 @@ class Runner:
     def _reserve(self, cost: dict) -> None:
         """Take a request's highest cost out of the budget; wait while only what is on its way stands against it."""
         with self._settled:
-            while any(self.spent[unit] + self._reserved.get(unit, 0) + amount > self.limits.get(unit, float("inf"))
+            while any(self.spent[unit] + self._reserved.get(unit, 0) + amount > self.limits.get(unit, math.inf)
                       for unit, amount in cost.items()):
                 if not self._reserved.get("requests"):
                     self.stop(f"the budget of {_amounts(self.limits)} is spent")
