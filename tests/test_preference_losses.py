@@ -53,6 +53,12 @@ def trl_loss(kind, policy, reference, lengths, label_smoothing=0.0):
     return done["loss"]
 
 
+def with_gradient(loss, logps):
+    logps = logps.detach().clone().requires_grad_()
+    value = loss(logps).mean()
+    return value, torch.autograd.grad(value, logps)[0]
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("kind, label_smoothing", [("sigmoid", 0.0), ("ipo", 0.0), ("sigmoid", 0.2)])
 def test_losses_equal_trl_and_the_formula(seed, kind, label_smoothing):
@@ -71,11 +77,6 @@ def test_losses_equal_trl_and_the_formula(seed, kind, label_smoothing):
         p = 1 / (1 + torch.exp(-BETA * (ratio[:, 0] - ratio[:, 1])))
         return -(1 - label_smoothing) * p.log() - label_smoothing * (1 - p).log()
 
-    def with_gradient(loss, logps):
-        logps = logps.detach().clone().requires_grad_()
-        value = loss(logps).mean()
-        return value, torch.autograd.grad(value, logps)[0]
-
     for loss in [formula, *([lambda x: trl_loss(kind, x, reference, lengths)] if label_smoothing == 0 else [])]:
         expected, expected_gradient = with_gradient(loss, policy)
         for dtype in (torch.float64, torch.float32):
@@ -88,8 +89,11 @@ def test_losses_equal_trl_and_the_formula(seed, kind, label_smoothing):
 def test_conservative_dpo_equals_trl(seed):
     """TRL smooths labels in its "aot" loss, which sorts the batch first: on one pair that is conservative DPO."""
     policy, reference = random_logps(seed, pairs=1)
-    expected = trl_loss("aot", policy, reference, torch.tensor([[3, 5]]), label_smoothing=0.2)
-    torch.testing.assert_close(dpo_loss(policy, reference, BETA, 0.2).mean(), expected, rtol=1e-6, atol=1e-6)
+    lengths = torch.tensor([[3, 5]])
+    expected = with_gradient(lambda x: trl_loss("aot", x, reference, lengths, label_smoothing=0.2), policy)
+    for found, theirs in zip(with_gradient(lambda x: dpo_loss(x, reference, BETA, 0.2), policy), expected):
+        torch.testing.assert_close(found, theirs, rtol=1e-6, atol=1e-6)
+    assert expected[1].any()
 
 
 def test_a_policy_equal_to_its_reference_loses_ln_2():
