@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import fake_services
 import pytest
 from fake_services import Server
 
@@ -590,7 +591,7 @@ def test_a_winner_that_refuses_loops_or_is_off_target_is_vetoed():
         "La plus belle pomme est aujourd'hui sur la table.",
     )
     item = Instruction("Name", "", ""), "spa", "deu"
-    for unfit in (french, "I'm sorry, but I can't help with that.", "Apfel " * 9):
+    for unfit in (french, "I'm sorry, but I can't.", "Apfel " * 9):
         def made(least, answers):
             return feedback.pair(item, Stub(), least, instructions.identifier(), "Name", dict.fromkeys(answers, "a"),
                                  {(0, 1): 4.0, (0, 2): 6.0, (1, 2): 2.0})
@@ -697,7 +698,7 @@ def test_choice_of_the_pair():
 
 # -- filters
 
-GOOD = ("Nenne 25 Orte, siehe https://a.org/x und {name}.", "", "Hier sind 25 Orte in der Nähe.")
+GOOD = ("Nenne 25 nahe Orte, siehe https://a.org/x und {name}.", "", "Hier sind 25 Orte in der Nähe.")
 
 
 @pytest.mark.parametrize(
@@ -708,7 +709,7 @@ GOOD = ("Nenne 25 Orte, siehe https://a.org/x und {name}.", "", "Hier sind 25 Or
         ({2: ""}, True, "empty"),
         ({2: "As an AI language model, I cannot do that."}, True, "refusal"),
         ({2: "I'm sorry, but I can't help with that."}, True, "refusal"),
-        ({0: "List 25 places, see https://a.org/x and {name}."}, True, "untranslated"),
+        ({0: "List 25 near places, see https://a.org/x and {name}."}, True, "untranslated"),
         ({0: GOOD[0].replace("{name}", "Name")}, True, "lost placeholder, URL or code"),
         ({0: GOOD[0].replace("/x", "/y")}, True, "lost placeholder, URL or code"),
         ({0: GOOD[0].replace("25", "26")}, True, "lost number"),
@@ -723,9 +724,31 @@ GOOD = ("Nenne 25 Orte, siehe https://a.org/x und {name}.", "", "Hier sind 25 Or
     ],
 )
 def test_filters(changed, generated, reason):
-    record = Instruction("List 25 places, see https://a.org/x and {name}.", "", "Here are 25 places that are near.")
+    record = Instruction("List 25 near places, see https://a.org/x and {name}.", "", "Here are 25 places that are near.")
     made = tuple(changed.get(i, text) for i, text in enumerate(GOOD))
     assert instructions.fault(record, made, generated) == reason
+
+
+@pytest.mark.parametrize("source, target, reason", [
+    ("See https://a.org/x for it.", "请看网页https://a.org/x的内容", None),
+    ("See https://a.org/x.", "https://a.org/x\u0964", None),   # Hindi's full stop
+    ("See https://a.org/x.", "ดูที่https://a.org/xนะ", None),
+    ("See (https://a.org/x?y=1&z=2).", "（https://a.org/x?y=1&z=2）を見て。", None),
+    ("See https://a.org/x.", "看https://a.org/y的内容", "lost placeholder, URL or code"),
+    ("Go to www.a.org, tell me.", "去www.a.org告诉我", None),
+    ("Go to www.a.org, tell me.", "去www.b.org告诉我", "lost placeholder, URL or code"),
+    ("Say %s now.", "说%s已经", None),
+    ("Say %s now.", "说%so已经", "lost placeholder, URL or code"),
+    ("It has 1,000 towns.", "Elle a 1 000 villes.", None),
+    ("It has 1,000 towns.", "Есть 1\u00a0000 городов.", None),
+    ("It has 1,000,000 towns.", "इसमें १०,००,००० नगर हैं।", None),
+    ("It has 1,000 towns.", "它有１０００个镇", None),
+    ("It has 1,000 towns.", "Es hat 100 oder 10 000 Städte.", "lost number"),
+    ("Take 10, 20 or 30.", "取10,20或30", None),
+    ("Take 10,20,30 away.", "Nimm 10, 20, 30 weg.", None),
+])
+def test_what_scripts_write_differently(source, target, reason):
+    assert instructions.fault(Instruction(source, "", "y"), (target, "", "y"), True) == reason
 
 
 def test_what_a_translation_keeps():
@@ -736,7 +759,7 @@ def test_what_a_translation_keeps():
         "%s", "<br>", "`x = 1`", "```py\nprint()\n```", "{0}", "____", "www.a.org"]
     start = time.perf_counter()   # no text takes the patterns long
     for text in ("a" * 100_000, "ab " * 50_000, "```" * 30_000, "{" * 100_000, "1," * 50_000):
-        instructions.fault(Instruction("x" * 9, "", "y"), ("x", "", text), True)
+        instructions.fault(Instruction("x" * 9, "", "1,000"), ("x", "", text), False)
     assert time.perf_counter() - start < 3
 
 
@@ -748,7 +771,28 @@ def test_wrong_language():
         wrong("This is plainly an English sentence about the weather.", "umb") == "wrong language"
     )  # which it does not know
     assert wrong("Paris", "deu") is None  # too short to tell
+    code = "def area(width, height):\n    return width * height  # of the whole rectangle"
+    assert wrong(code, "deu") and wrong(f"```python\n{code}\n```", "deu") is None
+    assert wrong(f"Diese Funktion berechnet die Fläche:\n```python\n{code * 5}\n```", "deu") is None
     assert wrong("Ovo je rečenica na hrvatskom jeziku o današnjem vremenu.", "bos") is None  # a close relative
+
+
+def test_answers_and_instructions_in_the_wrong_language_are_left_out(tmp_path, monkeypatch):
+    found = {"ebircseD eht 104th nwot ni a wef sdrow.": "wrong language", "tI sah 205 dlo sesuoh.": "wrong language"}
+    monkeypatch.setattr(instructions, "identifier", lambda: lambda text, code: found.get(text))
+    with Server() as server:
+        out = build(server, tmp_path, "--min-bleu", "101", "--languages", "mri")
+    report = json.loads((out / "build/report.json").read_text())["mri"]
+    assert report["left_out"] == {"wrong language": 2} and report["records"] == 28
+    assert [example["id"] for example in report["examples"]["wrong language"]] == ["4", "5"]
+
+
+def test_a_translator_that_gives_back_what_it_got_is_no_good_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(fake_services, "turned", lambda text: text)
+    with Server() as server:
+        out = build(server, tmp_path, "--languages", "mri")
+    report = json.loads((out / "build/report.json").read_text())["mri"]
+    assert report["bleu"] == 0 and report["answers"] == "translated" and report["left_out"] == {"untranslated": 30}
 
 
 def test_left_out_records_are_counted_with_examples(tmp_path):
@@ -791,9 +835,14 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     (tmp_path / "b.json").write_text('[{"instruction": "a", "output": "b"},\n {"instruction": "a"}]')
     fails(r"b.json, line 2: no field 'output', found only \['instruction'\]", data=tmp_path / "b.json")
     fails("line 1: id '7' again, first in .*alpaca.json, line 1; expected every record to have its own", id=7)
+    lines = [{"instruction": "a", "output": "b", **more} for more in ({"id": 1}, {}, {"id": ""}, {"id": None})]
+    (tmp_path / "ids.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    fails("ids.jsonl, line 2: id '1' again, first in .*ids.jsonl, line 1", data=tmp_path / "ids.jsonl")
+    (tmp_path / "ids.jsonl").write_text("\n".join(map(json.dumps, lines[1:])))
+    assert instructions.check_source([tmp_path / "ids.jsonl"]) == 3   # those without one have their number
     fails("unknown language 'spanisch'.* did you mean spanish", "--languages", "spanisch")
     fails("hat is none of the 100", "--languages", "hat")
-    fails("no translator for ast, ful, kea, kam, luo, oci, umb, wol: add nllb:DIR", "--dry-run")
+    fails("no translator for ast, ful, kea, kam, luo, oci, umb, wol: expected --translator google nllb:DIR, or --lang", "--dry-run")
     fails(
         "google cannot be asked: 127.0.0.1:9: .*refused",
         "--translator",

@@ -265,14 +265,12 @@ def estimate(drawn, total: int, generators, judge, settings) -> str:
     every = -(-total // DRY_RUN_SAMPLE)
     sample = list(itertools.islice(instructions(settings.data, drawn), 0, None, every))
     length = sum(len(record.output) for record, _, _ in sample) // len(sample)
-    counter, numbers = Estimate(length), itertools.count()
+    counter, numbers = Estimate(length, total / len(sample)), itertools.count()
 
     def ask(service, request):
         return f"{counter.ask(service, request)}{next(numbers)}"
 
     for item in sample:
         compare(ask, item, generators, judge, settings)
-    lines = [f"{total:,} instructions, counted on {len(sample)}"]
-    for name, counts in counter.counts.items():
-        lines += [f"{name}: {count * total // len(sample):,} {unit}" for unit, count in counts.items() if count]
-    return "\n".join(lines)
+    return "\n".join([f"{total:,} instructions, counted on {len(sample)}",
+                      *(f"{name}: {amount:,.0f} {unit}" for (name, unit), amount in counter.counts.items())])

@@ -75,8 +75,9 @@ def build(settings: InstructionSettings) -> bool:
         plans += [Plan(code, each, generator, prompt) for each in able[:1]]
         unknown += [] if able else [code]
     if unknown:
-        raise UserError(f"{' '.join(settings.translator)}: no translator for {', '.join(unknown)}: add nllb:DIR or "
-                        "chat:MODEL@URL to --translator")
+        named = " ".join(settings.translator)
+        raise UserError(f"{named}: no translator for {', '.join(unknown)}: expected --translator {named} nllb:DIR, or "
+                        "--languages without these")
     if settings.dry_run:
         print(estimate(settings, total, plans, len(sample)))
         return True
@@ -126,20 +127,21 @@ def sources(paths) -> Iterator[tuple[int, Instruction]]:
 
 
 def identity(number: int, record: Instruction) -> str:
-    return str(record.extra.get("id", number))
+    own = record.extra.get("id")
+    return str(number if own in (None, "") else own)
 
 
 def check_source(paths) -> int:
     """How many records there are. Raises UserError for a broken one, or two with one id."""
     digests = np.sort(np.fromiter((hash(identity(*item)) for item in sources(paths)), dtype=np.int64))  # 8 bytes each
-    suspects, seen = set(digests[1:][digests[1:] == digests[:-1]].tolist()), {}
+    suspects, seen, number = set(digests[1:][digests[1:] == digests[:-1]].tolist()), {}, itertools.count()
     for path in paths if suspects else ():
         for record in read_instructions(path):
-            own = str(record.extra.get("id", ""))
+            own = identity(next(number), record)
             if own in seen:
                 raise UserError(f"{path}, line {record.line}: id {own!r} again, first in {seen[own]}; expected every "
-                                "record to have its own")
-            if own and hash(own) in suspects:
+                                "record to have its own, where it has none its number, from 0")
+            if hash(own) in suspects:
                 seen[own] = f"{path}, line {record.line}"
     return len(digests)
 
@@ -183,7 +185,8 @@ def quality(runner: Runner, paths, sample: set[int], plan: Plan, label: str) -> 
 
     def back(ask, item):
         there = ask(plan.translator, Translate(item[1].instruction, "eng", plan.code))
-        return ask(plan.translator, Translate(there, plan.code, "eng"))
+        # what was not translated would come back as it was, for a perfect score
+        return "" if copied(item[1].instruction, there) else ask(plan.translator, Translate(there, plan.code, "eng"))
 
     runner.work(back, sampled, len(sampled), f"{label} quality",
                 lambda item: {"language": plan.code, "sampled": identity(*item)})
@@ -207,13 +210,14 @@ def quality(runner: Runner, paths, sample: set[int], plan: Plan, label: str) -> 
 REFUSALS = re.compile(r"\W*(?:as an ai\b|as a(?: large)? language model|i['’]?m sorry,? (?:but|i)|"
                       r"i apologi[sz]e,? but|sorry,? (?:but )?i (?:can|am)|i(?: am|['’]m) (?:unable|not able) to|"
                       r"i can(?:not|['’]t) (?:help|assist|fulfil|provide))", re.IGNORECASE)
-# what a translation must keep as it is
-VERBATIM = re.compile(r"(?:https?://|www\.)[^\s<>\"')\]]+|```.*?```|`[^`\n]+`|\{\{?\w*\}?\}|%[sd]\b|"
-                      r"</?[A-Za-z_][\w-]*>|_{3,}", re.DOTALL)
+# what a translation must keep as it is; addresses are ASCII, for some scripts go on behind them without a space
+VERBATIM = re.compile(r"(?:https?://|www\.)(?a:[\w./?=&%#~:+@!$,;*-]*[\w/])|```.*?```|`[^`\n]+`|\{\{?\w*\}?\}|"
+                      r"%[sd](?![A-Za-z])|</?[A-Za-z_][\w-]*>|_{3,}", re.DOTALL)
 # not all that is no \w: the vowel signs of Indic scripts are not, either
 PUNCTUATION = re.compile(r"[\s!-/:-@\[-`{-~\u00a1-\u00bf\u060c\u061b\u061f\u06d4\u0964\u0965"
                          r"\u2000-\u206f\u3000-\u303f]+")
 NUMBER = re.compile(r"\d+(?:[.,'’\u00a0\u202f\u066b\u066c]\d+)*")
+GROUPS = re.compile(r"\d+(?:\W{1,2}\d+)*")  # digits that may be one number or several
 # one word eight times, or one piece of up to twelve characters, with a letter in it, ten times
 LOOP = re.compile(r"(?<!\S)(?=\S{0,39}[^\W\d_])(\S{1,40})(?:\s+\1){7}(?!\S)|([^\W\d_]\S{0,11}?)\2{9}")
 
@@ -229,11 +233,11 @@ def fault(record: Instruction, made: tuple[str, str, str], generated: bool) -> s
     if not generated:
         translated.append((record.output, output))
     for source, target in translated:
-        if len(words(source)) >= 5 and normal(source) == normal(target):
+        if copied(source, target):
             return "untranslated"
         if not set(VERBATIM.findall(source)) <= set(VERBATIM.findall(target)):
             return "lost placeholder, URL or code"
-        if not numbers(source) <= numbers(target):
+        if not numbers(source) <= possible_numbers(target):
             return "lost number"
         if len(source) >= 20 and not 0.15 <= len(target) / len(source) <= 5:
             return "length ratio"
@@ -244,15 +248,34 @@ def fault(record: Instruction, made: tuple[str, str, str], generated: bool) -> s
     return None
 
 
+def prose(text: str) -> str:
+    """The text without code and whatever else is the same in all languages."""
+    return VERBATIM.sub(" ", text)
+
+
 def words(text: str) -> list[str]:
     return re.findall(r"[^\W\d_]+", text)
+
+
+def copied(source: str, target: str) -> bool:
+    return len(words(prose(source))) >= 5 and normal(source) == normal(target)
 
 
 def numbers(text: str) -> set[str]:
     """The numbers of two or more digits, in ASCII digits and without separators: these differ between languages, and
     small numbers are written as words."""
-    found = ("".join(str(unicodedata.decimal(c, "")) for c in number).lstrip("0") for number in NUMBER.findall(text))
+    found = (digits(number) for number in NUMBER.findall(text))
     return {number for number in found if len(number) >= 2}
+
+
+def possible_numbers(text: str) -> set[str]:
+    """All that may be meant: what one language writes 1,000 is 1 000 or 1.000 in others, or two numbers."""
+    runs = (re.findall(r"\d+", run) for run in GROUPS.findall(text))
+    return {digits("".join(run[i:i + count])) for run in runs for i in range(len(run)) for count in range(1, 6)}
+
+
+def digits(text: str) -> str:
+    return "".join(str(unicodedata.decimal(c, "")) for c in text).lstrip("0")
 
 
 def normal(text: str) -> str:
@@ -274,6 +297,7 @@ def identifier():
     identify, known, _ = found
 
     def wrong_language(text: str, code: str) -> str | None:
+        text = prose(text)
         if sum(map(len, words(text))) < (10 if LANGUAGES[code].script in ("Hans", "Jpan", "Kore") else 25):
             return None  # too short to tell
         label = identify(text)
@@ -315,16 +339,15 @@ def estimate(settings, total: int, plans: list[Plan], sampled: int) -> str:
              "translated to all generated:"]
     bounds = []
     for generated in (False, True):
-        estimate, back = Estimate(answer), Estimate(answer)
+        bounds.append(estimate := Estimate(answer))
         for plan in plans:
-            plan = plan if generated else Plan(plan.code, plan.translator, None, plan.prompt)
+            plan = plan if generated else dataclasses.replace(plan, generator=None)
             for record in records:
+                estimate.times = total / len(records)
                 make(estimate.ask, record, plan)
-                back.ask(plan.translator, Translate(record.instruction, plan.code, "eng"))
-        bounds.append({(name, unit): (count * total + back.counts.get(name, {}).get(unit, 0) * sampled) // len(records)
-                       for name, counts in estimate.counts.items() for unit, count in counts.items()})
-    for name, unit in {**bounds[0], **bounds[1]}:
-        low, high = sorted(bound.get((name, unit), 0) for bound in bounds)
-        if high:
-            lines.append(f"{name}: {low:,} to {high:,} {unit}" if low < high else f"{name}: {low:,} {unit}")
+                estimate.times = sampled / len(records)
+                estimate.ask(plan.translator, Translate(record.instruction, plan.code, "eng"))
+    for name, unit in bounds[0].counts | bounds[1].counts:
+        low, high = sorted(round(bound.counts[name, unit]) for bound in bounds)
+        lines.append(f"{name}: {low:,} to {high:,} {unit}" if low < high else f"{name}: {low:,} {unit}")
     return "\n".join(lines)

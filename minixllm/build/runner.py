@@ -358,20 +358,17 @@ class Estimate:
     characters: English has four to five of them, most other languages two to four.
     """
 
-    def __init__(self, answer: int):
-        self.answer, self.counts = "x" * answer, {}
+    def __init__(self, answer: int, times: float = 1):
+        self.answer, self.times = "x" * answer, times  # how many requests one stands for
+        self.counts = Counter()  # {(service, unit): amount}
 
     def ask(self, service, request) -> str:
         if not request.text.strip():
             return ""
-        counts = self.counts.setdefault(service.name, {"requests": 0, "characters": 0, "tokens": 0})
-        counts["requests"] += 1
-        cost = service.cost(request)
-        translated = hasattr(request, "source")
+        cost, translated = service.cost(request), isinstance(request, Translate)
         answer = request.text if translated else self.answer
-        if "characters" in cost:
-            counts["characters"] += cost["characters"]
-        else:
+        if "tokens" in cost:
             sent = len(request.text) if translated else len(request.text) + len(request.input) + len(request.system)
-            counts["tokens"] += (sent + 60 + len(answer)) // 3
+            cost["tokens"] = (sent + 60 + len(answer)) // 3
+        self.counts.update({(service.name, unit): amount * self.times for unit, amount in cost.items()})
         return answer
