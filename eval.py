@@ -99,6 +99,8 @@ def main(argv=None) -> None:
     identify = report.language_identifier() if settings.benchmarks else None
     if identify is None and settings.benchmarks:
         notes.append("off-target rates need a language identifier: pip install 'minixllm[lid]'")
+    elif identify and (unknown := {item.target for item in items if not item.choices} - identify[1]):
+        notes.append(f"{identify[2]} does not know {', '.join(sorted(unknown))}: no off-target rates there")
     for name, directory in models.items():
         dtype = parallel.compute_dtype(settings.dtype, world.device)
         model, tokenizer = adapters.load(directory, dtype, world.device)

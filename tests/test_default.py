@@ -9,6 +9,7 @@ import train_dpo
 import train_sft
 from minixllm.build import demo, demo_feedback
 from minixllm.checkpoint import load
+from minixllm.languages import FEEDBACK_LANGUAGES
 
 
 def shorten(path, every: int):
@@ -47,6 +48,18 @@ def test_three_commands(arch, tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / "runs/dpo/before-after.json").read_text("utf-8"))
     assert len(found["after"]["answers"]) == found["before"]["questions"] == 44
     assert all(0 <= found[when][name] <= 100 for when in found for name in ("exact match", "off target"))
+
+    if arch == "bloom":  # the ablation's arm
+        train_dpo.main(["--steps", "2", "--warmup-steps", "1", "--feedback", "monolingual", "--output", "runs/mono"])
+        with open(tmp_path / "runs/cache/feedback-monolingual/train.jsonl", encoding="utf-8") as file:
+            languages = {(pair["language"], pair["response_language"]) for pair in map(json.loads, file)}
+        assert {(a, b) for a, b in languages if a != "eng"} == {(code, code) for code in FEEDBACK_LANGUAGES}
+        mono = json.loads((tmp_path / "runs/mono/before-after.json").read_text("utf-8"))
+        asked = {(each["language"], each["response_language"]) for each in mono["after"]["answers"]}
+        assert len(asked) == mono["before"]["questions"] == 44 and all(a != b for a, b in asked)
+        said = capsys.readouterr().out
+        pairs = 29 * 30 + 99
+        assert f"{pairs} pairs; left out 0 too long, 0 empty, 0 equal" in said and "44 held out" in said
 
     evaluate.main(["--limit", "1", "--max-new-tokens", "4"])
     said = capsys.readouterr().out

@@ -62,7 +62,7 @@ def five(tmp_path_factory):
     for tag in ("it", "sw"):
         lines(folder / f"xcopa/test.{tag}.jsonl",
               [{**XCOPA_ROWS[0], "premise": " ".join(WORDS[i % 9:i % 9 + 2 + i % 7]), "idx": i} for i in range(30)])
-    for code in ("eng", "deu", "zho_simpl", "amh"):
+    for code in ("eng", "deu", "zho_simpl", "amh", "kam"):
         lines(folder / f"flores/{code}.devtest", [" ".join(WORDS[i:i + 5]) for i in range(6)])
     for name in ("french", "yoruba"):
         lines(folder / f"xlsum/{name}_test.jsonl",
@@ -204,6 +204,33 @@ def test_free_texts_are_scored_by_rouge_and_exact_match():
     assert scores["rouge1"].value == 100 and scores["exact_match"].value == 50
 
 
+def test_off_target_rates_are_reported_where_the_identifier_knows_the_language():
+    said = [("a", "fra"), ("b", "deu"), ("", "deu"), ("c", "deu")]
+    base = {"benchmark": "translation", "column": "FLORES(f)", "cut": 0, "reference": "x"}
+    lines = [base | {"group": f"eng-{code}", "language": code, "target": code, "parsed": text}
+             for code in ("deu", "kam") for text, _ in said]
+    table = report.results(lines, identify=(dict(said).get, {"deu", "fra"}, "fake-1"))
+    german = table["FLORES(f)"]["groups"]["eng-deu"]["scores"]["off_target"]
+    assert german["value"] == 50 and german["signature"].startswith("off_target|lid:fake-1|")
+    assert "off_target" not in table["FLORES(f)"]["groups"]["eng-kam"]["scores"]
+    assert table["FLORES(f)"]["tiers"]["off_target"] == {"high": 50, "all": 50}
+    assert "## Off-target rate (%, less is better)\n\n|  | FLORES(f) high |\n| --- | ---: |\n| m | 50.00 |" in \
+        report.markdown({"m": table}, [])
+
+
+@pytest.mark.parametrize("code, module, text, words", [
+    ("zho_simpl", "jieba", "我来到北京清华大学", ["我", "来到", "北京", "清华大学"]),
+    ("tha", "pythainlp", "ฉันรักภาษาไทย", ["ฉัน", "รัก", "ภาษาไทย"])])
+def test_rouge_over_words_where_no_spaces_are_written(code, module, text, words):
+    pytest.importorskip(module)
+    segment, name = report.word_segmenter(code)
+    assert segment(text) == words and name == module
+    pair = [prediction("self-instruct", code, text, text.replace(words[-1], words[0]))]
+    by_word, by_character = (report.score(pair, segment=segmented)["rouge1"] for segmented in (True, False))
+    assert f"|tok:xlsum-{module}|" in by_word.signature and "|tok:xlsum-char|" in by_character.signature
+    assert by_word.value == pytest.approx(100 * (len(words) - 1) / len(words)) != by_character.value
+
+
 def test_tables_of_five_benchmarks_and_two_models(model_directory, five, tmp_path, capsys):
     other = make_model(tmp_path / "other")
     arguments = ["--model", str(model_directory), str(other), "--names", "base", "SFT", "--benchmarks", *five,
@@ -227,12 +254,14 @@ def test_tables_of_five_benchmarks_and_two_models(model_directory, five, tmp_pat
                                                                 "all": sum(values.values()) / 2})
     predictions = [json.loads(line)
                    for line in (tmp_path / "out/base/predictions.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(predictions) == 4 + 60 + 36 + 8 + 3 and {"prompt", "answer", "parsed", "reference",
+    assert len(predictions) == 4 + 60 + 48 + 8 + 3 and {"prompt", "answer", "parsed", "reference",
                                                         "language"} <= set(predictions[0])
     assert (tmp_path / "out/scores.png").stat().st_size > 1000
     written = (tmp_path / "out/report.md").read_text(encoding="utf-8")
     assert written in said and "- XCOPA: generating mode, instructions in eng: as shipped" in written
     assert "XCOPA: generating mode, instructions in eng: as shipped" in results["notes"]
+    assert any(note.endswith("does not know kam: no off-target rates there") for note in results["notes"])
+    assert "| base |" in written.split("## Off-target rate")[1].split("##")[0]
     assert not list((tmp_path / "out").glob("*/.partial*"))
 
 
@@ -332,6 +361,7 @@ def test_mistakes(model_directory, five, tmp_path, monkeypatch, argv, said):
     """All of them before a model answers."""
     monkeypatch.setattr(checkpoint, "load", None)
     monkeypatch.setitem(sys.modules, "pythainlp.tokenize", None)
+    report.word_segmenter.cache_clear()
     lines(tmp_path / "thai/thai_test.jsonl", [{"id": "1", "summary": "s", "text": "t"}])
     argv = [text.format(flores=five[2], thai=tmp_path / "thai") for text in argv]
     base = ["--model", str(model_directory), "--benchmarks", five[0], "--output", str(tmp_path), "--max-new-tokens",
