@@ -21,19 +21,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def build(folder: Path, records: int, url: str, languages: list[str], core: int) -> tuple[float, int, int]:
     """(seconds, requests, bytes of memory) of a build."""
-    with open(folder / f"{records}.jsonl", "w", encoding="utf-8") as file:
+    with open(folder / f"{records}.json", "w", encoding="utf-8") as file:  # an array, as Alpaca itself is
         for i in range(records):
-            file.write(
-                json.dumps(
-                    {
-                        "instruction": f"Describe the town of the {i}th traveller in one or two short sentences.",
-                        "input": "",
-                        "output": "It lies by the river and has many old houses, a mill and a market.",
-                    }
-                )
-                + "\n"
-            )
-    command = [sys.executable, "-m", "minixllm.build", "instructions", "--data", str(folder / f"{records}.jsonl"),
+            record = {
+                "instruction": f"Describe the town of the {i}th traveller in one or two short sentences.",
+                "input": "",
+                "output": "It lies by the river and has many old houses, a mill and a market.",
+            }
+            file.write(("," if i else "[") + json.dumps(record) + "\n")
+        file.write("]")
+    command = [sys.executable, "-m", "minixllm.build", "instructions", "--data", str(folder / f"{records}.json"),
                "--output", str(folder / f"out-{records}"), "--languages", *languages, "--translator", f"google@{url}",
                "--generator", f"chat:instant@{url}", "--quality-sample", "20"]
     start = time.perf_counter()

@@ -1,9 +1,10 @@
 """The records that data files hold, read one at a time and checked, with file and line in every complaint.
 
-A file is either JSON lines (one object a line, streamed: only one line is ever in memory) or one JSON array of objects
-(Alpaca's own format, read whole). Which of the two is seen from its first character, whatever the suffix.
+A file is either JSON lines (one object a line) or one JSON array of objects (Alpaca's own format); of either, only a
+record at a time is in memory. Which of the two is seen from its first character, whatever the suffix.
 """
 
+import codecs
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 from minixllm.errors import UserError, check_text
 
 LONGEST_LINE = 16 * 2**20     # bytes; a longer line is a broken file, not an instruction
+CHUNK = 64 * 2**10            # bytes of an array read at once, more within a record that is longer
 WHITESPACE = " \t\n\r"        # JSON's
 
 
@@ -140,43 +142,58 @@ def _lines(path: Path, progress) -> Iterator[tuple[int, object]]:
 
 
 def _array(path: Path, progress) -> Iterator[tuple[int, object]]:
-    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    size, text = len(raw), _decode(path, 1, raw)
-    del raw
-    parse, line, counted = json.JSONDecoder().raw_decode, 1, 0
+    decode, parse = codecs.getincrementaldecoder("utf-8-sig")().decode, json.JSONDecoder().raw_decode
+    text, line = "", 1                               # what is read but not yet taken, and the line it begins in
 
-    def skip(position: int) -> int:
-        while position < len(text) and text[position] in WHITESPACE:
-            position += 1
-        return position
-
-    position = skip(skip(0) + 1)                     # past the opening bracket
-    more = not text.startswith("]", position)
-    while more:
-        line, start, counted = line + text.count("\n", counted, position), position, position
+    def read() -> bool:
+        nonlocal text
+        raw = file.read(max(CHUNK, len(text)))       # doubled, for a long record is parsed anew each time
+        progress(len(raw))
         try:
-            entry, position = parse(text, position)
-        except (ValueError, RecursionError) as error:
-            line, found = getattr(error, "lineno", line), _excerpt(text[start:start + 99])
-            raise UserError(f"{path}, line {line}: not JSON ({_reason(error)}), in {found}") from None
-        yield line, entry
-        progress(size * (position - start) // max(len(text), 1))
-        position = skip(position)
-        more = text.startswith(",", position)
-        if more:
-            position = skip(position + 1)
-    if skip(position + 1) < len(text) or not text.startswith("]", position):
-        line += text.count("\n", counted, position)
-        raise UserError(f"{path}, line {line}: the array of records ends in {_excerpt(text[position:position + 99])}, "
-                        "expected ',' or ']' and nothing after")
+            text += decode(raw, final=not raw)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, line + text.count("\n"), error) from None
+        return bool(raw)
+
+    def take(count: int) -> str:
+        """Take so many characters and the white space behind them; the next one, or nothing at the end."""
+        nonlocal text, line
+        while True:
+            rest = text[count:].lstrip(WHITESPACE)
+            line += text.count("\n", 0, len(text) - len(rest))
+            text, count = rest, 0
+            if text or not read():
+                return text[:1]
+
+    with open(path, "rb") as file:
+        take(0)
+        more = take(1) != "]"                        # past the opening bracket
+        while more:
+            try:
+                entry, end = parse(text)
+            except (ValueError, RecursionError) as error:
+                if len(text) < LONGEST_LINE and read():
+                    continue
+                line, found = line + getattr(error, "lineno", 1) - 1, _excerpt(text[:99])
+                raise UserError(f"{path}, line {line}: not JSON ({_reason(error)}), in {found}") from None
+            yield line, entry
+            more = take(end) == "," and take(1)
+        if text[:1] != "]" or take(1):
+            raise UserError(f"{path}, line {line}: the array of records ends in {_excerpt(text[:99])}, expected ',' or "
+                            "']' and nothing after")
 
 
 def _decode(path: Path, line: int, raw: bytes) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        line += raw.count(b"\n", 0, error.start)
-        raise UserError(f"{path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x})") from None
+        raise _not_utf8(path, line, error) from None
+
+
+def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> UserError:
+    """line: where the bytes begin that could not be decoded."""
+    line += error.object.count(b"\n", 0, error.start)
+    return UserError(f"{path}, line {line}: not UTF-8 (byte 0x{error.object[error.start]:02x})")
 
 
 def _reason(error: Exception) -> str:

@@ -93,10 +93,39 @@ def test_a_file_that_is_not_there(tmp_path):
         list(read_instructions(tmp_path))
 
 
-def test_lines_are_streamed(tmp_path):
-    """The first record comes before a broken second line is looked at."""
-    path = write(tmp_path / "a.jsonl", GOOD + "\nbroken")
-    assert next(read_instructions(path)).output == "hi"
+@pytest.mark.parametrize("text", [GOOD + "\nbroken", f"[{GOOD},\nbroken"])
+def test_records_are_streamed(tmp_path, text):
+    """The first comes before a broken second is looked at."""
+    assert next(read_instructions(write(tmp_path / "a.jsonl", text))).output == "hi"
+
+
+def test_an_array_takes_no_more_memory_than_its_longest_record(tmp_path):
+    long = json.dumps({"instruction": "é" * 300_000, "output": "\n"}, indent=1, ensure_ascii=False)
+    path = write(tmp_path / "a.json", "[" + ",\n".join([GOOD + " " * 200] * 30_000 + [long] + [GOOD] * 3) + "\n]")
+    tracemalloc.start()
+    try:
+        lines = [record.line for record in read_instructions(path)]
+        assert tracemalloc.get_traced_memory()[1] < path.stat().st_size // 2
+    finally:
+        tracemalloc.stop()
+    assert lines == [*range(1, 30_002), 30_005, 30_006, 30_007]
+    with open(path, "ab") as file:
+        file.write(b"\n,\xff")
+    with pytest.raises(UserError, match="a.json, line 30009: not UTF-8"):
+        list(read_instructions(path))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7])
+def test_where_an_array_is_cut_does_not_matter(tmp_path, monkeypatch, chunk):
+    text = "\ufeff [\n" + ",\n\n".join([GOOD, '{"instruction": "Grüß", "output": "\\u00e9 ہیلو"}', GOOD]) + "\n] \n"
+    path = write(tmp_path / "a.json", text)
+    whole = list(read_instructions(path))
+    monkeypatch.setattr(records, "CHUNK", chunk)
+    assert list(read_instructions(path)) == whole and [record.line for record in whole] == [2, 4, 6]
+    for broken, complaint in ((text[:-10], "line 6: not JSON"), (text + "x", "line 8: .*ends in 'x'"),
+                              (text.replace("] ", ", "), "line 8: the array of records ends in nothing")):
+        with pytest.raises(UserError, match=complaint):
+            list(read_instructions(write(path, broken)))
 
 
 def test_a_line_of_100_megabytes_is_one_error_and_little_memory(tmp_path):
