@@ -53,8 +53,9 @@ def repeated(head: bytes) -> str:
 class Server:
     """`with Server(fault) as server:` serves on server.port of 127.0.0.1, in a thread.
 
-    fault: (request number, body) -> None, or "silence", "cut", "text", "shape", "huge", "talk", a status such as "429", which
-    asks to wait for `retry_after`, "temperature", which is 400 in OpenAI's words, or "closed" after a good answer.
+    fault: (request number, body) -> None, or "silence", "cut", "text", "shape", "huge", "talk", a status such as "429",
+    which asks to wait for `retry_after`, "temperature", which is 400 in OpenAI's words, or "closed" after a good
+    answer.
     `asked` holds the bodies of all requests, `answered` of those answered well, `all_headers` the heads.
     """
 
@@ -146,7 +147,8 @@ class Connection(asyncio.Protocol):
                                  f"{body['temperature']} with this model. Only the default (1) value is supported."}})
             answer = answer.encode()
         elif fault and fault != "closed":
-            status, extra = f"{fault} Something {repeated(head)}", f"Retry-After: {server.retry_after}\r\n" if fault == "429" else ""
+            status = f"{fault} Something {repeated(head)}"
+            extra = f"Retry-After: {server.retry_after}\r\n" if fault == "429" else ""
             answer = f'{{"error": {{"message": "you sent {repeated(head)}"}}}}'.encode()
         self.transport.write(f"HTTP/1.1 {status}\r\n{extra}Content-Length: {len(answer)}\r\n\r\n".encode() + answer)
         if fault == "closed":

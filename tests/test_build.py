@@ -287,7 +287,8 @@ def test_an_endpoint_that_admits_few_requests_a_second(tmp_path, monkeypatch):
 
 def test_no_endless_wait(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "LONGEST_WAIT", 2.5)
-    with Server(lambda number, body: "429") as server, runner.Runner(runner.RunnerSettings(output=str(tmp_path))) as run:
+    settings = runner.RunnerSettings(output=str(tmp_path))
+    with Server(lambda number, body: "429") as server, runner.Runner(settings) as run:
         chat = services.service(f"chat:m@{server.url}")
         with pytest.raises(services.Failure, match="429"):
             run.ask(chat, services.Prompt("x"))
@@ -688,10 +689,10 @@ def test_choice_of_the_pair():
     assert feedback.choose(3, margins, [False] * 3, 1.0) == (0, 2, 5.0, False)
     assert feedback.choose(3, margins, [True, False, False], 1.0) == (1, 2, 3.0, True)   # the winner is off target
     assert feedback.choose(3, {**margins, (0, 2): -5.0, (1, 2): -3.0}, [False, False, True], 1.0)[:2] == (0, 1)
-    for off_target, least, reason in (([True] * 3, 1.0, "all answers refuse, loop or are"), ([False] * 3, 5.5, "too small"),
-                                      ([True, True, False], 1.0, "vetoed")):
+    for unfit, least, reason in (([True] * 3, 1.0, "all answers refuse, loop"), ([False] * 3, 5.5, "too small"),
+                                 ([True, True, False], 1.0, "vetoed")):
         with pytest.raises(runner.LeftOut, match=reason):
-            feedback.choose(3, margins, off_target, least)
+            feedback.choose(3, margins, unfit, least)
     with pytest.raises(runner.LeftOut, match="tie"):
         feedback.choose(2, {(0, 1): 0.0}, [False, False], 1.0)
 
@@ -724,7 +725,7 @@ GOOD = ("Nenne 25 nahe Orte, siehe https://a.org/x und {name}.", "", "Hier sind 
     ],
 )
 def test_filters(changed, generated, reason):
-    record = Instruction("List 25 near places, see https://a.org/x and {name}.", "", "Here are 25 places that are near.")
+    record = Instruction("List 25 near places, see https://a.org/x and {name}.", "", "Here are 25 places nearby.")
     made = tuple(changed.get(i, text) for i, text in enumerate(GOOD))
     assert instructions.fault(record, made, generated) == reason
 
@@ -835,14 +836,15 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     (tmp_path / "b.json").write_text('[{"instruction": "a", "output": "b"},\n {"instruction": "a"}]')
     fails(r"b.json, line 2: no field 'output', found only \['instruction'\]", data=tmp_path / "b.json")
     fails("line 1: id '7' again, first in .*alpaca.json, line 1; expected every record to have its own", id=7)
-    lines = [{"instruction": "a", "output": "b", **more} for more in ({"id": 1}, {}, {"id": ""}, {"id": None})]
+    lines = [{"instruction": "a", "output": "b", **more} for more in ({"id": 1}, {}, *[{"id": ""}, {"id": None}] * 2)]
     (tmp_path / "ids.jsonl").write_text("\n".join(map(json.dumps, lines)))
     fails("ids.jsonl, line 2: id '1' again, first in .*ids.jsonl, line 1", data=tmp_path / "ids.jsonl")
     (tmp_path / "ids.jsonl").write_text("\n".join(map(json.dumps, lines[1:])))
-    assert instructions.check_source([tmp_path / "ids.jsonl"]) == 3   # those without one have their number
+    assert instructions.check_source([tmp_path / "ids.jsonl"]) == 5   # those without one have their number
     fails("unknown language 'spanisch'.* did you mean spanish", "--languages", "spanisch")
     fails("hat is none of the 100", "--languages", "hat")
-    fails("no translator for ast, ful, kea, kam, luo, oci, umb, wol: expected --translator google nllb:DIR, or --lang", "--dry-run")
+    fails("no translator for ast, ful, kea, kam, luo, oci, umb, wol: expected --translator google nllb:DIR, or "
+          "--languages without these", "--dry-run")
     fails(
         "google cannot be asked: 127.0.0.1:9: .*refused",
         "--translator",
