@@ -132,13 +132,13 @@ def _lines(path: Path, progress) -> Iterator[tuple[int, object]]:
             if len(raw) > LONGEST_LINE:
                 raise UserError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes, expected a record a line")
             progress(len(raw))
-            text = _decode(path, number, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw)
-            if not text.strip(WHITESPACE):
-                continue
-            try:
-                yield number, json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: not JSON ({_reason(error)}), in {_excerpt(text)}") from None
+            raw = raw.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip()
+            if raw:
+                try:
+                    entry = json.loads(raw.decode())
+                except (ValueError, RecursionError) as error:
+                    raise _broken(path, number, error, raw) from None
+                yield number, entry
 
 
 def _array(path: Path, progress) -> Iterator[tuple[int, object]]:
@@ -152,7 +152,7 @@ def _array(path: Path, progress) -> Iterator[tuple[int, object]]:
         try:
             text += decode(raw, final=not raw)
         except UnicodeDecodeError as error:
-            raise _not_utf8(path, line + text.count("\n"), error) from None
+            raise _broken(path, line + text.count("\n"), error, raw) from None
         return bool(raw)
 
     def take(count: int) -> str:
@@ -174,8 +174,7 @@ def _array(path: Path, progress) -> Iterator[tuple[int, object]]:
             except (ValueError, RecursionError) as error:
                 if len(text) < LONGEST_LINE and read():
                     continue
-                line, found = line + getattr(error, "lineno", 1) - 1, _excerpt(text[:99])
-                raise UserError(f"{path}, line {line}: not JSON ({_reason(error)}), in {found}") from None
+                raise _broken(path, line, error, text[:99].encode()) from None
             yield line, entry
             more = take(end) == "," and take(1)
         if text[:1] != "]" or take(1):
@@ -183,23 +182,17 @@ def _array(path: Path, progress) -> Iterator[tuple[int, object]]:
                             "']' and nothing after")
 
 
-def _decode(path: Path, line: int, raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, line, error) from None
-
-
-def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> UserError:
-    """line: where the bytes begin that could not be decoded."""
-    line += error.object.count(b"\n", 0, error.start)
-    return UserError(f"{path}, line {line}: not UTF-8 (byte 0x{error.object[error.start]:02x})")
-
-
-def _reason(error: Exception) -> str:
+def _broken(path: Path, line: int, error: Exception, raw: bytes) -> UserError:
+    """What to say of what begins in that line, with `raw`, and cannot be decoded or parsed."""
+    reason = "a number too long"
+    if isinstance(error, UnicodeDecodeError):
+        line += error.object.count(b"\n", 0, error.start)
+        return UserError(f"{path}, line {line}: not UTF-8 (byte 0x{error.object[error.start]:02x})")
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg}, column {error.colno}"
-    return "nested too deeply" if isinstance(error, RecursionError) else "a number too long"
+        line, reason = line + error.lineno - 1, f"{error.msg}, column {error.colno}"
+    elif isinstance(error, RecursionError):
+        reason = "nested too deeply"
+    return UserError(f"{path}, line {line}: not JSON ({reason}), in {_excerpt(raw.decode(errors='replace'))}")
 
 
 def _excerpt(text: str) -> str:

@@ -84,7 +84,7 @@ def build(settings: InstructionSettings) -> bool:
 
     wrong_language, report = identifier(), {}
     with Runner(settings) as runner:
-        for service in (*(plan.translator for plan in plans), *[generator] * (settings.min_bleu <= 100)):
+        for service in {plan.translator for plan in plans} | ({generator} if settings.min_bleu <= 100 else set()):
             runner.reach(service)
         for number, plan in enumerate(plans, start=1):
             label = f"{plan.code} {number}/{len(plans)}"
@@ -92,6 +92,7 @@ def build(settings: InstructionSettings) -> bool:
                 break
             if scores["bleu"] < settings.min_bleu:
                 plan = dataclasses.replace(plan, generator=None)
+
             def name(item):
                 return {"language": plan.code, "id": identity(*item)}
 

@@ -91,7 +91,7 @@ class Runner:
         self.limits = {unit: limit for unit in ("requests", "tokens", "characters")
                        if (limit := getattr(settings, f"budget_{unit}")) is not None}
         self.spent, self._reserved = dict.fromkeys(("requests", "tokens", "characters"), 0), {}
-        self._settled, self._in_flight, self._reached = threading.Condition(), set(), set()
+        self._settled, self._in_flight = threading.Condition(), set()
         self._stop, self.why_stopped, self._error = threading.Event(), None, None
         self._failed_in_a_row, self._resume_at = 0, {}
         self._reasons = {}  # why a request got no answer in this run
@@ -148,10 +148,7 @@ class Runner:
     # -- asking
 
     def reach(self, service) -> None:
-        """Ask one short thing, once, so that a wrong address or key is known before much is asked. Raises UserError."""
-        if service.name in self._reached:
-            return
-        self._reached.add(service.name)
+        """Ask one short thing, so that a wrong address or key is known before much is asked. Raises UserError."""
         request = Prompt("Say yes.", max_new_tokens=512)  # enough for a model that thinks first
         if not service.does(request):
             request = Translate("Good morning.", "eng", "spa")
@@ -230,7 +227,7 @@ class Runner:
             self._settle(cost, used)
 
     def _wait(self, seconds: float) -> None:
-        if seconds > 0 and self._stop.wait(seconds):
+        if self._stop.wait(seconds):
             raise Stopped
 
     def _reserve(self, cost: dict) -> None:

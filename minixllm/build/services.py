@@ -24,6 +24,7 @@ import ssl
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -317,36 +318,34 @@ class Nllb:
     cost = Google.cost
 
     def ask(self, request: Translate) -> tuple[str, dict]:
-        job = {"parts": sentences(request.text), "request": request, "done": None}
-        self._waiting.put(job)
+        done = Future()
+        self._waiting.put((request, done))
         with self._lock:  # whoever has it translates for all
-            if job["done"] is None:
-                self._translate([self._waiting.get() for _ in range(self._waiting.qsize())])
-        if isinstance(job["done"], Exception):
-            raise Failure(f"{self.name}: {job['done']}", again=False)
-        return "".join(job["done"]), self.cost(request)
+            if not done.done():
+                requests, futures = zip(*(self._waiting.get() for _ in range(self._waiting.qsize())))
+                try:
+                    for future, text in zip(futures, self._translate(requests)):
+                        future.set_result(text)
+                except Exception as error:  # of CTranslate2: out of memory, an unknown language token
+                    for future in futures:
+                        future.set_exception(Failure(f"{self.name}: {error}", again=False))
+        return done.result(), self.cost(request)
 
-    def _translate(self, jobs: list[dict]) -> None:
-        todo = []
-        for job in jobs:
-            for i, part in enumerate(job["parts"]):
+    def _translate(self, requests) -> list[str]:
+        texts, todo = [sentences(request.text) for request in requests], []
+        for request, parts in zip(requests, texts):
+            for i, part in enumerate(parts):
                 if part.strip():
                     ids = self.pieces.encode(part.strip(), out_type=str)
-                    todo += [(job["parts"], i, job["request"], ids[at:at + 400]) for at in range(0, len(ids), 400)]
-        try:
-            results = self.model.translate_batch(
-                [[languages.nllb_code(request.source), *ids, "</s>"] for _, _, request, ids in todo],
-                target_prefix=[[languages.nllb_code(request.target)] for _, _, request, _ in todo],
-                beam_size=4, max_decoding_length=512, max_batch_size=2048, batch_type="tokens")
-            for parts, i, _, _ in todo:
-                parts[i] = ""
-            for (parts, i, _, _), result in zip(todo, results):
-                parts[i] = f"{parts[i]} {self.pieces.decode(result.hypotheses[0][1:])}".strip()
-            for job in jobs:
-                job["done"] = job["parts"]
-        except Exception as error:  # of CTranslate2: out of memory, an unknown language token
-            for job in jobs:
-                job["done"] = error
+                    todo += [(parts, i, request, ids[at:at + 400]) for at in range(0, len(ids), 400)]
+                    parts[i] = ""
+        results = self.model.translate_batch(
+            [[languages.nllb_code(request.source), *ids, "</s>"] for _, _, request, ids in todo],
+            target_prefix=[[languages.nllb_code(request.target)] for _, _, request, _ in todo],
+            beam_size=4, max_decoding_length=512, max_batch_size=2048, batch_type="tokens")
+        for (parts, i, _, _), result in zip(todo, results):
+            parts[i] = f"{parts[i]} {self.pieces.decode(result.hypotheses[0][1:])}".strip()
+        return ["".join(parts) for parts in texts]
 
 
 class Local:
