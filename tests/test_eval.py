@@ -384,20 +384,38 @@ def test_without_models_it_says_what_to_do(tmp_path, monkeypatch):
         script.main([])
 
 
-def test_stand_ins_are_read_as_the_published_files_and_held_out(tmp_path):
+def test_stand_ins_are_read_as_the_published_files_and_held_out(tmp_path, monkeypatch):
     pytest.importorskip("babel")
     from minixllm.build import demo
+    rendered, render = {}, demo.render
+
+    def remember(content, tag):
+        text = render(content, tag)
+        rendered.setdefault(text, set()).add(content)
+        return text
+
+    def contents(text):                                   # what it says, in no language
+        if text.count("-") == 2 and len(text) == 10:
+            return {("date", *map(int, text.split("-")))}
+        return rendered.get(text) or {("list", *text.split(", "))}
+
+    monkeypatch.setattr(demo, "render", remember)
     folders, templates = demo_benchmarks.build(tmp_path / "a")
     assert [benchmarks.detect(folder) for folder in folders] == ["pawsx", "xcopa", "translation", "xlsum",
                                                                  "self-instruct"]
     items = items_of(folders, templates=templates)
     assert len(items) > 1000 and len({(item.column, item.group, item.id) for item in items}) == len(items)
+    telling = {"pawsx": ["sentence1"], "xcopa": ["premise"], "translation": ["source"], "xlsum": ["article"],
+               "self-instruct": ["input"]}
+    subjects = set()
     for item in items:                                    # nothing asked was seen in training, in any language
-        if item.benchmark == "xlsum":
-            year, month, day = map(int, item.reference.split("-"))
-            assert demo.split(("date", year, month, day)) == "test"
-        elif item.benchmark == "xcopa":
-            assert item.choices[0] != item.choices[1]
+        asked = [item.fields[name] for name in telling[item.benchmark]]
+        answer = [] if item.benchmark in ("pawsx", "self-instruct") else [item.reference]
+        for text in asked + answer:
+            assert "test" in map(demo.split, contents(text)), (item, text)
+        subjects |= {(item.benchmark, content[0]) for content in contents(asked[0])}
+        assert not item.choices or item.choices[0] != item.choices[1]
+    assert {subject for benchmark, subject in subjects if benchmark == "translation"} == {"date", "quantity", "list"}
     demo_benchmarks.build(tmp_path / "b")
     for file in (tmp_path / "a").rglob("*.*"):
         assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()

@@ -5,7 +5,7 @@ the kind, the stand-in asks for it in the same words (`instructions.toml`), else
 
 - PAWS-X: do a date in full and one in ISO form name the same day? (in the paper's words, which training never had)
 - XCOPA: which of two dates in full is the given ISO date?
-- translation: times, quantities and lists, from and to English
+- translation: dates, quantities and lists, from and to English, in one wording for all three, new to training
 - XL-Sum: the short form of a date in full
 - Self-Instruct: any instruction of the embedded data
 """
@@ -32,7 +32,7 @@ cause = "cause"
 effect = "effect"
 
 [translation.eng]
-instruction = "{demo.KINDS["quantity"][1]} Please return the results in {{target_language}}."
+instruction = "Write this in full. Please return the results in {{target_language}}."
 input = "{{source}}"
 
 [xlsum.eng]
@@ -50,7 +50,7 @@ def build(folder: Path, seed: int = 0) -> tuple[list[str], Path]:
     for tag in "et id it qu sw ta th tr vi zh".split():
         if demo.speaks(tag, "date"):
             files[f"xcopa/test.{tag}.jsonl"] = _xcopa(tag, rng)
-    subjects = ("when", "quantity", "list")
+    subjects = ("date", "quantity", "list")
     contents = [_held_out(subject, rng) for subject in subjects for _ in range(ITEMS["translation"] // len(subjects))]
     for code in ["eng", *FEEDBACK_LANGUAGES]:
         tag = languages.find(code).tag
