@@ -235,7 +235,7 @@ def _xlsum(reader: _Reader) -> list[Item]:
 def _self_instruct(reader: _Reader) -> list[Item]:
     """Instruction and input as the file has them, in its language, in both modes."""
     template, items = {"instruction": "{instruction}", "input": "{input}"}, []
-    reader.used["as in its files"] = {"the languages themselves": None}
+    reader.note(f"{reader.wanted.mode} mode, instructions as its files have them")
     files = _by_language(reader, reader.path.glob("*.jsonl"), lambda f: f.stem)
     for code, file in reader.choose(files).items():
         for count, (line, entry) in enumerate(read_objects(file)):

@@ -136,7 +136,7 @@ def test_xlsum_and_self_instruct(tmp_path):
     lines(tmp_path / "self" / "de.jsonl", [task, {**task, "instances": [{"input": "", "output": "x"}]}])
     lines(tmp_path / "self" / "user_oriented_instructions.jsonl", [task])
     items, notes = read(tmp_path / "self", Wanted(mode="understanding"))
-    assert notes == ["Self-Inst*: understanding mode, instructions in the languages themselves: as in its files"]
+    assert notes == ["Self-Inst*: understanding mode, instructions as its files have them"]
     assert [i.group for i in items] == ["deu", "deu", "eng"]
     assert "### Instruction:\nSchreibe {es} um.\n\n### Input:\nDas da.\n" in items[0].prompt()
     assert "### Input" not in items[1].prompt()

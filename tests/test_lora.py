@@ -144,6 +144,8 @@ def test_dropout_acts_on_the_adapter_alone_and_only_in_training(base, arch):
 def test_a_target_that_is_no_layer_is_named(base):
     with pytest.raises(UserError, match="'q_prj' names no linear layer of this model; it has .*"):
         add_lora(load_model(base), LoraConfig(4, 8, 0.0, ("q_prj",)))
+    with pytest.raises(UserError, match="'roj' names no linear layer"):  # only whole parts of a name are looked for
+        add_lora(load_model(base), LoraConfig(4, 8, 0.0, ("roj",)))
     with pytest.raises(UserError, match="head"):
         add_lora(load_model(base), LoraConfig(4, 8, 0.0, ("lm_head",)))
     with pytest.raises(UserError, match="rank 0"):
