@@ -31,8 +31,8 @@ def main(argv):
     try:
         finished = build(settings)
     except (OSError, sqlite3.Error) as error:  # a full disk above all
-        where, why = getattr(error, "filename", None), getattr(error, "strerror", None)
-        raise UserError(f"{where or settings.output}: {why or error}") from None
+        where = getattr(error, "filename", None) or settings.output
+        raise UserError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
     if not finished:
         sys.exit(1)
 

@@ -69,12 +69,8 @@ def build(settings: InstructionSettings) -> bool:
         raise UserError(f"--generator {settings.generator} only translates: expected chat:MODEL@URL or local:DIR")
     translators = [services.service(word, settings.timeout) for word in settings.translator]
     prompt = dict(max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, seed=settings.seed)
-    plans, unknown = [], []
-    for code in codes:
-        able = [each for each in translators if all(map(each.does, there_and_back(code)))]
-        plans += [Plan(code, each, generator, prompt) for each in able[:1]]
-        unknown += [] if able else [code]
-    if unknown:
+    plans = [Plan(code, first_able(translators, code), generator, prompt) for code in codes]
+    if unknown := [plan.code for plan in plans if plan.translator is None]:
         named = " ".join(settings.translator)
         raise UserError(f"{named}: no translator for {', '.join(unknown)}: expected --translator {named} nllb:DIR, or "
                         "--languages without these")
@@ -84,7 +80,7 @@ def build(settings: InstructionSettings) -> bool:
 
     wrong_language, report = identifier(), {}
     with Runner(settings) as runner:
-        for service in {plan.translator for plan in plans} | ({generator} if settings.min_bleu <= 100 else set()):
+        for service in dict.fromkeys((*(plan.translator for plan in plans), *[generator] * (settings.min_bleu <= 100))):
             runner.reach(service)
         for number, plan in enumerate(plans, start=1):
             label = f"{plan.code} {number}/{len(plans)}"
@@ -176,8 +172,10 @@ def finish(ask, item, plan: Plan, scores: dict, wrong_language, is_new) -> dict:
             "bleu": scores["bleu"], "chrf": scores["chrf"]}
 
 
-def there_and_back(code: str, text: str = "") -> tuple[Translate, Translate]:
-    return Translate(text, "eng", code), Translate(text, code, "eng")
+def first_able(translators: list, code: str):
+    """The first that translates there and back; None if none does."""
+    both = Translate("", "eng", code), Translate("", code, "eng")
+    return next((each for each in translators if all(map(each.does, both))), None)
 
 
 def quality(runner: Runner, paths, sample: set[int], plan: Plan, label: str) -> dict | None:
@@ -218,7 +216,6 @@ VERBATIM = re.compile(r"(?:https?://|www\.)(?a:[\w./?=&%#~:+@!$,;*-]*[\w/])|```.
 PUNCTUATION = re.compile(r"[\s!-/:-@\[-`{-~\u00a1-\u00bf\u060c\u061b\u061f\u06d4\u0964\u0965"
                          r"\u2000-\u206f\u3000-\u303f]+")
 NUMBER = re.compile(r"\d+(?:[.,'’\u00a0\u202f\u066b\u066c]\d+)*")
-GROUPS = re.compile(r"\d+(?:\W{1,2}\d+)*")  # digits that may be one number or several
 # one word eight times, or one piece of up to twelve characters, with a letter in it, ten times
 LOOP = re.compile(r"(?<!\S)(?=\S{0,39}[^\W\d_])(\S{1,40})(?:\s+\1){7}(?!\S)|([^\W\d_]\S{0,11}?)\2{9}")
 
@@ -265,13 +262,12 @@ def copied(source: str, target: str) -> bool:
 def numbers(text: str) -> set[str]:
     """The numbers of two or more digits, in ASCII digits and without separators: these differ between languages, and
     small numbers are written as words."""
-    found = (digits(number) for number in NUMBER.findall(text))
-    return {number for number in found if len(number) >= 2}
+    return {number for number in map(digits, NUMBER.findall(text)) if len(number) >= 2}
 
 
 def possible_numbers(text: str) -> set[str]:
     """All that may be meant: what one language writes 1,000 is 1 000 or 1.000 in others, or two numbers."""
-    runs = (re.findall(r"\d+", run) for run in GROUPS.findall(text))
+    runs = (re.findall(r"\d+", run) for run in re.findall(r"\d+(?:\W{1,2}\d+)*", text))
     return {digits("".join(run[i:i + count])) for run in runs for i in range(len(run)) for count in range(1, 6)}
 
 

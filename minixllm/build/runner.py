@@ -7,7 +7,6 @@ which answers came nor on how often the build was killed. For both to see the sa
 alone, and how that ended, with an answer or for good without, holds for the whole run.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -90,8 +89,9 @@ class Runner:
         self.threads = settings.concurrency
         self.limits = {unit: limit for unit in ("requests", "tokens", "characters")
                        if (limit := getattr(settings, f"budget_{unit}")) is not None}
-        self.spent, self._reserved = dict.fromkeys(("requests", "tokens", "characters"), 0), {}
-        self._settled, self._in_flight = threading.Condition(), set()
+        self.spent, self._reserved = Counter(requests=0, tokens=0, characters=0), Counter()
+        self._settled = threading.Condition()
+        self._alone = [threading.Lock() for _ in range(2**16)]  # by the first two bytes of a request's key
         self._stop, self.why_stopped, self._error = threading.Event(), None, None
         self._failed_in_a_row, self._resume_at = 0, {}
         self._reasons = {}  # why a request got no answer in this run
@@ -162,7 +162,7 @@ class Runner:
     def ask(self, service, request) -> str:
         """The answer, stored or new. Raises Failure when there is none for good, Stopped when the run is ending."""
         key = _key(service, request)
-        with self._alone(key):
+        with self._alone[int.from_bytes(key[:2])]:  # whoever else wants this waits, and finds it stored
             if self._stop.is_set():
                 raise Stopped
             try:
@@ -181,19 +181,6 @@ class Runner:
             self._failed_in_a_row = 0
             self._query("INSERT INTO answers VALUES (?, ?)", key, answer)
             return answer
-
-    @contextlib.contextmanager
-    def _alone(self, key: bytes):
-        """Hold a request's key; whoever else wants it waits until it is free."""
-        with self._settled:
-            self._settled.wait_for(lambda: key not in self._in_flight)
-            self._in_flight.add(key)
-        try:
-            yield
-        finally:
-            with self._settled:
-                self._in_flight.remove(key)
-                self._settled.notify_all()
 
     def _insist(self, service, request, attempts: int) -> str:
         delay, patience = BACKOFF, LONGEST_WAIT
@@ -221,10 +208,13 @@ class Runner:
             answer, used = service.ask(request)
             return answer
         except Failure as failure:
-            used = cost if failure.charged else dict.fromkeys(cost, 0) | {"requests": 1}
+            used = cost if failure.charged else {"requests": 1}
             raise
         finally:
-            self._settle(cost, used)
+            with self._settled:
+                self._reserved.subtract(cost)
+                self.spent.update(used)
+                self._settled.notify_all()
 
     def _wait(self, seconds: float) -> None:
         if self._stop.wait(seconds):
@@ -233,22 +223,14 @@ class Runner:
     def _reserve(self, cost: dict) -> None:
         """Take a request's highest cost out of the budget; wait while only what is on its way stands against it."""
         with self._settled:
-            while any(self.spent[unit] + self._reserved.get(unit, 0) + amount > self.limits.get(unit, math.inf)
+            while any(self.spent[unit] + self._reserved[unit] + amount > self.limits.get(unit, math.inf)
                       for unit, amount in cost.items()):
-                if not self._reserved.get("requests"):
+                if not self._reserved["requests"]:
                     self.stop(f"the budget of {_amounts(self.limits)} is spent")
                 if self._stop.is_set():
                     raise Stopped
                 self._settled.wait(0.5)
-            for unit, amount in cost.items():
-                self._reserved[unit] = self._reserved.get(unit, 0) + amount
-
-    def _settle(self, cost: dict, used: dict) -> None:
-        with self._settled:
-            for unit in cost:
-                self._reserved[unit] -= cost[unit]
-                self.spent[unit] += used[unit]
-            self._settled.notify_all()
+            self._reserved.update(cost)
 
     # -- many
 
@@ -333,10 +315,10 @@ class Runner:
             self.stop("there are records for which nothing was asked: did the data change meanwhile?")
         if self.why_stopped:
             print(f"stopped: {self.why_stopped}")
-        if self.failures or self.why_stopped:
-            print(f"the same command goes on with what is missing; {self.folder / 'failures.jsonl'} lists what failed")
-            return False
-        return True
+        if not self.failures and not self.why_stopped:
+            return True
+        print(f"the same command goes on with what is missing; {self.folder / 'failures.jsonl'} lists what failed")
+        return False
 
 
 def _amounts(amounts: dict) -> str:
