@@ -13,7 +13,6 @@ Where each column of the table comes from:
 """
 
 import difflib
-import functools
 from dataclasses import dataclass
 
 from minixllm.errors import UserError
@@ -150,6 +149,9 @@ sin      | si      | Sinhala             | සිංහල            | Sinh | l
 gla      | gd      | Scottish Gaelic     | Gàidhlig         | Latn | low
 """)
 
+_KNOWN = {key.lower(): language for language in [*BENCHMARK_ONLY.values(), *LANGUAGES.values()]
+          for key in (language.code, language.tag, language.name)}
+
 # The paper does not name its 30. Ours: every language of the 100 that PAWS-X, XCOPA or Self-Instruct* scores (21), so
 # that each benchmark can show what feedback changes, and nine more that bring in further scripts and families.
 FEEDBACK_LANGUAGES = (
@@ -186,14 +188,8 @@ def find(text: str) -> Language:
 
     Raises UserError naming the nearest spellings when there is none.
     """
-    if (language := _known().get(text.lower())) is not None:
+    if (language := _KNOWN.get(text.lower())) is not None:
         return language
-    near = difflib.get_close_matches(text.lower(), _known(), n=3)
+    near = difflib.get_close_matches(text.lower(), _KNOWN, n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise UserError(f"unknown language {text!r}: expected a FLORES-101 code, a BCP-47 tag or an English name{hint}")
-
-
-@functools.cache
-def _known() -> dict[str, Language]:
-    return {key.lower(): language for language in [*BENCHMARK_ONLY.values(), *LANGUAGES.values()]
-            for key in (language.code, language.tag, language.name)}

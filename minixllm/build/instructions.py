@@ -124,22 +124,21 @@ def sources(paths) -> Iterator[tuple[int, Instruction]]:
 
 
 def identity(number: int, record: Instruction) -> str:
-    own = record.extra.get("id")
-    return str(number if own in (None, "") else own)
+    return str(number if record.extra.get("id") in (None, "") else record.extra["id"])
 
 
 def check_source(paths) -> int:
     """How many records there are. Raises UserError for a broken one, or two with one id."""
     digests = np.sort(np.fromiter((hash(identity(*item)) for item in sources(paths)), dtype=np.int64))  # 8 bytes each
-    suspects, seen, number = set(digests[1:][digests[1:] == digests[:-1]].tolist()), {}, itertools.count()
-    for path in paths if suspects else ():
-        for record in read_instructions(path):
-            own = identity(next(number), record)
-            if own in seen:
-                raise UserError(f"{path}, line {record.line}: id {own!r} again, first in {seen[own]}; expected every "
-                                "record to have its own, where it has none its number, from 0")
-            if hash(own) in suspects:
-                seen[own] = f"{path}, line {record.line}"
+    suspects, seen = set(digests[1:][digests[1:] == digests[:-1]].tolist()), {}
+    records = ((path, record) for path in paths for record in read_instructions(path))
+    for number, (path, record) in enumerate(records if suspects else ()):
+        own = identity(number, record)
+        if own in seen:
+            raise UserError(f"{path}, line {record.line}: id {own!r} again, first in {seen[own]}; expected every "
+                            "record to have its own, where it has none its number, from 0")
+        if hash(own) in suspects:
+            seen[own] = f"{path}, line {record.line}"
     return len(digests)
 
 
@@ -246,17 +245,12 @@ def fault(record: Instruction, made: tuple[str, str, str], generated: bool) -> s
     return None
 
 
-def prose(text: str) -> str:
-    """The text without code and whatever else is the same in all languages."""
-    return VERBATIM.sub(" ", text)
-
-
 def words(text: str) -> list[str]:
     return re.findall(r"[^\W\d_]+", text)
 
 
 def copied(source: str, target: str) -> bool:
-    return len(words(prose(source))) >= 5 and normal(source) == normal(target)
+    return len(words(VERBATIM.sub(" ", source))) >= 5 and normal(source) == normal(target)
 
 
 def numbers(text: str) -> set[str]:
@@ -294,7 +288,7 @@ def identifier():
     identify, known, _ = found
 
     def wrong_language(text: str, code: str) -> str | None:
-        text = prose(text)
+        text = VERBATIM.sub(" ", text)  # code is in no language
         if sum(map(len, words(text))) < (10 if LANGUAGES[code].script in ("Hans", "Jpan", "Kore") else 25):
             return None  # too short to tell
         label = identify(text)

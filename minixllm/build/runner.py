@@ -87,9 +87,8 @@ class Runner:
         self.folder = folder = Path(settings.output) / "build"
         folder.mkdir(parents=True, exist_ok=True)
         self.threads = settings.concurrency
-        self.limits = {unit: limit for unit in ("requests", "tokens", "characters")
-                       if (limit := getattr(settings, f"budget_{unit}")) is not None}
         self.spent, self._reserved = Counter(requests=0, tokens=0, characters=0), Counter()
+        self.limits = {unit: limit for unit in self.spent if (limit := getattr(settings, f"budget_{unit}")) is not None}
         self._settled = threading.Condition()
         self._alone = [threading.Lock() for _ in range(2**16)]  # by the first two bytes of a request's key
         self._stop, self.why_stopped, self._error = threading.Event(), None, None
