@@ -87,21 +87,19 @@ def cached(model, world, data, directory, folder, dtype: str, tokens: int):
     inputs = [data.key, _digest(directory), str(model.embedding.weight.dtype), dtype]
     key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
     path = Path(folder) / f"reference-{key}.npy"
-    table = torch.zeros(len(data), 2, device=world.device)
-    stored = _stored(path, len(data)) if world.first else None
-    if stored is not None:
-        table += stored.to(world.device)
-    found = world.sum(torch.tensor(float(stored is not None), device=world.device)) > 0
-    if not found:
+    table = world.gather(_stored(path, len(data)) if world.first else None)[0]
+    if table is None:
+        table = torch.zeros(len(data), 2, device=world.device)
         with tqdm(total=len(data), unit="pair", desc="reference", disable=not world.first, dynamic_ncols=True) as bar:
             for batch in in_order(data, np.arange(len(data)), tokens, world.rank, world.size):
                 with torch.no_grad():
                     table[batch.records] = pair_logps(model, batch)
                 bar.update(len(batch.records) * world.size)
-    world.sum(table)
-    if world.first and not found:
-        with atomic_write(path, "wb") as file:
-            np.save(file, table.cpu().numpy())
+        world.sum(table)
+        if world.first:
+            with atomic_write(path, "wb") as file:
+                np.save(file, table.cpu().numpy())
+    table = table.to(world.device)
 
     def reference(model, batch):
         return table[batch.records]
