@@ -1,5 +1,6 @@
 """Generation and scoring: against transformers, against one prompt at a time, and on ranks that end at other times."""
 
+import contextlib
 import textwrap
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from minixllm import checkpoint, generation
+from minixllm import checkpoint, generation, parallel
 from minixllm import generate as command
 from minixllm.bloom import Bloom, BloomConfig
 from minixllm.errors import UserError
@@ -229,9 +230,8 @@ def test_bad_input(prompts, how, message):
         generate(ours, NoEos, prompts, 3, **how)
 
 
-def test_training_goes_on_as_before(monkeypatch):
+def test_training_goes_on_as_before():
     """Sampling from a model in training leaves its mode, its layers and its gradients as they were."""
-    monkeypatch.setattr(generation, "WIDE", (1, 1))
     ours, _ = pair("llama")
     ours.train()
     assert generate(ours, NoEos, [], 3) == []
@@ -248,14 +248,30 @@ def test_training_goes_on_as_before(monkeypatch):
     assert torch.equal(expected, ours.lm_head.weight.grad)
 
 
-@pytest.mark.parametrize("outputs", [128, 344, 1000, 97])
-@pytest.mark.parametrize("rows", [1, 2, 8, 48, 49])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 8, 48, 300])
 @torch.no_grad()
-def test_thin_linear(outputs, rows):
+def test_packed_linear(dtype, rows):
     for bias in (False, True):
-        linear = nn.Linear(40, outputs, bias)
-        x = torch.randn(rows, 40)
-        torch.testing.assert_close(generation.thin_linear(linear)(x), linear(x), rtol=1e-6, atol=1e-6)
+        linear = nn.Linear(40, 97, bias, dtype=dtype)
+        x = torch.randn(rows, 40, dtype=dtype)
+        torch.testing.assert_close(generation.packed_linear(linear, dtype)(x), linear(x), rtol=1e-6, atol=1e-6)
+
+
+def test_large_models_are_not_held_twice(monkeypatch):
+    ours, _ = pair("llama")
+    monkeypatch.setattr(generation, "PACK_BYTES", 4 * sum(m.weight.numel() for m in ours.modules()
+                                                          if isinstance(m, nn.Linear)) - 1)
+    with generation._inference(ours):
+        assert not any("forward" in vars(module) for module in ours.modules())
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_one_process_that_computes_in_bf16_generates_as_a_bf16_model(gathered):
+    plain, model = pair("llama")[0].bfloat16(), parallel.shard(pair("llama")[0], parallel.setup("cpu"), torch.bfloat16)
+    prompts = random_prompts(6, 2, 8, 1, 5)
+    with parallel.gathered(model) if gathered else contextlib.nullcontext():
+        assert generate(model, NoEos, prompts, 9) == generate(plain, NoEos, prompts, 9)
 
 
 SHARDED = textwrap.dedent("""
