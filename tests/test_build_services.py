@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -186,6 +187,15 @@ def test_nllb_in_ctranslate2(tmp_path, monkeypatch):
         nllb.ask(Translate(f"{first}\n\n{second}", "eng", "umb"))[0]
         == f"{translations[first]}\n\n{translations[second]}"
     )
+
+    asked, translate = [first, second] * 8, nllb._translate   # what waits together makes one batch, and fails together
+    with ThreadPoolExecutor(16) as threads:
+        answers = threads.map(lambda text: nllb.ask(Translate(text, "eng", "umb"))[0], asked)
+        assert list(answers) == [translations[text] for text in asked]
+        monkeypatch.setattr(nllb, "_translate", lambda requests: translate(["broken"]))
+        failures = threads.map(lambda text: pytest.raises(Failure, nllb.ask, Translate(text, "eng", "umb")), asked)
+        assert all("'str' object has no attribute 'text'" in str(failure.value) for failure in failures)
+    monkeypatch.setattr(nllb, "_translate", translate)
 
     monkeypatch.setenv("GOOGLE_API_KEY", "google-key")
     with Server() as server:
