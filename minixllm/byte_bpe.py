@@ -157,11 +157,12 @@ class ByteLevelBPE(Tokenizer):
         vocab, added = self._vocabulary(content, model)
         special = {token["id"] for token in added if token.get("special")}
         self.vocab_size = max(vocab.values()) + 1
-        self.names = {token["id"]: token["content"] for token in added}
+        self.names = {i: text for text, i in vocab.items()}
         self.pieces = self._byte_strings(vocab, added)
+        self.choose_special(vocab, {})
+        special |= {self.bos_id, self.eos_id, self.pad_id} - {None}  # whatever the file calls them
         self.merger = self._merger(model, vocab, special)
         self.control = special
-        self.choose_special(vocab, {})
         self.prefix, self.suffix = self._post_processor(content, vocab)
         # Added tokens that are not special are found in text before anything else, the longest of those at one place.
         self.added = {token["content"]: token["id"] for token in added}
@@ -318,7 +319,9 @@ class ByteLevelBPE(Tokenizer):
     def _post_processor(self, content, vocab) -> tuple[list[int], list[int]]:
         """The ids that TemplateProcessing puts before and after a single text."""
         section = self.get(content, "post_processor", dict, "post_processor", {"type": "ByteLevel"})
-        parts = section.get("processors", []) if section.get("type") == "Sequence" else [section]
+        parts = [section]
+        if section.get("type") == "Sequence":
+            parts = self.get(section, "processors", list, "post_processor.processors")
         around = [], []
         for part in parts:
             match part:
@@ -335,7 +338,7 @@ class ByteLevelBPE(Tokenizer):
                             case _:
                                 self.refuse("post_processor.single", item, "a known special token or sequence A")
                 case _:
-                    self.refuse("post_processor", part.get("type"), "ByteLevel or TemplateProcessing")
+                    self.refuse("post_processor", part, "ByteLevel or TemplateProcessing")
         return around
 
 

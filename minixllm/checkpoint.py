@@ -90,8 +90,12 @@ def read_config(directory):
     if config.num_hidden_layers > len(tensors):  # rather than build a billion layers to find them missing
         raise UserError(f"{path}: num_hidden_layers: found {config.num_hidden_layers}, "
                         f"but there are only {len(tensors)} tensors in {directory}")
-    if config.tie_word_embeddings:
+    read_generation_config(directory)  # what is wrong with it shall not come out when the trained model is saved
+    try:
         model = build(config, model_class)
+    except RuntimeError as error:
+        raise UserError(f"{path}: sizes of which no model can be built: {str(error).splitlines()[0]}") from None
+    if config.tie_word_embeddings:
         embedding, head = _ends(model, _named_as(model, tensors))
         if embedding and head and not _equal(embedding, head):
             config = dataclasses.replace(config, tie_word_embeddings=False)
@@ -268,7 +272,7 @@ def _write_directory(model, directory, tokenizer, generation_config, dtype, tens
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
     try:
-        ids = _special_ids(tokenizer, generation_config)
+        ids = _special_ids(tokenizer, {"eos_token_id": model.config.eos_token_id} | generation_config)
         write_json(partial / "config.json", {
             **model.config.to_dict(), **ids, "torch_dtype": str(dtype).removeprefix("torch.")})
         write_json(partial / "generation_config.json", {**generation_config, **ids})

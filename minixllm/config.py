@@ -1,7 +1,7 @@
 """Reading config.json into the dataclass of an architecture: every setting checked, none that matters ignored."""
 
 import dataclasses
-import math
+import sys
 import types
 
 from minixllm.errors import UserError
@@ -21,8 +21,9 @@ def refuse(config: dict, expected: dict) -> None:
 def read_settings(cls, config: dict):
     """An instance of the dataclass `cls` from the keys of `config` that are its fields, types and ranges checked.
 
-    A field of type int is at least 1, a float above 0; `| None` lets null stand for the default; dicts, lists and
-    token ids are taken as they are. Raises UserError naming the key, what was found and what was expected.
+    A field of type int is at least 1, a float above 0; `| None` lets null stand for the default; a token id is any
+    whole number (old files have a pad of -1), the eos perhaps a list of them. Raises UserError naming the key, what was
+    found and what was expected.
     """
     settings = {}
     for f in dataclasses.fields(cls):
@@ -32,7 +33,11 @@ def read_settings(cls, config: dict):
                 raise UserError(f"{f.name}: missing, expected {_EXPECTED[f.type]}")
             continue
         value, kind = config[f.name], f.type.__args__[0] if optional else f.type
-        if not (optional and value is None) and not f.name.endswith("_token_id") and not _fits(value, kind):
+        if f.name.endswith("_token_id"):
+            ids = value if isinstance(value, list) and f.type == int | list | None else [value]
+            if not all(type(i) in (int, type(None)) and abs(i or 0) < 2**31 for i in ids):
+                raise UserError(f"{f.name}: found {value!r}, expected a token id")
+        elif not (optional and value is None) and not _fits(value, kind):
             raise UserError(f"{f.name}: found {value!r}, expected {_EXPECTED[kind]}")
         settings[f.name] = value
     return cls(**settings)
@@ -45,5 +50,5 @@ def _fits(value, kind) -> bool:
     if kind is int:
         return type(value) is int and 1 <= value < 2**31
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value) and value > 0
+        return type(value) in (int, float) and 0 < value <= sys.float_info.max
     return isinstance(value, kind)

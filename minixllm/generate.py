@@ -42,6 +42,8 @@ def main(argv=None):
         raise UserError("--device cuda: PyTorch finds no CUDA GPU here, expected one, or --device cpu")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = adapters.load(args.model, parallel.compute_dtype("auto", device), device)
+    if not args.prompts:
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # what is no UTF-8 is named as such below
     for prompt in args.prompts or map(str.rstrip, sys.stdin):
         text = prompt if args.raw else prompts.alpaca(prompt, args.input)
         for piece in generation.stream(model, tokenizer, encode_prompt(tokenizer, text),

@@ -242,9 +242,10 @@ def _on_any_rank(flag: bool, in_step: bool, device) -> bool:
 def _inference(model):
     """Evaluation mode and, on a CPU, linear layers whose weights are packed beforehand."""
     training = model.training
-    dtype = getattr(model, "compute_dtype", model.head.weight.dtype)
-    linears = [module for module in model.modules() if type(module) is nn.Linear and _packs(module.weight, dtype)]
-    if sum(linear.weight.numel() * dtype.itemsize for linear in linears) > PACK_BYTES:
+    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    dtype = getattr(model, "compute_dtype", linears[0].weight.dtype if linears else None)
+    if (not all(_packs(linear.weight, dtype) for linear in linears)
+            or sum(linear.weight.numel() * dtype.itemsize for linear in linears) > PACK_BYTES):
         linears = []
     model.eval()
     try:

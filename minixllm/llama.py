@@ -5,6 +5,7 @@ N tokens of documents laid end to end, d hidden_size, H query heads, KV key and 
 """
 
 import math
+import sys
 from dataclasses import asdict, dataclass
 
 import torch
@@ -79,12 +80,12 @@ def _rope_scaling(rope: dict, max_position_embeddings: int) -> dict | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     needed = {"default": [], "linear": ["factor"],
               "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
-    if kind not in needed:
+    if not isinstance(kind, str) or kind not in needed:
         raise UserError(f"rope_scaling: found rope_type {kind!r}, expected default, linear or llama3")
     scaling = {"rope_type": kind}
     for key in needed[kind]:
         value = rope.get(key, max_position_embeddings if key == "original_max_position_embeddings" else None)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise UserError(f"rope_scaling: found {key} {value!r}, expected a number above 0")
         scaling[key] = value
     unknown = set(rope) - set(scaling) - {"type", "rope_theta", "partial_rotary_factor"}

@@ -9,6 +9,7 @@ PyTorch pickles the metadata of a distributed checkpoint, so only the run's own 
 
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from minixllm.errors import UserError, atomic_write
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+DAMAGE = (OSError, EOFError, IndexError, pickle.UnpicklingError)  # what reading a damaged checkpoint raises
 
 
 def latest(folder) -> Path | None:
@@ -76,12 +78,18 @@ def load(path, model, optimizer) -> tuple[int, dict]:
         if left:
             raise UserError(f"{path}: does not fit this model: it also holds {min(left)}")
         dcp.load(state, checkpoint_id=path)
-    except CheckpointException as error:
-        reason = next(str(reason) for reason, _ in error.failures.values())
-        raise UserError(f"{path}: does not fit this model: {reason.splitlines()[0]}") from None
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a whole checkpoint: {error}") from None
-    return run["step"], run["facts"]
+        return run["step"], run["facts"]
+    except CheckpointException as failed:
+        error = next(reason for reason, _ in failed.failures.values())
+        if not isinstance(error, DAMAGE):
+            raise UserError(f"{path}: does not fit this model: {str(error).splitlines()[0]}") from None
+    except UserError:
+        raise
+    except (*DAMAGE, ValueError, KeyError, TypeError) as caught:
+        error = caught
+    before = max((other for other in path.parent.glob("step-*") if other < path), default=None)
+    raise UserError(f"{path}: not a whole checkpoint: {type(error).__name__}: {error}. Without it, --resume "
+                    f"{f'goes on from {before}' if before else 'begins anew'}")
 
 
 def _state(model, optimizer) -> dict:

@@ -38,7 +38,7 @@ class Tokenizer:
         for kind in ("bos", "eos", "pad"):
             name = self.config.get(f"{kind}_token")
             name = name.get("content") if isinstance(name, dict) else name
-            if name is not None and name not in ids:
+            if name is not None and (not isinstance(name, str) or name not in ids):
                 raise UserError(f"{self.path.parent / 'tokenizer_config.json'}: {kind}_token {name!r} is no token "
                                 f"of {self.path.name}")
             setattr(self, f"{kind}_id", defaults.get(kind) if name is None else ids[name])
@@ -73,7 +73,7 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: no valid JSON, perhaps cut short: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")

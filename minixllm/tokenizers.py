@@ -31,14 +31,14 @@ class SentencePieceTokenizer(Tokenizer):
         except (RuntimeError, OSError):
             raise UserError(f"{self.path}: not a SentencePiece model, or a damaged one") from None
         size = self.model.vocab_size()
-        added = self._added_tokens(size)
+        added, special = self._added_tokens(size)
         self.vocab_size = max([size - 1, *added.values()]) + 1
         ids = {self.model.id_to_piece(i): i for i in range(size)} | added
         defaults = {kind: i if i >= 0 else None for kind, i in (
             ("bos", self.model.bos_id()), ("eos", self.model.eos_id()), ("pad", self.model.pad_id()))}
         self.choose_special(ids, defaults)
         # A model may hold a chosen special token as "user defined", which text would match.
-        self.control = {self.bos_id, self.eos_id, self.pad_id} - {None, self.model.unk_id()} | set(added.values())
+        self.control = ({self.bos_id, self.eos_id, self.pad_id} | special) - {None, self.model.unk_id()}
         self.spelt = {i: [self.model.piece_to_id(f"<0x{byte:02X}>") for byte in self.model.id_to_piece(i).encode()]
                       for i in self.control if i < size and not self.model.is_control(i)}
         self.control |= {i for i in range(size) if self.model.is_control(i)}
@@ -47,16 +47,32 @@ class SentencePieceTokenizer(Tokenizer):
         self.suffix = [self.eos_id] if self.flag("add_eos_token", False) and self.eos_id is not None else []
         self.sign(self.prefix, self.suffix, self.bos_id, self.eos_id, self.pad_id, sorted(added.items()))
 
-    def _added_tokens(self, size: int) -> dict[str, int]:
-        """Tokens beyond the model's own `size`, by text, from added_tokens.json and tokenizer_config.json."""
-        added = dict(read_json(self.path.parent / "added_tokens.json"))
-        for key, token in self.config.get("added_tokens_decoder", {}).items():
-            if int(key) >= size and not token.get("special", False):
-                raise UserError(f"{self.path.parent / 'tokenizer_config.json'}: added_tokens_decoder: {key} "
-                                f"({token['content']!r}) is no special token; only special ones can be added to a "
-                                "SentencePiece model")
-            added[token["content"]] = int(key)
-        return {text: i for text, i in added.items() if i >= size}
+    def _added_tokens(self, size: int) -> tuple[dict[str, int], set[int]]:
+        """Tokens beyond the model's own `size`, by text, from added_tokens.json and tokenizer_config.json; the ids of
+        these and of those within that the latter calls special.
+        """
+        path = self.path.parent / "added_tokens.json"
+        added = read_json(path)
+        if not all(type(i) is int for i in added.values()):
+            raise UserError(f"{path}: found {added!r}, expected tokens with their ids")
+        added = {text: i for text, i in added.items() if i >= size}
+        path, special = self.path.parent / "tokenizer_config.json", set(added.values())
+        entries = self.config.get("added_tokens_decoder") or {}
+        for key, token in entries.items() if isinstance(entries, dict) else [("", entries)]:
+            match token:
+                case {"content": str(text), **rest} if key.isdecimal():
+                    pass
+                case _:
+                    raise UserError(f"{path}: added_tokens_decoder: found {key!r}: {token!r}, expected an id and its "
+                                    "content")
+            if rest.get("special"):
+                special.add(int(key))
+            elif int(key) >= size:
+                raise UserError(f"{path}: added_tokens_decoder: {key} ({text!r}) is no special token; only special "
+                                "ones can be added to a SentencePiece model")
+            if int(key) >= size:
+                added[text] = int(key)
+        return added, special
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """The ids of `text`; with add_special_tokens, between the BOS and EOS the model's own tokenizer adds.
@@ -157,12 +173,16 @@ def load_tokenizer(directory) -> Tokenizer:
     """The tokenizer of a Hugging Face model directory: tokenizer.model where there is one, else tokenizer.json.
 
     LLaMA 3's tokenizer.model is no SentencePiece model but a list of "base64 rank"; its tokenizer.json says the same.
+    Raises UserError for a SentencePiece model beside a byte-level tokenizer.json: they cannot be the same tokenizer.
     """
     directory = Path(directory)
     sentencepiece, byte_level = directory / "tokenizer.model", directory / "tokenizer.json"
     if sentencepiece.exists():
         with open(sentencepiece, "rb") as file:
             if not (byte_level.exists() and re.match(rb"[A-Za-z0-9+/=]+ \d+\n", file.read(100))):
+                if (read_json(byte_level).get("decoder") or {}).get("type") == "ByteLevel":
+                    raise UserError(f"{directory}: tokenizer.model is SentencePiece and tokenizer.json byte-level BPE, "
+                                    "expected one tokenizer; remove the other model's")
                 return SentencePieceTokenizer(sentencepiece)
     if byte_level.exists():
         return ByteLevelBPE(byte_level)

@@ -55,12 +55,12 @@ class TrainingSettings:
 
     def __post_init__(self):
         for name in ("batch_size", "micro_batch_size", "max_length", "save_every", "keep", "clip", "learning_rate",
-                     "epochs", "beta", "max_new_tokens"):
-            if not 0 < getattr(self, name, 1) < math.inf:  # some settings belong to one script alone
+                     "epochs", "beta", "max_new_tokens", "temperature", "lora_alpha"):
+            if not 0 < (1 if getattr(self, name, 1) is None else getattr(self, name, 1)) < math.inf:  # some settings belong to one script alone
                 raise UserError(f"{name}: found {getattr(self, name)}, expected a finite number above 0")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"steps: found {self.steps}, expected at least 1")
-        limits = {"seed": None, "eval_every": None, "warmup_steps": None, "held_out_per_language": None, "lora_r": None,
+        limits = {"seed": 2**32, "max_length": 2**24, "eval_every": None, "warmup_steps": None, "held_out_per_language": None, "lora_r": None,
                   "nll_weight": None, "weight_decay": 1, "final_learning_rate": 1, "beta2": 0.99999, "lora_dropout": 1,
                   "label_smoothing": 0.5}
         if getattr(self, "held_out", None) and not getattr(self, "data", None):
@@ -220,8 +220,8 @@ def start_or_resume(output: Path, model, optimizer, world, resuming: bool, facts
     if world.first:
         output.mkdir(parents=True, exist_ok=True)
         kept = []
-        for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):  # the last line may be half written
+        for line in metrics.read_text("utf-8", "replace").splitlines() if metrics.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError, TypeError, KeyError):  # the last may be half written
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
         with atomic_write(metrics) as file:
@@ -231,8 +231,11 @@ def start_or_resume(output: Path, model, optimizer, world, resuming: bool, facts
 
 def log(metrics, row: dict) -> None:
     if metrics:
-        metrics.write(json.dumps(row) + "\n")
-        metrics.flush()
+        try:
+            metrics.write(json.dumps(row) + "\n")
+            metrics.flush()
+        except OSError as error:
+            raise UserError(f"{metrics.name}: cannot be written: {error.strerror}. {LOST}") from None
 
 
 @contextlib.contextmanager

@@ -240,7 +240,9 @@ def change(key, value):
      "pre_tokenizer is .*'Regex': 'x'"),
     (change("decoder", {"type": "WordPiece"}), "decoder is 'WordPiece'"),
     (change("decoder", None), "decoder is None"),
-    (change("post_processor", {"type": "RobertaProcessing"}), "post_processor is 'RobertaProcessing'"),
+    (change("post_processor", {"type": "RobertaProcessing"}), "post_processor is .*RobertaProcessing"),
+    (change("post_processor", {"type": "Sequence", "processors": None}), "post_processor.processors is None"),
+    (change("post_processor", {"type": "Sequence", "processors": ["x"]}), "post_processor is 'x'"),
     (change("added_tokens", [{"id": 1}]), "added_tokens is"),
     (change("added_tokens", [{"id": 9999, "content": "<x>", "special": False, "lstrip": True}]), "added_tokens: '<x>'"),
 ])
@@ -252,6 +254,23 @@ def test_damaged_files_are_named(pair, tmp_path, edit, message):
     with pytest.raises(UserError, match=message) as error:
         ByteLevelBPE(path)
     assert str(path) in str(error.value) and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("where", ["an added token that is not special", "the vocabulary alone"])
+def test_an_end_that_the_file_does_not_call_special_is_no_text(pair, tmp_path, where):
+    content = json.loads(pair[2].path.read_text())
+    new = max(pair[2].pieces) + 1
+    if where == "the vocabulary alone":
+        content["model"]["vocab"]["</end>"] = new
+    else:
+        content["added_tokens"].append({"id": new, "content": "</end>", "special": False})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</end>"}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_id == new and new not in (ids := tokenizer.encode("a</end>b"))
+    assert tokenizer.decode(ids) == "a</end>b" and tokenizer.decode([new]) == ""
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").eos_id == new
 
 
 def test_truncated_and_absent_files(pair, tmp_path):

@@ -286,6 +286,10 @@ CONFIG = {
     "a fraction": (dict(intermediate_size=48.5), "config.json: .*intermediate_size.*48.5"),
     "heads do not divide": (dict(num_attention_heads=5, head_dim=...), "config.json: .*num_attention_heads"),
     "groups do not divide": (dict(num_key_value_heads=3), "config.json: .*num_key_value_heads"),
+    "sizes that overflow": (dict(hidden_size=2 * 10**9, intermediate_size=2 * 10**9), "config.json: sizes of which no"),
+    "nested": (lambda p: p.write_text("[" * 10**5), "config.json: no valid JSON"),
+    "generation": (lambda p: p.with_name("generation_config.json").write_text('{"eos_token_id": [2,'),
+                   "generation_config.json: no valid JSON, perhaps cut short"),
     "a billion layers": (dict(num_hidden_layers=10**9), "config.json: num_hidden_layers: found 1000000000"),
     "other size": (dict(vocab_size=98), r"2 misshaped: .*\(found \[97, 32\], expected \[98, 32\]\)"),
     "another model": (dict(model_type="bloom", n_head=4, n_layer=2), "missing: transformer.*unexpected: model"),
@@ -348,6 +352,13 @@ def test_load_gives_model_and_tokenizer(tokenizer, tmp_path):
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "saved")
     assert generation.temperature == 0.6 and generation.eos_token_id == [tokenizer.eos_id, 77]
     assert transformers.AutoConfig.from_pretrained(tmp_path / "saved").bos_token_id == tokenizer.bos_id
+
+
+def test_stop_tokens_of_a_model_without_generation_config_are_kept(tokenizer, tmp_path):
+    model = build(LlamaConfig(**LLAMA | {"vocab_size": tokenizer.vocab_size, "eos_token_id": [2, 5, 7]}), Llama)
+    initialise(model, 0)
+    save_model(model, tmp_path / "saved", tokenizer, {})
+    assert read_generation_config(tmp_path / "saved")["eos_token_id"] == [2, 5, 7]
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tokenizer, tmp_path):

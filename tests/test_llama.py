@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from minixllm.attention import Packed
+from minixllm.checkpoint import save_model
 from minixllm.errors import UserError
 from minixllm.llama import Llama, LlamaConfig, rotary_angles, rotate
 
@@ -31,6 +32,13 @@ CONFIGS = {
 }
 
 
+def same_in_transformers(model, folder, ids):
+    """Saved, transformers opens it with the same logits."""
+    save_model(model, folder)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    assert_close(opened(ids).logits, model(ids))
+
+
 def pair(settings, seed=0):
     """Our model and transformers', with the same random weights: large ones, so that nothing hides in small numbers."""
     torch.manual_seed(seed)
@@ -50,7 +58,7 @@ def assert_close(found, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS)
-def test_logits_and_gradients_are_those_of_transformers(settings):
+def test_logits_and_gradients_are_those_of_transformers(settings, tmp_path):
     ours, theirs = pair(settings)
     assert {n for n, _ in ours.named_parameters()} == {n for n, _ in theirs.named_parameters()}
     ids = torch.randint(0, 97, (2, 40))
@@ -58,6 +66,7 @@ def test_logits_and_gradients_are_those_of_transformers(settings):
     labels[0, :10] = -100
     expected = theirs(ids).logits
     assert_close(ours(ids), expected)
+    same_in_transformers(ours, tmp_path / "saved", ids)
     logps = ours(ids, labels=labels)
     weights = torch.randn(2, 40)
     reference = expected.log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)
@@ -136,12 +145,13 @@ def test_initialised_as_transformers():
 REFUSED = {
     "rope_scaling": [dict(type="dynamic", factor=2.0), dict(rope_type="yarn", factor=2.0), dict(rope_type="linear"),
                      dict(rope_type="linear", factor=2.0, beta_fast=3), "linear", dict(rope_type="linear", factor=-1.0),
-                     {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 0.5}, {"full_attention": {"factor": 2.0}}],
+                     {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 0.5}, {"full_attention": {"factor": 2.0}}, dict(type=[])],
     "hidden_act": ["gelu"], "model_type": ["mistral"], "attention_dropout": [0.1], "sliding_window": [4096],
     "quantization_config": [{"bits": 4}], "partial_rotary_factor": [0.5],
     "vocab_size": [0, -3, 2.5, "97", None, True, 10**12], "hidden_size": [-1], "num_hidden_layers": ["two"],
     "num_attention_heads": [5], "num_key_value_heads": [3], "head_dim": [7], "rms_norm_eps": [0, "x", float("nan")],
-    "rope_theta": [-1.0, float("inf")], "tie_word_embeddings": ["yes"], "mlp_bias": [1],
+    "rope_theta": [-1.0, float("inf"), 10**400], "bos_token_id": [[1], "<s>"],
+    "eos_token_id": ["</s>", 2.5, 10**10, [[1]], {"a": 1}, True], "tie_word_embeddings": ["yes"], "mlp_bias": [1],
 }
 
 
@@ -149,6 +159,20 @@ REFUSED = {
 def test_unsupported_or_absurd_settings_are_refused_by_name(key, value):
     with pytest.raises(UserError, match=f"^{key}: (found|missing).*expected"):
         LlamaConfig.from_dict({**BASE, key: value})
+
+
+def test_published_config_of_llama_3_2_1b():
+    config = LlamaConfig.from_dict({
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
+        "eos_token_id": [128001, 128008, 128009], "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False,
+        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": {
+            "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+            "rope_type": "llama3"}, "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "transformers_version": "4.45.0.dev0", "use_cache": True, "vocab_size": 128256})
+    assert (config.num_key_value_heads, config.eos_token_id[2], config.tie_word_embeddings) == (8, 128009, True)
+    assert config.rope_scaling["factor"] == 32.0 and LlamaConfig.from_dict(config.to_dict()) == config
 
 
 @pytest.mark.parametrize("key", BASE)

@@ -70,8 +70,12 @@ def test_a_special_token_that_the_model_would_match_in_text_is_spelt_in_bytes(tm
         sentence_iterator=iter(TEXTS * 20), model_prefix=str(tmp_path / "tokenizer"), model_type="bpe", vocab_size=600,
         hard_vocab_limit=False, byte_fallback=True, normalization_rule_name="identity", minloglevel=2,
         user_defined_symbols=["<|end|>", "<plain>"])
+    special = {"eos_token": "</s>", "added_tokens_decoder": {"3": {"content": "<|end|>", "special": True}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(special))
+    assert 3 not in load_tokenizer(tmp_path).encode("a<|end|>b")  # special, though it ends nothing
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
     tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_id == 3
     ids = tokenizer.encode("a<|end|>b<plain>")
     assert tokenizer.eos_id not in ids and tokenizer.decode(ids) == "a<|end|>b<plain>"
     assert tokenizer.model.piece_to_id("<plain>") in ids
@@ -139,6 +143,10 @@ def test_choices_of_the_configuration(small, tmp_path):
     ({"eos_token": "<|nope|>"}, "eos_token '<|nope|>' is no token"),
     ({"add_bos_token": "yes"}, "add_bos_token is 'yes', expected true or false"),
     ({"added_tokens_decoder": {"9999": {"content": "<call>", "special": False}}}, "<call>.*no special token"),
+    ({"added_tokens_decoder": {"x": {"content": "<call>"}}}, "added_tokens_decoder: found 'x'.*expected an id"),
+    ({"added_tokens_decoder": {"3": {"special": True}}}, "added_tokens_decoder: found '3'.*and its content"),
+    ({"added_tokens_decoder": [3]}, r"added_tokens_decoder: found '': \[3\]"),
+    ({"bos_token": ["<s>"]}, r"bos_token \['<s>'\] is no token"),
     ([], "expected a JSON object"),
 ])
 def test_bad_configurations_are_named(small, tmp_path, config, message):
@@ -164,6 +172,18 @@ def test_llama3s_list_of_ranks_gives_way_to_tokenizer_json(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="tokenizer.json: model is None"):
+        load_tokenizer(tmp_path)
+
+
+def test_two_kinds_in_one_directory_are_refused(small, tmp_path):
+    small.save(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}}))
+    with pytest.raises(UserError, match="tokenizer.model is SentencePiece and tokenizer.json byte-level"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"decoder": None}))  # such as converted from the model
+    assert load_tokenizer(tmp_path).encode("one") == small.encode("one")
+    (tmp_path / "added_tokens.json").write_text('{"<pad>": "32000"}')
+    with pytest.raises(UserError, match="added_tokens.json: found .*expected tokens with their ids"):
         load_tokenizer(tmp_path)
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -26,18 +27,20 @@ import torch.nn.functional as F
 
 from conftest import free_port
 from minixllm import parallel, resume
+from minixllm.bloom import Bloom, BloomConfig
 from minixllm.checkpoint import build, initialise
 from minixllm.datasets import Stream
 from minixllm.errors import UserError
 from minixllm.llama import Llama, LlamaConfig
 from minixllm.lora import full_tensor
-from minixllm.meter import Meter, attending_pairs, peak_flops
+from minixllm.meter import Meter, attending_pairs, memory_needed, peak_flops
 from minixllm.settings import parse, run, setting
 from minixllm.training import TIMINGS, TrainingSettings, held_out_loss, learning_rate, sft_loss, train, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                      num_key_value_heads=2, tie_word_embeddings=True)
+CONFIGS = {"llama": (CONFIG, Llama), "bloom": (BloomConfig(97, 32, 2, 4), Bloom)}
 
 
 class Records:
@@ -78,6 +81,7 @@ class Settings(TrainingSettings):
     gradients: str | None = setting(None, "file for the loss and gradients of the first batch")
     fault: str | None = setting(None, "what goes wrong: die, nan, disk")
     fault_step: int = setting(5, "at which step")
+    arch: str = setting("llama", "")
     batch_size: int = setting(6, "")
     micro_batch_size: int = setting(2, "")
     max_length: int = setting(32, "")
@@ -122,7 +126,7 @@ def main(argv):
 
 def setup(settings):
     world = parallel.setup("cpu")
-    model = build(CONFIG, Llama)
+    model = build(*CONFIGS[settings.arch])
     parallel.shard(model, world, parallel.compute_dtype(settings.dtype, world.device))
     initialise(model, seed=1)
     return world, model
@@ -157,12 +161,16 @@ def save_gradients(model, world, stream, path):
 # ------------------------------------------------------------------------------------------------------ the tests
 
 
-@pytest.fixture(scope="module")
-def plain():
+def plain_model(arch):
     """A plain model, no FSDP, with the weights that `setup` gives."""
-    model = build(CONFIG, Llama)
+    model = build(*CONFIGS[arch])
     initialise(model, seed=1)
     return model
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return plain_model("llama")
 
 
 @pytest.fixture(scope="module")
@@ -225,14 +233,27 @@ def check_gradients(found, expected):
         assert (found[name] - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
 
 
-@pytest.mark.parametrize("micro_batch_size", [6, 4, 2])
-def test_gradients_do_not_depend_on_packing_or_micro_batches(plain, tmp_path, micro_batch_size):
-    settings = Settings(micro_batch_size=micro_batch_size)
+@pytest.mark.parametrize("arch", CONFIGS)
+@pytest.mark.parametrize("micro_batch_size", [8, 5, 2])
+def test_gradients_do_not_depend_on_packing_or_micro_batches(tmp_path, arch, micro_batch_size):
+    settings = Settings(arch=arch, batch_size=8, micro_batch_size=micro_batch_size)
     world, model = setup(settings)
     stream = make_stream(settings, world)
-    assert len(stream.batch(0).micro_batches) == -(-6 // micro_batch_size)
+    assert len(stream.batch(0).micro_batches) == -(-8 // micro_batch_size)
     save_gradients(model, world, stream, tmp_path / "gradients.pt")
-    check_gradients(torch.load(tmp_path / "gradients.pt"), mean_loss_and_gradients(plain, stream))
+    check_gradients(torch.load(tmp_path / "gradients.pt"), mean_loss_and_gradients(plain_model(arch), stream))
+
+
+def test_tied_bloom_in_two_processes(torchrun, tmp_path):
+    """Gradients of the first batch, four micro-batches in all, and the losses of the run."""
+    flags = "--arch", "bloom", "--steps", 5
+    run_here(tmp_path / "one", *flags)
+    torchrun(2, __file__, "--output", tmp_path / "two", *flags, "--micro-batch-size", 1,
+             "--gradients", tmp_path / "gradients.pt")
+    check_gradients(torch.load(tmp_path / "gradients.pt"),
+                    mean_loss_and_gradients(plain_model("bloom"), make_stream(Settings(), parallel.setup("cpu"))))
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert one.get("loss", one.get("held_out")) == pytest.approx(two.get("loss", two.get("held_out")), abs=1e-5)
 
 
 def test_equals_a_plain_loop(plain, reference):
@@ -266,8 +287,8 @@ def test_killed_at_any_moment_and_resumed(reference, tmp_path):
     wait_for_steps(process, tmp_path, random.randint(1, 14))
     process.kill()
     process.communicate()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 9, "lo')  # as if killed while writing
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'7\n\xff\n{"step": 9, "lo')  # as if killed while writing, by a power cut
     run_here(tmp_path, "--resume")
     assert metrics(tmp_path) == metrics(reference)
     assert same(weights(tmp_path), weights(reference))
@@ -307,6 +328,60 @@ def test_two_processes(plain, reference, torchrun, tmp_path):
     run_here(whole, "--resume")
     for mine, theirs in zip(metrics(whole), two, strict=True):
         assert mine.get("loss") == pytest.approx(theirs.get("loss"), abs=1e-5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_goes_on(reference, tmp_path, number):
+    process = start([], tmp_path, "--pause", 0.02)
+    wait_for_steps(process, tmp_path, 4)
+    process.send_signal(number)
+    assert "stopped by a signal: step" in process.communicate(timeout=60)[0] and process.returncode == 0
+    assert int(resume.latest(tmp_path / "checkpoints").name.split("-")[1]) == metrics(tmp_path)[-1]["step"] < 12
+    run_here(tmp_path, "--resume")
+    assert metrics(tmp_path) == metrics(reference) and same(weights(tmp_path), weights(reference))
+
+
+def test_the_last_few_checkpoints_are_kept(reference):
+    assert sorted(path.name for path in (reference / "checkpoints").iterdir()) == ["step-00000009", "step-00000012"]
+
+
+DAMAGE = {
+    "metadata cut": lambda path: (path / ".metadata").write_bytes((path / ".metadata").read_bytes()[:50]),
+    "metadata empty": lambda path: (path / ".metadata").write_bytes(b""),
+    "shard cut": lambda path: next(path.glob("*.distcp")).write_bytes(next(path.glob("*.distcp")).read_bytes()[:2000]),
+    "shard lost": lambda path: next(path.glob("*.distcp")).unlink(),
+    "run.json empty": lambda path: (path / "run.json").write_text("{}"),
+    "run.json an array": lambda path: (path / "run.json").write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it(reference, tmp_path, damage):
+    shutil.copytree(reference, tmp_path / "run")
+    damage(tmp_path / "run/checkpoints/step-00000012")
+    with pytest.raises(UserError, match="step-00000012: not a whole checkpoint: .*goes on from .*step-00000009"):
+        run_here(tmp_path / "run", "--resume", "--steps", 13)
+
+
+def test_what_is_announced(tmp_path, capsys):
+    run_here(tmp_path, "--steps", 2)
+    said = capsys.readouterr().out
+    tokens = [row["tokens"] for row in metrics(tmp_path) if "tokens" in row]
+    announced = re.search(r"2 steps of about (\d+) tokens: ([\d,]+) tokens", said)
+    assert int(announced[1]) == pytest.approx(np.mean(tokens), rel=0.2)
+    assert int(announced[2].replace(",", "")) == pytest.approx(sum(tokens), rel=0.2)
+
+
+def test_announced_memory_follows_the_model():
+    """16 bytes a trained weight, and the activations of a micro-batch."""
+    settings = Settings()
+    world, model = setup(settings)
+    weights = 16 * sum(p.numel() for p in model.parameters())
+    base = memory_needed(model, world, settings)
+    assert base > 0.3e9 + weights
+    more = memory_needed(model, world, dataclasses.replace(settings, micro_batch_size=200))
+    fewer = memory_needed(model, world, dataclasses.replace(settings, micro_batch_size=200, gradient_checkpointing=True))
+    assert base < fewer < more
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
@@ -390,7 +465,7 @@ def test_devices_are_known_by_their_whole_names():
 
 def test_a_checkpoint_of_a_larger_model_is_refused(reference, tmp_path, monkeypatch):
     shutil.copytree(reference, tmp_path / "run")
-    monkeypatch.setattr(sys.modules[__name__], "CONFIG", dataclasses.replace(CONFIG, num_hidden_layers=1))
+    monkeypatch.setitem(CONFIGS, "llama", (dataclasses.replace(CONFIG, num_hidden_layers=1), Llama))
     with pytest.raises(UserError, match="does not fit this model: it also holds"):
         run_here(tmp_path / "run", "--resume", "--steps", 13)
 
@@ -398,8 +473,9 @@ def test_a_checkpoint_of_a_larger_model_is_refused(reference, tmp_path, monkeypa
 def test_refusals(reference, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds a run already.*--resume"):
         run_here(reference)
-    with pytest.raises(UserError, match="batch_size: found 0"):
-        run_here(tmp_path, "--batch-size", 0)
+    for flag, value in (("batch_size", 0), ("seed", 10**30), ("max_length", 10**12), ("learning_rate", "nan")):
+        with pytest.raises(UserError, match=f"{flag}: found {value}, expected"):
+            run_here(tmp_path, f"--{flag.replace('_', '-')}", value)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="0.0 MB free on its disk, expected .* for 2"):
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
         run_here(tmp_path)
