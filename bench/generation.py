@@ -1,11 +1,11 @@
 """Generated tokens per second, ours and transformers', on the same weights: python -m bench.generation [llama|bloom]
 
 LLaMA: vocabulary 32,000, width 512, 8 layers, 8 heads, feed-forward 1,376; BLOOM of the same vocabulary, width, layers
-and heads. Random weights, fp32, greedy, prompts of 32 tokens and answers of 128; then prompts and answers of mixed
-lengths, which transformers runs in left-padded batches (of the size at which it is fastest here, --their-batch). The
-two sides take turns; medians and the range of the
-ratios over the rounds. The share of bandwidth counts the bytes of weights (embedding aside, but for a tied head) and
-of past keys and values that the decoding steps must read, against what summing a large array reads.
+and heads. Random weights, greedy, prompts of 32 tokens and answers of 128; then prompts and answers of mixed lengths,
+which transformers runs in left-padded batches (of the size at which it is fastest here, --their-batch). The two sides
+take turns; medians and the range of the ratios over the rounds. The share of bandwidth counts the bytes of weights
+(embedding aside, but for a tied head) and of past keys and values that the decoding steps must read, against what
+summing a large array reads. In bf16 answers part ways where the best two of these random logits are within rounding.
 """
 
 import argparse
@@ -26,7 +26,7 @@ class Tokenizer:
     eos_id = None
 
 
-def make(kind: str, vocabulary: int):
+def make(kind: str, vocabulary: int, dtype: torch.dtype):
     torch.manual_seed(0)
     special = dict(bos_token_id=1, eos_token_id=None, pad_token_id=0)
     if kind == "llama":
@@ -37,7 +37,7 @@ def make(kind: str, vocabulary: int):
         config = transformers.BloomConfig(vocab_size=vocabulary, hidden_size=512, n_layer=8, n_head=8, **special)
         theirs, ours = transformers.BloomForCausalLM(config), Bloom(BloomConfig.from_dict(config.to_dict()))
     ours.load_state_dict(theirs.state_dict())
-    return ours.eval(), theirs.eval()
+    return ours.to(dtype).eval(), theirs.to(dtype).eval()
 
 
 def their_batch(model, prompts, new: int) -> list[list[int]]:
@@ -65,7 +65,7 @@ def bytes_read(model, rows: int) -> int:
     weights = sum(p.numel() for p in model.blocks.parameters()) + model.head.weight.numel()
     seen = rows * sum(range(PROMPT + 1, PROMPT + NEW))
     past = seen * 2 * model.config.hidden_size * model.config.num_hidden_layers
-    return 4 * ((NEW - 1) * weights + past)
+    return model.head.weight.element_size() * (NEW - 1) * weights + 4 * past  # the cache is fp32 on a CPU
 
 
 def report(name, ours, theirs, tokens, share=""):
@@ -127,12 +127,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=["llama", "bloom"], nargs="?", default="llama")
     parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--mixed", type=int, default=192, help="prompts of mixed lengths")
     parser.add_argument("--their-batch", type=int, default=16, help="of those, how many transformers runs at a time")
     args = parser.parse_args()
-    ours, theirs = make(args.model, args.vocabulary)
+    ours, theirs = make(args.model, args.vocabulary, getattr(torch, args.dtype))
     peak = bandwidth()
-    print(f"{torch.get_num_threads()} threads, memory read {peak / 1e9:.1f} GB/s, torch {torch.__version__}, "
+    print(f"{args.dtype}, {torch.get_num_threads()} threads, memory read {peak / 1e9:.1f} GB/s, torch {torch.__version__}, "
           f"transformers {transformers.__version__}")
     for rows in (1, 8):
         uniform(args.model, ours, theirs, rows, peak)

@@ -23,7 +23,7 @@ from minixllm.attention import Packed
 from minixllm.errors import UserError
 from minixllm.kv_cache import KVCache
 
-BATCH_TOKENS = 32768   # of the cache; 16 GB for a model of 7B in bf16, 1 GB for one of 60 M in fp32
+BATCH_TOKENS = 32768   # of the cache; 16 GB for a model of 7B in bf16 on a GPU, 1 GB for one of 60 M on a CPU
 PREFILL_TOKENS = 4096  # prompts join a forward up to this many tokens, which bounds its memory
 PACK_BYTES = 2**32     # a model's linear layers are packed, a second copy of their weights, up to this size
 NUCLEUS = 1024         # top_p looks among so many of the likeliest first: sorting a vocabulary takes as long as a step

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 CHUNK_BYTES, CHUNK_TOKENS = 2**24, 128  # logits held at once: this many bytes, but never fewer tokens
-BLOCK_BYTES = 2**21                     # on a CPU, of what is handled at a time within them: what its caches hold
+BLOCK_BYTES = 2**22                     # on a CPU, of what is handled at a time within them: what its caches hold
 
 
 def token_logps(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -66,6 +66,7 @@ def _chunks(hidden, weight, labels):
     """
     weight = weight.to(hidden.dtype)
     size = max(CHUNK_TOKENS, CHUNK_BYTES // (weight.element_size() * len(weight)))
+    size -= size % 64 if size > 64 else 0  # products of 256 rows are a fifth faster than of 262
     # one buffer for all chunks: fresh memory for each would cost as much as a third of its product in page faults
     buffer = torch.empty(min(size, len(hidden)), len(weight), dtype=weight.dtype, device=weight.device)
     for start in range(0, len(hidden), size):
