@@ -1,14 +1,14 @@
-"""Likelihoods of two-choice items a second, ours and lm-evaluation-harness': python -m bench.likelihood [items]
+"""Likelihoods of two-choice items a second, ours and lm-evaluation-harness': python -m bench.likelihood --items 500
 
-LLaMA: vocabulary 32,000, width 512, 8 layers, 8 heads, feed-forward 1,376, random weights, fp32. Items: a context of 45
-to 65 words (a word is a token) and two choices of 5 to 15, about 65 tokens with one choice. lm-evaluation-harness (its
+LLaMA: vocabulary 32,000, width 512, 8 layers, 8 heads, feed-forward 1,376, random weights. Items: a context of 45 to
+65 words (a word is a token) and two choices of 5 to 15, about 65 tokens with one choice. lm-evaluation-harness (its
 `hf` model, with the batch size named) computes the context anew for each choice. The sides take turns; each round's
-ratio is of ours against the harness at its best batch size. Log-probabilities must agree.
+ratio is of ours against the harness at its best batch size. Log-probabilities must agree, to rounding in bf16.
 """
 
+import argparse
 import random
 import statistics
-import sys
 import time
 import warnings
 
@@ -25,7 +25,11 @@ ROUNDS, BATCHES = 3, (1, 8, 32)
 
 
 def main() -> None:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 500
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--items", type=int, default=500)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    args = parser.parse_args()
+    count, dtype = args.items, getattr(torch, args.dtype)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
@@ -33,6 +37,7 @@ def main() -> None:
                                       intermediate_size=1376)
     theirs, ours = transformers.LlamaForCausalLM(config).eval(), Llama(LlamaConfig.from_dict(config.to_dict())).eval()
     ours.load_state_dict(theirs.state_dict())
+    ours, theirs = ours.to(dtype), theirs.to(dtype)
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 32000)}
     words = Tokenizer(models.WordLevel(vocabulary, "<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
