@@ -137,12 +137,6 @@ class _Reader:
         template = self.templates[self.benchmark, asked_in]
         shipped = template == read_templates().get((self.benchmark, asked_in))
         self.used.setdefault("as shipped" if shipped else str(self.wanted.templates), {})[asked_in] = None
-        for key in ("instruction", "input"):
-            try:
-                template[key].format(**dict.fromkeys(FIELDS[self.benchmark] | {"language"}, ""))
-            except (ValueError, LookupError) as error:
-                raise UserError(f"{self.wanted.templates}: [{self.benchmark}.{asked_in}]: {key}: {error} in "
-                                f"{template[key]!r}; expected fields alone, such as {{language}}") from None
         return template, asked_in
 
     def note(self, text: str) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from minixllm import prompts
 from minixllm.errors import UserError
+from minixllm.languages import find
 from minixllm.records import Instruction, Preference, read_instructions, read_preferences
 from minixllm.tokencache import Counts, TokenCache
 
@@ -32,7 +33,7 @@ def encode_instruction(record: Instruction, tokenizer, max_length: int, too_long
     prompt and as much of its answer as fits, without EOS ("truncate").
     """
     counts = Counts(records=1)
-    language = record.language or UNKNOWN
+    language = _language(record.language)
     if not record.output.strip():
         counts.empty = 1
         return language, None, counts
@@ -59,8 +60,8 @@ def encode_preference(record: Preference, tokenizer, max_length: int, too_long: 
     beginnings of the answers; answers that no longer differ are left out as too long.
     """
     counts = Counts(records=1)
-    languages = [name for name in (record.language, record.response_language) if name] or [UNKNOWN]
-    language = ">".join(dict.fromkeys(languages))
+    names = [_language(name) for name in (record.language, record.response_language) if name] or [UNKNOWN]
+    language = ">".join(dict.fromkeys(names))
     text = prompts.preference(record)
     prompt = encode_prompt(tokenizer, text)
     answers = [tokenizer.encode(answer) + [tokenizer.eos_id] for answer in (record.chosen, record.rejected)]
@@ -84,6 +85,15 @@ def encode_preference(record: Preference, tokenizer, max_length: int, too_long: 
             return language, None, counts
         counts.truncated = 1
     return language, [prompt, *answers], counts
+
+
+@functools.cache
+def _language(name: str | None) -> str:
+    """One name for what "de", "German" and "deu" call: the FLORES-101 code where there is one."""
+    try:
+        return UNKNOWN if not name else find(name).code
+    except UserError:
+        return name
 
 
 def encode_prompt(tokenizer, text: str) -> list[int]:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from minixllm import languages, prompts
 from minixllm.errors import UserError
 
-FORMAT = 1                  # part of every cache's key: to be raised when what is written changes
+FORMAT = 2                  # part of every cache's key: to be raised when what is written changes
 CHUNK = 1000                # records a worker tokenises at a time
 PARALLEL_FROM = 64 * 2**20  # bytes of records from which starting worker processes pays
 ARRAYS = ("segments", "offsets", "languages", "lines", "files")

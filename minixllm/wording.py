@@ -54,8 +54,11 @@ def _template_keys(benchmark: str) -> dict:
 
 def _check_fields(where: str, text: str, allowed: set) -> None:
     try:
-        used = {name for _, name, *_ in string.Formatter().parse(text) if name is not None}
+        fields = [field for field in string.Formatter().parse(text) if field[1] is not None]
     except ValueError as error:
         raise UserError(f"{where}: {error} in {text!r}") from None
+    if any(spec or conversion for _, _, spec, conversion in fields):
+        raise UserError(f"{where}: found a format in {text!r}, expected fields alone, such as {{language}}")
+    used = {name for _, name, _, _ in fields}
     if used - allowed:
         raise UserError(f"{where}: unknown field {{{min(used - allowed)}}}, expected {', '.join(sorted(allowed))}")

@@ -476,6 +476,13 @@ def test_answers_are_compared_as_the_tokenizer_sees_them(tmp_path):
     assert (len(sft), sft.report["und"].empty) == (3, 1)
 
 
+def test_one_language_under_any_of_its_names(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"instruction": "a", "output": "b", "language": name}
+                                        for name in ("deu", "de", "German", "zh", "Klingon", None, "")])
+    data = SFTData(path, Bytes(), 900, tmp_path)
+    assert [data.language_names[k] for k in data.languages] == ["deu"] * 3 + ["zho_simpl", "Klingon", "und", "und"]
+
+
 PAIR = {"instruction": "Say", "chosen": "oui", "rejected": "yes!", "language": "eng", "response_language": "fra"}
 
 
