@@ -3,8 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-CHUNK_BYTES, CHUNK_TOKENS = 2**24, 128  # logits held at once: this many bytes, but never fewer tokens
-BLOCK_BYTES = 2**22                     # on a CPU, of what is handled at a time within them: what its caches hold
+# Logits held at once: this many bytes by the kind of device, but never fewer tokens. A GPU's product of few tokens
+# takes as long as reading the weights.
+CHUNK_BYTES, CHUNK_TOKENS = {"cpu": 2**24, "cuda": 2**28}, 128
+BLOCK_BYTES = 2**22  # on a CPU, of what is handled at a time within them: what its caches hold
 
 
 def token_logps(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -65,7 +67,7 @@ def _chunks(hidden, weight, labels):
     d logp / d logits = onehot(label) - softmax(logits) is slopes / totals: d columns take totals off more cheaply.
     """
     weight = weight.to(hidden.dtype)
-    size = max(CHUNK_TOKENS, CHUNK_BYTES // (weight.element_size() * len(weight)))
+    size = max(CHUNK_TOKENS, CHUNK_BYTES[weight.device.type] // (weight.element_size() * len(weight)))
     size -= size % 64 if size > 64 else 0  # products of 256 rows are a fifth faster than of 262
     # one buffer for all chunks: fresh memory for each would cost as much as a third of its product in page faults
     buffer = torch.empty(min(size, len(hidden)), len(weight), dtype=weight.dtype, device=weight.device)
@@ -89,7 +91,10 @@ def _to_slopes(logits, labels):
 
 
 def _add_product(grad, slopes, hidden):
-    """grad (V, d) fp32, or None, + slopes (chunk, V)^T hidden (chunk, d)."""
+    """grad (V, d) fp32, or None, + slopes (chunk, V)^T hidden (chunk, d).
+
+    A product in bf16 is converted a block at a time: whole, it would be read from memory and written to it once more.
+    """
     hidden = hidden.to(slopes.dtype)
     if grad is None:
         grad = hidden.new_zeros(slopes.shape[1], hidden.shape[1], dtype=torch.float32)

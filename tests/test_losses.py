@@ -9,7 +9,7 @@ from minixllm.losses import token_logps
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 0)
+    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 0)
     monkeypatch.setattr(losses, "CHUNK_TOKENS", 3)
 
 
