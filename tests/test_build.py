@@ -820,7 +820,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     fails("unknown language 'spanisch'.* did you mean spanish", "--languages", "spanisch")
     fails("hat is none of the 100", "--languages", "hat")
     fails("no translator for ast, ful, kea, kam, luo, oci, umb, wol: expected --translator google nllb:DIR, or "
-          "--languages without these", "--dry-run")
+          "--languages without these", "--translator", "google", "--dry-run")
     fails(
         "google cannot be asked: 127.0.0.1:9: .*refused",
         "--translator",
@@ -828,6 +828,8 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
         "--languages",
         "spa",
     )
+    fails("nllb: expected model.bin and sentencepiece.bpe.model", "--languages", "umb", "--generator",
+          "chat:m@http://127.0.0.1:9", "--dry-run")  # the default's second translator, which Umbundu needs
     fails("no service is written 'deepl...'", "--translator", "deepl")
     fails("keys and passwords belong in the environment", "--translator", "google@https://127.0.0.1/v2?key=abc")
     for address, host in (("[::1/v1", "[::1"), ("[bad", "[bad"), ("a..b/v1", "a..b"), (f"{'a' * 64}.org/v1", "a" * 64),

@@ -34,8 +34,9 @@ DRY_RUN_SAMPLE = 500
 class InstructionSettings(RunnerSettings):
     data: list[str] = setting([], "English files of instruction, input and output, optionally with an id")
     languages: list[str] = setting([], "codes, tags or names of languages; none: all 100")
-    translator: list[str] = setting(["google"], "services; a language is translated by the first that knows it: "
-                                                "google nllb:DIR is the paper's choice")
+    translator: list[str] = setting(["google", "nllb:nllb"], "services; a language is translated by the first that "
+                                                             "knows it; Google, then NLLB (in a directory, nllb), is "
+                                                             "the paper's choice")
     generator: str = setting("chat:gpt-4o-mini@https://api.openai.com/v1", "the service that answers in the language")
     quality_sample: int = setting(100, "instructions translated there and back to judge a language's quality")
     min_bleu: float = setting(30.0, "where these reach this BLEU, answers are generated; below, translated")
@@ -67,7 +68,10 @@ def build(settings: InstructionSettings) -> bool:
     generator = services.service(settings.generator, settings.timeout)
     if not generator.does(Prompt("")):
         raise UserError(f"--generator {settings.generator} only translates: expected chat:MODEL@URL or local:DIR")
-    translators = [services.service(word, settings.timeout) for word in settings.translator]
+    translators = []
+    for word in settings.translator:  # opened as long as a language needs one
+        if not all(first_able(translators, code) for code in codes):
+            translators.append(services.service(word, settings.timeout))
     prompt = dict(max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, seed=settings.seed)
     plans = [Plan(code, first_able(translators, code), generator, prompt) for code in codes]
     if unknown := [plan.code for plan in plans if plan.translator is None]:
