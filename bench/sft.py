@@ -199,7 +199,8 @@ def main():
     flops = 6 * (body + head)  # a token's share of the products, every token supervised
     state = 16 * (body + head * (2 if args.model == "llama" else 1)) / 1e9
     print(f"{args.model}, vocabulary {args.vocabulary:,}, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}, {args.dtype}, {'raised' if args.malloc else 'shipped'} malloc thresholds, peak {peak / 1e9:.0f} GFLOP/s")
+          f"{torch.__version__}, {args.dtype}, {'raised' if args.malloc else 'shipped'} malloc thresholds, peak "
+          f"{peak / 1e9:.0f} GFLOP/s")
     for side, runs in results.items():
         rates = sorted(run["tokens"] / run["seconds"] for run in runs)
         used = (flops - 3 * head if side == "ours-masked" else flops) * rates[-1] / peak

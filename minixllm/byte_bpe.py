@@ -166,7 +166,7 @@ class ByteLevelBPE(Tokenizer):
         self.prefix, self.suffix = self._post_processor(content, vocab)
         # Added tokens that are not special are found in text before anything else, the longest of those at one place.
         self.added = {token["content"]: token["id"] for token in added}
-        texts = sorted(self.added, key=len, reverse=True) if len(special) < len(self.added) else []
+        texts = sorted(self.added, key=len, reverse=True) if set(self.added.values()) - special else []
         self.added_pattern = re.compile("|".join(map(re.escape, texts))) if texts else None
         self.sign(self.prefix, self.suffix, self.bos_id, self.eos_id, self.pad_id)
 

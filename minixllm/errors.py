@@ -41,7 +41,7 @@ def atomic_write(path, mode: str = "w"):
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno:
             error.filename = error.filename or str(path)  # a full disk does not say where
         raise
 

@@ -259,7 +259,7 @@ def _inference(model):
 
 
 def _packs(weight, dtype: torch.dtype) -> bool:
-    """Whether oneDNN can pack this weight: whole, on a CPU, in a type that the processor multiplies."""
+    """Whether oneDNN can pack this weight: whole, on a CPU, in a type that it has products of there."""
     return (weight.is_cpu and not isinstance(weight, DTensor) and torch.backends.mkldnn.is_available()
             and (dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 

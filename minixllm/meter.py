@@ -105,8 +105,10 @@ def memory_needed(model, world, settings) -> float:
     # is trained the gradient, before and while reduced.
     group = [p for p in parameters if p not in blocks] + 2 * list(model.blocks[0].parameters())
     gathered = sum((dtype.itemsize + 12 * p.requires_grad) * p.numel() for p in group)
-    if not isinstance(model, FSDPModule):  # the cast weights that a backward needs
+    if not isinstance(model, FSDPModule):  # cast weights that a backward needs; the head's gradient, before it is added
         gathered = sum(dtype.itemsize * p.numel() for p in parameters if p.dtype != dtype)
+        gathered += sum(4 * p.numel() for p in {model.embedding.weight, model.head.weight} if p.requires_grad)
+        gathered += 4 * model.head.weight.numel() * model.head.weight.requires_grad
     tokens = settings.micro_batch_size * settings.max_length
     # Each linear layer keeps its input, and what stands between two of them keeps about as much again, in fp32.
     widths = sum(m.in_features * dtype.itemsize + m.out_features * 4

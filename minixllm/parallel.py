@@ -99,7 +99,8 @@ def close() -> None:
 
 def shard(model, world: World, dtype: torch.dtype):
     """FSDP2 over `model` in place: one group a block, and a root group for embedding, head and last norm together.
-    In a world of one nothing is sharded, and the same numbers are computed without FSDP2.
+    In a world of one nothing is sharded, and the same numbers are computed without FSDP2, but for a base held in bf16
+    and computed with in fp32, whose layers FSDP2 converts one at a time.
 
     Weights, gradients and their reduction stay in the parameters' own type (fp32); the forward and backward compute in
     `dtype`. Gradients are *summed* over processes, for the loss is already divided by the global count.
@@ -178,11 +179,12 @@ def gathered(model):
     for module in _sharded(model):
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
-    plain = [] if isinstance(model, FSDPModule) else list(model.modules())
-    for module in plain:
-        _show_weights(module, model.compute_dtype)
+    # an embedding's rows are cast once looked up: a second copy of a tied head's would be for nothing
+    plain = [] if isinstance(model, FSDPModule) else [m for m in model.modules() if not isinstance(m, nn.Embedding)]
     model.is_gathered = True
     try:
+        for module in plain:
+            _show_weights(module, model.compute_dtype)
         yield model
     finally:
         model.is_gathered = False

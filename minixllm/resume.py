@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from minixllm.errors import UserError, atomic_write
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-DAMAGE = (OSError, EOFError, IndexError, pickle.UnpicklingError)  # what reading a damaged checkpoint raises
+# What reading a damaged checkpoint raises, or a RuntimeError of PyTorch's reader of files.
+DAMAGE = (OSError, EOFError, IndexError, MemoryError, pickle.UnpicklingError)
 
 
 def latest(folder) -> Path | None:
@@ -81,14 +82,15 @@ def load(path, model, optimizer) -> tuple[int, dict]:
         return run["step"], run["facts"]
     except CheckpointException as failed:
         error = next(reason for reason, _ in failed.failures.values())
-        if not isinstance(error, DAMAGE):
+        if not (isinstance(error, DAMAGE) or "PytorchStreamReader" in str(error)):
             raise UserError(f"{path}: does not fit this model: {str(error).splitlines()[0]}") from None
     except UserError:
         raise
     except (*DAMAGE, ValueError, KeyError, TypeError) as caught:
         error = caught
     before = max((other for other in path.parent.glob("step-*") if other < path), default=None)
-    raise UserError(f"{path}: not a whole checkpoint: {type(error).__name__}: {error}. Without it, --resume "
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    raise UserError(f"{path}: not a whole checkpoint: {reason}. Without it, --resume "
                     f"{f'goes on from {before}' if before else 'begins anew'}")
 
 

@@ -180,7 +180,8 @@ def load_tokenizer(directory) -> Tokenizer:
     if sentencepiece.exists():
         with open(sentencepiece, "rb") as file:
             if not (byte_level.exists() and re.match(rb"[A-Za-z0-9+/=]+ \d+\n", file.read(100))):
-                if (read_json(byte_level).get("decoder") or {}).get("type") == "ByteLevel":
+                decoder = read_json(byte_level).get("decoder")
+                if isinstance(decoder, dict) and decoder.get("type") == "ByteLevel":
                     raise UserError(f"{directory}: tokenizer.model is SentencePiece and tokenizer.json byte-level BPE, "
                                     "expected one tokenizer; remove the other model's")
                 return SentencePieceTokenizer(sentencepiece)

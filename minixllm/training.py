@@ -56,13 +56,14 @@ class TrainingSettings:
     def __post_init__(self):
         for name in ("batch_size", "micro_batch_size", "max_length", "save_every", "keep", "clip", "learning_rate",
                      "epochs", "beta", "max_new_tokens", "temperature", "lora_alpha"):
-            if not 0 < (1 if getattr(self, name, 1) is None else getattr(self, name, 1)) < math.inf:  # some settings belong to one script alone
+            value = getattr(self, name, None)  # some settings belong to one script alone
+            if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name}: found {getattr(self, name)}, expected a finite number above 0")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"steps: found {self.steps}, expected at least 1")
-        limits = {"seed": 2**32, "max_length": 2**24, "eval_every": None, "warmup_steps": None, "held_out_per_language": None, "lora_r": None,
-                  "nll_weight": None, "weight_decay": 1, "final_learning_rate": 1, "beta2": 0.99999, "lora_dropout": 1,
-                  "label_smoothing": 0.5}
+        limits = {"seed": 2**32, "max_length": 2**24, "eval_every": None, "warmup_steps": None,
+                  "held_out_per_language": None, "lora_r": None, "nll_weight": None, "weight_decay": 1,
+                  "final_learning_rate": 1, "beta2": 0.99999, "lora_dropout": 1, "label_smoothing": 0.5}
         if getattr(self, "held_out", None) and not getattr(self, "data", None):
             raise UserError("held_out: found without data, expected both, or neither for the embedded default")
         for name, most in limits.items():
@@ -235,6 +236,8 @@ def log(metrics, row: dict) -> None:
             metrics.write(json.dumps(row) + "\n")
             metrics.flush()
         except OSError as error:
+            with contextlib.suppress(OSError):  # closing it writes once more, and is done once
+                metrics.close()
             raise UserError(f"{metrics.name}: cannot be written: {error.strerror}. {LOST}") from None
 
 

@@ -266,6 +266,10 @@ def test_an_end_that_the_file_does_not_call_special_is_no_text(pair, tmp_path, w
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</end>"}))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.eos_id == new and new not in (ids := tokenizer.encode("a</end>b"))
+    if where == "the vocabulary alone":  # and a token added to be found in text is found
+        content["added_tokens"].append({"id": new + 1, "content": "[X]", "special": False})
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        assert new + 1 in load_tokenizer(tmp_path).encode("a[X]b")
     assert tokenizer.decode(ids) == "a</end>b" and tokenizer.decode([new]) == ""
     tokenizer.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").eos_id == new

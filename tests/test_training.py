@@ -3,6 +3,7 @@
 Run by torchrun this file is a tiny training run of its own (see `main`).
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -35,7 +36,7 @@ from minixllm.llama import Llama, LlamaConfig
 from minixllm.lora import full_tensor
 from minixllm.meter import Meter, attending_pairs, memory_needed, peak_flops
 from minixllm.settings import parse, run, setting
-from minixllm.training import TIMINGS, TrainingSettings, held_out_loss, learning_rate, sft_loss, train, train_step
+from minixllm.training import TIMINGS, TrainingSettings, held_out_loss, learning_rate, log, sft_loss, train, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -349,6 +350,8 @@ DAMAGE = {
     "metadata cut": lambda path: (path / ".metadata").write_bytes((path / ".metadata").read_bytes()[:50]),
     "metadata empty": lambda path: (path / ".metadata").write_bytes(b""),
     "shard cut": lambda path: next(path.glob("*.distcp")).write_bytes(next(path.glob("*.distcp")).read_bytes()[:2000]),
+    "shard cut a little": lambda path: next(path.glob("*.distcp")).write_bytes(
+        next(path.glob("*.distcp")).read_bytes()[:-100]),
     "shard lost": lambda path: next(path.glob("*.distcp")).unlink(),
     "run.json empty": lambda path: (path / "run.json").write_text("{}"),
     "run.json an array": lambda path: (path / "run.json").write_text("[]"),
@@ -504,6 +507,14 @@ def test_held_out_loss_by_language(plain):
     expected = {name: torch.cat(losses).mean().item() for name, losses in expected.items()}
     found = held_out_loss(plain, parallel.setup("cpu"), data, np.arange(9), tokens=30)
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_metrics_on_a_full_disk():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full on this system")
+    with pytest.raises(UserError, match="/dev/full: cannot be written: No space left.*last checkpoint"):
+        with contextlib.closing(open("/dev/full", "a")) as metrics:
+            log(metrics, {"step": 1})
 
 
 def test_learning_rate():
