@@ -133,8 +133,8 @@ def main():
     args = parser.parse_args()
     ours, theirs = make(args.model, args.vocabulary, getattr(torch, args.dtype))
     peak = bandwidth()
-    print(f"{args.dtype}, {torch.get_num_threads()} threads, memory read {peak / 1e9:.1f} GB/s, torch {torch.__version__}, "
-          f"transformers {transformers.__version__}")
+    print(f"{args.dtype}, {torch.get_num_threads()} threads, memory read {peak / 1e9:.1f} GB/s, "
+          f"torch {torch.__version__}, transformers {transformers.__version__}")
     for rows in (1, 8):
         uniform(args.model, ours, theirs, rows, peak)
     mixed(args.model, ours, theirs, args.mixed, args.their_batch)

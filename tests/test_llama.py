@@ -145,7 +145,8 @@ def test_initialised_as_transformers():
 REFUSED = {
     "rope_scaling": [dict(type="dynamic", factor=2.0), dict(rope_type="yarn", factor=2.0), dict(rope_type="linear"),
                      dict(rope_type="linear", factor=2.0, beta_fast=3), "linear", dict(rope_type="linear", factor=-1.0),
-                     {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 0.5}, {"full_attention": {"factor": 2.0}}, dict(type=[])],
+                     {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 0.5}, {"full_attention": {"factor": 2.0}},
+                     dict(type=[])],
     "hidden_act": ["gelu"], "model_type": ["mistral"], "attention_dropout": [0.1], "sliding_window": [4096],
     "quantization_config": [{"bits": 4}], "partial_rotary_factor": [0.5],
     "vocab_size": [0, -3, 2.5, "97", None, True, 10**12], "hidden_size": [-1], "num_hidden_layers": ["two"],
@@ -163,7 +164,8 @@ def test_unsupported_or_absurd_settings_are_refused_by_name(key, value):
 
 def test_published_config_of_llama_3_2_1b():
     config = LlamaConfig.from_dict({
-        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 128000,
         "eos_token_id": [128001, 128008, 128009], "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048,
         "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False,
         "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,

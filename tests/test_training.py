@@ -383,7 +383,8 @@ def test_announced_memory_follows_the_model():
     base = memory_needed(model, world, settings)
     assert base > 0.3e9 + weights
     more = memory_needed(model, world, dataclasses.replace(settings, micro_batch_size=200))
-    fewer = memory_needed(model, world, dataclasses.replace(settings, micro_batch_size=200, gradient_checkpointing=True))
+    fewer = memory_needed(model, world, dataclasses.replace(settings, micro_batch_size=200,
+                                                            gradient_checkpointing=True))
     assert base < fewer < more
 
 
