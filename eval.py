@@ -64,6 +64,8 @@ def main(argv=None) -> None:
     start = time.perf_counter()
     models = name_models(settings.model or default_models(), settings.names)
     folders, notes = settings.benchmarks, []
+    if not settings.model and len(models) < len(DEFAULT_MODELS):
+        notes.append(f"{' '.join(set(DEFAULT_MODELS) - set(default_models()))} is not there")
     if not folders:
         from minixllm.build import demo_benchmarks
         with world.one_by_one():
@@ -124,10 +126,13 @@ def main(argv=None) -> None:
     parallel.close()
 
 
+DEFAULT_MODELS = "runs/sft/model", "runs/dpo/model"  # what the embedded default's two trainings leave
+
+
 def default_models() -> list[str]:
-    found = [name for name in ("runs/sft/model", "runs/dpo/model") if (Path(name) / "config.json").exists()]
+    found = [name for name in DEFAULT_MODELS if (Path(name) / "config.json").exists()]
     if not found:
-        raise UserError("no runs/sft/model nor runs/dpo/model here: run train_sft.py first, or give --model")
+        raise UserError(f"no {' nor '.join(DEFAULT_MODELS)} here: run train_sft.py first, or give --model")
     return found
 
 

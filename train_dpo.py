@@ -117,8 +117,6 @@ def main(argv=None):
     if not train(model, world, settings, stream, loss, evaluate):
         return parallel.close()
     save_trained(model, settings, tokenizer)
-    if world.first:
-        print(f"saved {Path(settings.output) / 'model'}")
     if embedded:
         demo_feedback.report(before, demo_feedback.measure(model, tokenizer, folder, world), settings.output, world)
     parallel.close()

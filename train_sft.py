@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from minixllm import parallel
 from minixllm.adapters import LoraSettings, open_model, save_trained
@@ -103,10 +104,12 @@ def main(argv=None):
         test = list(read_instructions(folder / "test.jsonl"))
         prompts = [encode_prompt(tokenizer, alpaca(record.instruction, record.input)) for record in test]
         expected = [record.output for record in test]
-    with parallel.gathered(model):
-        answers = [tokenizer.decode(ids) for ids in generate(model, tokenizer, prompts, settings.max_new_tokens)]
+    with parallel.gathered(model), tqdm(total=len(prompts[world.rank::world.size]), unit="answer",
+                                        disable=not world.first, dynamic_ncols=True) as bar:
+        answers = [tokenizer.decode(ids) for ids in generate(model, tokenizer, prompts, settings.max_new_tokens,
+                                                             finished=lambda *_: bar.update())]
     if world.first:
-        print(f"\nsaved {output / 'model'}; some of its answers to held-out prompts:")
+        print("some of its answers to held-out prompts:" if answers else "no record was held out")
         for i in range(0, len(answers), max(1, len(answers) // 12)):
             asked = tokenizer.decode(prompts[i]).partition("### Instruction:\n")[2].removesuffix("\n\n### Response:")
             print(f"\n{asked}\n-> {answers[i]}{'' if answers[i] == expected[i] else f'   (expected {expected[i]})'}")

@@ -73,6 +73,8 @@ def save_trained(model, settings, tokenizer):
         lora.merge(model)
     kept = checkpoint.read_generation_config(settings.model) if settings.model else None
     checkpoint.save_model(model, output / "model", tokenizer, kept)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"\nsaved {output / 'model'}" + f" and {output / 'adapter'}" * bool(settings.lora_r))
 
 
 def save_adapter(model, directory, config: LoraConfig, base: str | None = None):

@@ -70,6 +70,8 @@ def read_config(directory):
         raise UserError(f"{directory}: found {found}, expected a Hugging Face model directory on this disk")
     adapter = (directory / "adapter_config.json").exists()
     if not path.exists():
+        if (directory / "model" / "config.json").exists():  # a run's output
+            raise UserError(f"{directory}: no config.json; expected a model, such as {directory / 'model'}")
         raise UserError(f"{directory}: " + ("found a PEFT adapter, expected a model (an adapter's base, for one)"
                                             if adapter else f"no config.json; {what_instead(directory)}"))
     values = read_json(path)

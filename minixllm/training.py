@@ -118,8 +118,8 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
                     model.train(training)
                     log(metrics, {"step": step, "held_out": held_out})
                     if world.first:
-                        bar.write(f"step {step}: held-out " + ", ".join(
-                            f"{name} {value:.4f}" for name, value in held_out.items() if "/" not in name))
+                        told = (f"{name} {value:.4f}" for name, value in held_out.items() if "/" not in name)
+                        bar.write(f"step {step}: held-out {', '.join(told) or 'records: none'}")
                     meter.restart()
                 if stop or step == steps or step % settings.save_every == 0:
                     if metrics:
