@@ -35,7 +35,7 @@ MODES = {"full": [], "lora": ["--lora-r", 4], "cached": ["--reference", "cached"
 # for torchrun: a run after another; what is given first of a run is the step after whose checkpoint it is killed
 SEVERAL = """
 import json, os, signal, sys, train_dpo
-from minixllm import parallel, resume
+from minixllm import parallel, resume, settings
 save, close = resume.save, parallel.close
 parallel.close = lambda: None  # a second group under torchrun would find the first one's keys and hang
 def save_and_die(*args):
@@ -43,9 +43,12 @@ def save_and_die(*args):
     if args[4] == die_after:
         os.kill(os.getpid(), signal.SIGKILL)
 resume.save = save_and_die
-for die_after, flags in json.load(open(sys.argv[1])):
-    train_dpo.main([flag.replace("{rank}", os.environ["RANK"]) for flag in flags])
-close()
+def main(argv):
+    global die_after
+    for die_after, flags in json.load(open(argv[0])):
+        train_dpo.main([flag.replace("{rank}", os.environ["RANK"]) for flag in flags])
+    close()
+settings.run(main)  # which ends the process before gloo's threads can abort it
 """
 
 
