@@ -64,8 +64,8 @@ def main(argv=None) -> None:
     start = time.perf_counter()
     models = name_models(settings.model or default_models(), settings.names)
     folders, notes = settings.benchmarks, []
-    if not settings.model and len(models) < len(DEFAULT_MODELS):
-        notes.append(f"{' '.join(set(DEFAULT_MODELS) - set(default_models()))} is not there")
+    if not settings.model:
+        notes += [f"{directory} is not there" for directory in DEFAULT_MODELS if directory not in models.values()]
     if not folders:
         from minixllm.build import demo_benchmarks
         with world.one_by_one():

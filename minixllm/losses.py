@@ -12,7 +12,8 @@ BLOCK_BYTES = 2**22  # on a CPU, of what is handled at a time within them: what 
 def token_logps(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of the labels: hidden (N, d), weight (V, d), labels (N,) -> (N,) fp32, 0 where a label is -100.
 
-    labels[i] is the token that hidden[i] predicts. The logits (N, V) are never held whole: they are made a chunk of
+    labels[i] is the token that hidden[i] predicts. `weight` may be of another type than `hidden`, in whose type is
+    computed; its gradient is of its own. The logits (N, V) are never held whole: they are made a chunk of
     tokens at a time, and only for tokens that have a label.
 
     The forward also takes the gradients of the plain sum, while a chunk's logits are at hand: a token's part in the
@@ -30,11 +31,11 @@ class _TokenLogps(torch.autograd.Function):
         supervised, labels = hidden[rows], labels[rows]  # (M, d), (M,)
         logps = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(supervised) if wants_hidden else None
-        grad_weight = None
-        for chunk, chunk_logps, slopes, totals, cast_weight in _chunks(supervised, weight, labels):
+        grad_weight, computed_with = None, weight.to(hidden.dtype)
+        for chunk, chunk_logps, slopes, totals in _chunks(supervised, computed_with, labels):
             logps[chunk] = chunk_logps
             if wants_hidden:
-                grad_hidden[chunk] = (slopes @ cast_weight).div_(totals)
+                grad_hidden[chunk] = (slopes @ computed_with).div_(totals)
             if wants_weight:
                 grad_weight = _add_product(grad_weight, slopes, supervised[chunk] / totals)
         ctx.save_for_backward(rows, labels, supervised, weight, grad_hidden, grad_weight)
@@ -56,17 +57,16 @@ class _TokenLogps(torch.autograd.Function):
             grad_weight.mul_(scale[0])  # in place, as it is as large as `weight`: a second backward is an error
         else:
             grad_weight = None
-            for chunk, _, slopes, totals, _ in _chunks(supervised, weight, labels):
+            for chunk, _, slopes, totals in _chunks(supervised, weight.to(supervised.dtype), labels):
                 grad_weight = _add_product(grad_weight, slopes, supervised[chunk] * scale[chunk] / totals)
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
 def _chunks(hidden, weight, labels):
-    """Yields (slice, logps (chunk,), slopes (chunk, V), totals (chunk, 1), weight in hidden's type).
+    """Yields (slice, logps (chunk,), slopes (chunk, V), totals (chunk, 1)); hidden and weight are of one type.
 
     d logp / d logits = onehot(label) - softmax(logits) is slopes / totals: d columns take totals off more cheaply.
     """
-    weight = weight.to(hidden.dtype)
     size = max(CHUNK_TOKENS, CHUNK_BYTES[weight.device.type] // (weight.element_size() * len(weight)))
     size -= size % 64 if size > 64 else 0  # products of 256 rows are a fifth faster than of 262
     # one buffer for all chunks: fresh memory for each would cost as much as a third of its product in page faults
@@ -76,7 +76,7 @@ def _chunks(hidden, weight, labels):
         logits = torch.mm(hidden[chunk], weight.T, out=buffer[:chunk.stop - start])
         parts = [_to_slopes(*part) for part in zip(_blocks(logits), labels[chunk].split(_block_rows(logits)))]
         logps, totals = (torch.cat(column) for column in zip(*parts))
-        yield chunk, logps, logits, totals, weight
+        yield chunk, logps, logits, totals
 
 
 def _to_slopes(logits, labels):
