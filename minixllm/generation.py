@@ -14,18 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from minixllm.attention import Packed
 from minixllm.errors import UserError
+from minixllm.fused import fused
 from minixllm.kv_cache import KVCache
 
 BATCH_TOKENS = 32768   # of the cache; 16 GB for a model of 7B in bf16 on a GPU, 1 GB for one of 60 M on a CPU
 PREFILL_TOKENS = 4096  # prompts join a forward up to this many tokens, which bounds its memory
-PACK_BYTES = 2**32     # a model's linear layers are packed, a second copy of their weights, up to this size
 NUCLEUS = 1024         # top_p looks among so many of the likeliest first: sorting a vocabulary takes as long as a step
 
 
@@ -240,44 +237,11 @@ def _on_any_rank(flag: bool, in_step: bool, device) -> bool:
 
 @contextlib.contextmanager
 def _inference(model):
-    """Evaluation mode and, on a CPU, linear layers whose weights are packed beforehand."""
+    """Evaluation mode and, on a CPU, fused forwards."""
     training = model.training
-    linears = [module for module in model.modules() if type(module) is nn.Linear]
-    dtype = getattr(model, "compute_dtype", linears[0].weight.dtype if linears else None)
-    if (not all(_packs(linear.weight, dtype) for linear in linears)
-            or sum(linear.weight.numel() * dtype.itemsize for linear in linears) > PACK_BYTES):
-        linears = []
     model.eval()
     try:
-        for linear in linears:
-            linear.forward = packed_linear(linear, dtype)
-        yield
+        with fused(model):
+            yield
     finally:
-        for linear in linears:
-            vars(linear).pop("forward", None)
         model.train(training)
-
-
-def _packs(weight, dtype: torch.dtype) -> bool:
-    """Whether oneDNN can pack this weight: whole, on a CPU, in a type that it has products of there."""
-    return (weight.is_cpu and not isinstance(weight, DTensor) and torch.backends.mkldnn.is_available()
-            and (dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
-
-
-@torch.no_grad()
-def packed_linear(linear: nn.Linear, dtype: torch.dtype):
-    """The layer's forward in `dtype`, without gradients 1.2 to 4 times as fast: most for a few rows.
-
-    A product otherwise begins by packing the whole weight matrix into a layout that the processor's instructions can
-    take, which for the rows of a decoding step costs more than the product. Here oneDNN does it once, as the code that
-    torch.compile generates has it done. In bf16 the results are the same to the bit.
-    """
-    weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.to(dtype))
-    bias = None if linear.bias is None else linear.bias.to(dtype)
-
-    def forward(x):
-        if torch.is_grad_enabled():
-            return F.linear(x, linear.weight, linear.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-    return forward

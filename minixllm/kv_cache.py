@@ -8,6 +8,7 @@ others on by a token (decode): the weights are then read once for both.
 import itertools
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -71,9 +72,12 @@ class Extension:
 
     def __init__(self, cache: KVCache, past: list[int], lengths: list[int], device):
         self.cache = cache
-        self.position_ids = torch.cat([torch.arange(p, p + n) for p, n in zip(past, lengths)]).to(device)
-        self.last = torch.tensor(lengths).cumsum(0).sub(1).to(device)
-        self.rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)  # (N,)
+        # by numpy, whose operations on a few numbers take a tenth of torch's time
+        counts, ends = np.array(lengths), np.cumsum(lengths)
+        rows = np.arange(len(lengths)).repeat(counts)
+        places = np.arange(ends[-1]) + (np.array(past) + counts - ends)[rows]
+        self.position_ids, self.last, self.rows = (  # rows (N,): each token's row
+            torch.from_numpy(ids).to(device) for ids in (places, ends - 1, rows))
         # Neighbouring rows with one new token each are attended to together, up to the longest of them, and on a CPU so
         # few that little is computed beyond the others' ends; rows with more tokens are attended to one by one.
         together = TOGETHER if self.rows.is_cpu else len(lengths)
