@@ -147,6 +147,9 @@ def load_adapter(model, directory):
     path = Path(directory) / "adapter_model.safetensors"
     stored = read_header(path)
     parameters = {PREFIX + name: parameter for name, parameter in model.named_parameters() if is_adapter(name)}
+    # peft keeps the frozen weight of an adapted head beside its adapter
+    frozen = {f"{PREFIX}{name}.base_layer.weight": layer.weight for name, layer in lora.lora_layers(model).items()}
+    parameters.update((name, frozen[name]) for name in frozen.keys() & stored.keys())
     for name in sorted(parameters.keys() ^ stored.keys()):
         raise UserError(f"{path}: tensor {name}: {'missing' if name in parameters else 'unexpected'}")
     for name, parameter in parameters.items():

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from minixllm.attention import Packed
 from minixllm.config import read_settings, refuse
 from minixllm.errors import UserError
+from minixllm.lora import low_rank
 from minixllm.losses import token_logps
 
 
@@ -238,7 +239,8 @@ class Llama(nn.Module):
                 hidden = block(hidden, rotary, context)
         hidden = self.model.norm(hidden)
         if labels is not None:
-            return token_logps(hidden, self.lm_head.weight, labels.reshape(-1)).view(shape)
+            adapter = low_rank(self.lm_head, hidden)
+            return token_logps(hidden, self.lm_head.weight, labels.reshape(-1), *adapter).view(shape)
         if positions is not None:
             return self.lm_head(hidden[positions])
         return self.lm_head(hidden).view(*shape, -1)

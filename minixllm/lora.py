@@ -42,10 +42,16 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x):
         y = super().forward(x)
-        if self.enabled:
-            low = self.lora_A(self.dropout(x)) * self.scaling  # (..., r): scaled where it is narrow
-            y = y + self.lora_B(low)
-        return y
+        return y + self.lora_B(self.low(x)) if self.enabled else y
+
+    def low(self, x):
+        return self.lora_A(self.dropout(x)) * self.scaling  # (..., r): scaled where it is narrow
+
+
+def low_rank(layer: nn.Linear, x: torch.Tensor) -> tuple:
+    """The factors, (N, r) and (out, r), of what an adapted layer adds for x (N, in): for a head, whose output is never
+    held whole. None of any other layer."""
+    return (layer.low(x), layer.lora_B.weight) if isinstance(layer, LoraLinear) and layer.enabled else ()
 
 
 def add_lora(model: nn.Module, config: LoraConfig):
@@ -64,8 +70,9 @@ def add_lora(model: nn.Module, config: LoraConfig):
             raise UserError(f"LoRA target {target!r} names no linear layer of this model; it has {known}")
     for name, module in linear.items():
         if any(_targets(target, name) for target in config.target_modules):
-            if module is model.head:
-                raise UserError(f"LoRA target {name!r} is the head, whose product is never formed as a layer's output")
+            if module is model.head and model.config.tie_word_embeddings:
+                raise UserError(f"LoRA target {name!r} is the embedding too (tie_word_embeddings), which an adapter "
+                                "cannot be merged into; expected a model with a head of its own")
             model.set_submodule(name, LoraLinear(module, config))
 
 

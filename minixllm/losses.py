@@ -9,64 +9,81 @@ CHUNK_BYTES, CHUNK_TOKENS = {"cpu": 2**24, "cuda": 2**28}, 128
 BLOCK_BYTES = 2**22  # on a CPU, of what is handled at a time within them: what its caches hold
 
 
-def token_logps(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def token_logps(hidden, weight, labels, low=None, low_weight=None) -> torch.Tensor:
     """Log-probabilities of the labels: hidden (N, d), weight (V, d), labels (N,) -> (N,) fp32, 0 where a label is -100.
 
-    labels[i] is the token that hidden[i] predicts. `weight` may be of another type than `hidden`, in whose type is
-    computed; its gradient is of its own. The logits (N, V) are never held whole: they are made a chunk of
-    tokens at a time, and only for tokens that have a label.
+    labels[i] is the token that hidden[i] predicts. The logits, hidden weight^T, plus low low_weight^T where an adapter
+    of the head gives its factors (N, r) and (V, r), are never held whole: they are made a chunk of tokens at a time,
+    and only for tokens that have a label. A weight may be of another type than `hidden`, in whose type is computed;
+    its gradient is of its own.
 
     The forward also takes the gradients of the plain sum, while a chunk's logits are at hand: a token's part in the
-    gradient of `hidden` only has to be scaled by what arrives in the backward, and so has the gradient of `weight`
-    where the same arrives for every token (any loss that sums tokens). Otherwise `weight` costs a second pass.
+    gradient of `hidden` only has to be scaled by what arrives in the backward, and so has the gradient of a weight
+    where the same arrives for every token (any loss that sums tokens). Otherwise weights cost a second pass.
     """
-    return _TokenLogps.apply(hidden, weight, labels, torch.is_grad_enabled())
+    adapter = () if low is None else (low, low_weight)
+    return _TokenLogps.apply(labels, torch.is_grad_enabled(), hidden, weight, *adapter)
 
 
 class _TokenLogps(torch.autograd.Function):
+    """Its inputs beside labels are the factors of the logits: hidden and weight, and again for each further product."""
+
     @staticmethod
-    def forward(ctx, hidden, weight, labels, grad_enabled):
-        wants_hidden, wants_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+    def forward(ctx, labels, grad_enabled, *factors):
+        wanted = [grad_enabled and needed for needed in ctx.needs_input_grad[2:]]
         rows = (labels != -100).nonzero().squeeze(1)
-        supervised, labels = hidden[rows], labels[rows]  # (M, d), (M,)
-        logps = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(supervised) if wants_hidden else None
-        grad_weight, computed_with = None, weight.to(hidden.dtype)
-        for chunk, chunk_logps, slopes, totals in _chunks(supervised, computed_with, labels):
+        labels = labels[rows]  # (M,)
+        hiddens, weights = [hidden[rows] for hidden in factors[::2]], factors[1::2]  # (M, d), (V, d)
+        logps = torch.empty(len(rows), dtype=torch.float32, device=labels.device)
+        grad_hiddens = [torch.empty_like(hidden) if wants else None for hidden, wants in zip(hiddens, wanted[::2])]
+        grad_weights = [None for _ in weights]
+        computed_with = [weight.to(hidden.dtype) for hidden, weight in zip(hiddens, weights)]
+        for chunk, chunk_logps, slopes, totals in _chunks(hiddens, computed_with, labels):
             logps[chunk] = chunk_logps
-            if wants_hidden:
-                grad_hidden[chunk] = (slopes @ computed_with).div_(totals)
-            if wants_weight:
-                grad_weight = _add_product(grad_weight, slopes, supervised[chunk] / totals)
-        ctx.save_for_backward(rows, labels, supervised, weight, grad_hidden, grad_weight)
-        ctx.shape = hidden.shape
-        return torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device).index_copy_(0, rows, logps)
+            for i, (hidden, weight) in enumerate(zip(hiddens, computed_with)):
+                if wanted[2 * i]:
+                    grad_hiddens[i][chunk] = (slopes @ weight).div_(totals)
+                if wanted[2 * i + 1]:
+                    grad_weights[i] = _add_product(grad_weights[i], slopes, hidden[chunk] / totals)
+        ctx.save_for_backward(rows, labels, *hiddens, *weights, *grad_hiddens, *grad_weights)
+        ctx.tokens = len(factors[0])
+        return torch.zeros(ctx.tokens, dtype=torch.float32, device=labels.device).index_copy_(0, rows, logps)
 
     @staticmethod
     def backward(ctx, grad_logps):
-        rows, labels, supervised, weight, grad_hidden, grad_weight = ctx.saved_tensors
+        rows, labels, *saved = ctx.saved_tensors
+        count = len(saved) // 4
+        hiddens, weights, grad_hiddens, grad_weights = (saved[i:i + count] for i in range(0, len(saved), count))
+        wants_weight = ctx.needs_input_grad[3::2]
         scale = grad_logps[rows, None]  # (M, 1)
-        if grad_hidden is not None:
-            scaled = (grad_hidden * scale).to(grad_hidden.dtype)
-            grad_hidden = scaled.new_zeros(ctx.shape).index_copy_(0, rows, scaled)
-        if not ctx.needs_input_grad[1]:
-            return grad_hidden, None, None, None
+        for i, grad in enumerate(grad_hiddens):
+            if grad is not None:
+                scaled = (grad * scale).to(grad.dtype)
+                grad_hiddens[i] = scaled.new_zeros(ctx.tokens, grad.shape[1]).index_copy_(0, rows, scaled)
         if not len(rows):
-            return grad_hidden, torch.zeros_like(weight), None, None
-        if bool((scale == scale[0]).all()):
-            grad_weight.mul_(scale[0])  # in place, as it is as large as `weight`: a second backward is an error
-        else:
-            grad_weight = None
-            for chunk, _, slopes, totals in _chunks(supervised, weight.to(supervised.dtype), labels):
-                grad_weight = _add_product(grad_weight, slopes, supervised[chunk] * scale[chunk] / totals)
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+            grad_weights = [torch.zeros_like(weight) for weight in weights]
+        elif bool((scale == scale[0]).all()):
+            for grad in grad_weights:
+                if grad is not None:
+                    grad.mul_(scale[0])  # in place, as it is as large as its weight: a second backward is an error
+        elif any(wants_weight):
+            grad_weights = [None for _ in weights]
+            computed_with = [weight.to(hidden.dtype) for hidden, weight in zip(hiddens, weights)]
+            for chunk, _, slopes, totals in _chunks(hiddens, computed_with, labels):
+                for i in (i for i, wants in enumerate(wants_weight) if wants):
+                    grad_weights[i] = _add_product(grad_weights[i], slopes, hiddens[i][chunk] * scale[chunk] / totals)
+        grad_weights = [grad.to(weight.dtype) if wants else None
+                        for grad, weight, wants in zip(grad_weights, weights, wants_weight)]
+        return None, None, *(grad for pair in zip(grad_hiddens, grad_weights) for grad in pair)
 
 
-def _chunks(hidden, weight, labels):
-    """Yields (slice, logps (chunk,), slopes (chunk, V), totals (chunk, 1)); hidden and weight are of one type.
+def _chunks(hiddens, weights, labels):
+    """Yields (slice, logps (chunk,), slopes (chunk, V), totals (chunk, 1)) of the logits sum(hidden weight^T).
 
     d logp / d logits = onehot(label) - softmax(logits) is slopes / totals: d columns take totals off more cheaply.
+    All hiddens and weights are of one type.
     """
+    (hidden, weight), *adapter = zip(hiddens, weights)
     size = max(CHUNK_TOKENS, CHUNK_BYTES[weight.device.type] // (weight.element_size() * len(weight)))
     size -= size % 64 if size > 64 else 0  # products of 256 rows are a fifth faster than of 262
     # one buffer for all chunks: fresh memory for each would cost as much as a third of its product in page faults
@@ -74,6 +91,8 @@ def _chunks(hidden, weight, labels):
     for start in range(0, len(hidden), size):
         chunk = slice(start, min(start + size, len(hidden)))
         logits = torch.mm(hidden[chunk], weight.T, out=buffer[:chunk.stop - start])
+        for low, low_weight in adapter:
+            logits.addmm_(low[chunk], low_weight.T)
         parts = [_to_slopes(*part) for part in zip(_blocks(logits), labels[chunk].split(_block_rows(logits)))]
         logps, totals = (torch.cat(column) for column in zip(*parts))
         yield chunk, logps, logits, totals

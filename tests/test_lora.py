@@ -12,7 +12,7 @@ from minixllm.checkpoint import load_model
 from minixllm.errors import UserError
 from minixllm.lora import LoraConfig, LoraLinear, add_lora
 
-TARGETS = {"llama": ("q_proj", "v_proj", "down_proj"), "bloom": ("query_key_value", "dense", "dense_4h_to_h")}
+TARGETS = {"llama": ("q_proj", "v_proj", "down_proj", "lm_head"), "bloom": ("query_key_value", "dense", "dense_4h_to_h")}
 IDS = torch.randint(0, 90, (2, 11), generator=torch.Generator().manual_seed(0))
 
 
@@ -47,7 +47,7 @@ def adapted(base, arch, r=4, dropout=0.0, trained=True):
     lora.initialise(model, seed=3)
     if trained:
         for layer in lora.lora_layers(model).values():
-            torch.nn.init.normal_(layer.lora_B.weight, std=0.5)
+            torch.nn.init.normal_(layer.lora_B.weight, std=0.2)
     return model.eval(), config
 
 
@@ -104,6 +104,29 @@ def test_an_adapter_directory_opens_as_its_base_with_it_merged(base, arch, tmp_p
         load(tmp_path)
 
 
+def test_gradients_are_those_of_peft(base, arch, tmp_path):
+    import peft
+    import transformers
+
+    model, config = adapted(base, arch)
+    save_adapter(model, tmp_path, config, base=str(base))
+    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path,
+                                            is_trainable=True).eval()
+    labels = IDS.roll(-1, 1)
+    labels[:, -1] = -100
+    logps = model(IDS, labels=labels)
+    loss = theirs(IDS, labels=IDS).loss  # the mean over the 20 tokens with a label
+    torch.testing.assert_close(-logps.sum() / 20, loss)
+    (-logps.sum() / 20).backward()
+    loss.backward()
+    expected = {name.replace(".default", "").removeprefix(adapters.PREFIX): parameter.grad
+                for name, parameter in theirs.named_parameters() if parameter.requires_grad}
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert (found[name] - grad).abs().max() <= 1e-5 * grad.abs().max(), name
+
+
 def test_merged_equals_unmerged(base, arch):
     model, _ = adapted(base, arch)
     unmerged = model(IDS)
@@ -146,8 +169,10 @@ def test_a_target_that_is_no_layer_is_named(base):
         add_lora(load_model(base), LoraConfig(4, 8, 0.0, ("q_prj",)))
     with pytest.raises(UserError, match="'roj' names no linear layer"):  # only whole parts of a name are looked for
         add_lora(load_model(base), LoraConfig(4, 8, 0.0, ("roj",)))
-    with pytest.raises(UserError, match="head"):
-        add_lora(load_model(base), LoraConfig(4, 8, 0.0, ("lm_head",)))
+    tied = load_model(base)
+    object.__setattr__(tied.config, "tie_word_embeddings", True)
+    with pytest.raises(UserError, match="'lm_head' is the embedding too"):
+        add_lora(tied, LoraConfig(4, 8, 0.0, ("lm_head",)))
     with pytest.raises(UserError, match="rank 0"):
         add_lora(load_model(base), LoraConfig(0, 8, 0.0, ("q_proj",)))
 
@@ -226,7 +251,7 @@ def test_checkpointing_changes_no_gradient_under_dropout(base, arch):
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
-def test_layers_keep_their_type(base, arch):
+def test_every_layer_of_a_target_is_adapted(base, arch):
     model, _ = adapted(base, arch)
     assert all(isinstance(layer, LoraLinear) for layer in lora.lora_layers(model).values())
-    assert len(lora.lora_layers(model)) == 2 * len(TARGETS[arch])
+    assert len(lora.lora_layers(model)) == {"llama": 2 * 3 + 1, "bloom": 2 * 3}[arch]

@@ -26,20 +26,36 @@ def whole(hidden, weight, labels):
     return logps * (labels != -100)
 
 
-@pytest.mark.parametrize("upstream", ["sum", "mean of means", "each its own", "zero"])
+UPSTREAM = {"sum": torch.tensor(-0.25), "mean of means": torch.tensor([1.0] * 9 + [0.1] * 11),
+            "each its own": torch.arange(20.0).cos(), "zero": torch.tensor(0.0)}
+
+
+def check_gradients(found, expected, scale, wanted):
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    for a, b in zip(torch.autograd.grad((found * scale).sum(), wanted),
+                    torch.autograd.grad((expected * scale).sum(), wanted)):
+        assert (a - b).abs().max() <= 1e-6 * max(b.abs().max(), 1)
+
+
+@pytest.mark.parametrize("upstream", UPSTREAM)
 @pytest.mark.parametrize("frozen", ["nothing", "hidden", "weight"])
 def test_values_and_gradients(upstream, frozen):
     hidden, weight, labels = inputs()
     wanted = [x for x, name in ((hidden, "hidden"), (weight, "weight")) if name != frozen]
     if frozen != "nothing":
         {"hidden": hidden, "weight": weight}[frozen].requires_grad_(False)
-    scale = {"sum": torch.tensor(-0.25), "mean of means": torch.tensor([1.0] * 9 + [0.1] * 11),
-             "each its own": torch.randn(20), "zero": torch.tensor(0.0)}[upstream]
-    found, expected = token_logps(hidden, weight, labels), whole(hidden, weight, labels)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    for a, b in zip(torch.autograd.grad((found * scale).sum(), wanted),
-                    torch.autograd.grad((expected * scale).sum(), wanted)):
-        assert (a - b).abs().max() <= 1e-6 * max(b.abs().max(), 1)
+    check_gradients(token_logps(hidden, weight, labels), whole(hidden, weight, labels), UPSTREAM[upstream], wanted)
+
+
+@pytest.mark.parametrize("upstream", UPSTREAM)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_values_and_gradients_with_an_adapter_of_the_head(upstream, frozen):
+    hidden, weight, labels = inputs()
+    A, B = torch.randn(3, 8, requires_grad=True), torch.randn(31, 3, requires_grad=True)
+    weight.requires_grad_(not frozen)
+    wanted = [hidden, A, B] + [weight] * (not frozen)
+    check_gradients(token_logps(hidden, weight, labels, hidden @ A.T, B), whole(hidden, weight + B @ A, labels),
+                    UPSTREAM[upstream], wanted)
 
 
 def test_no_label_at_all_gives_zeros_and_no_nan():
