@@ -369,6 +369,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it(reference, tmp_path
 def test_what_is_announced(tmp_path, capsys):
     run_here(tmp_path, "--steps", 2)
     said = capsys.readouterr().out
+    assert "warmup_steps 3 is more than the run's 2 steps" in said
     tokens = [row["tokens"] for row in metrics(tmp_path) if "tokens" in row]
     announced = re.search(r"2 steps of about (\d+) tokens: ([\d,]+) tokens", said)
     assert int(announced[1]) == pytest.approx(np.mean(tokens), rel=0.2)
@@ -492,7 +493,8 @@ def test_resuming_says_what_changed(reference, tmp_path, capsys):
     shutil.copytree(reference, tmp_path / "run")
     run_here(tmp_path / "run", "--resume", "--steps", 13, "--learning-rate", 0.5, "--max-length", 3000)
     assert "resuming after step 12" in (said := capsys.readouterr().out)
-    assert "max_length 3000 is beyond the 2048 positions" in said
+    assert "max_length 3000 is beyond the 2048 positions" in said and "--max-length 2048" in said
+    assert "warmup_steps" not in said
     assert "learning_rate 0.01 -> 0.5" in said and "steps 12 -> 13" in said
 
 
