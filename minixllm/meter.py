@@ -83,8 +83,8 @@ def announce(model, world, settings, steps: int, tokens_per_step: float):
               f"disk: about {gigabytes(max(disk, 0))} ({gigabytes(free)} free)", flush=True)
         positions = getattr(model.config, "max_position_embeddings", math.inf)  # BLOOM's have no end
         if settings.max_length > positions:
-            print(f"max_length {settings.max_length} is beyond the {positions} positions the model was made for: it may "
-                  f"learn badly from longer records; --max-length {positions} drops or cuts those", flush=True)
+            print(f"max_length {settings.max_length} is beyond the {positions} positions the model was made for: it "
+                  f"may learn badly from longer records; --max-length {positions} drops or cuts those", flush=True)
         if settings.warmup_steps > steps:
             print(f"warmup_steps {settings.warmup_steps} is more than the run's {steps} steps: its learning rate rises "
                   "to the last; a smaller --warmup-steps lets it fall again", flush=True)
