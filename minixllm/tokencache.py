@@ -110,12 +110,16 @@ class TokenCache:
         return f"{self.paths[self.files[index]]}, line {self.lines[index]}"
 
     def summary(self) -> str:
-        """A table, one line a language: what was kept, left out and cut, and what a character costs in tokens."""
-        lines = [f"{'language':<22}{'kept':>10}{'too long':>10}{'empty':>8}{'equal':>8}{'truncated':>11}"
-                 f"{'tokens/character':>18}"]
+        """A table, one line a language: what was kept, left out and cut, where anything was, and what a character costs
+        in tokens.
+        """
+        shown = [name for name in ("too_long", "empty", "equal", "truncated")
+                 if any(getattr(counts, name) for counts in self.report.values())]
+        lines = [f"{'language':<22}{'kept':>10}" + "".join(f"{name.replace('_', ' '):>11}" for name in shown)
+                 + f"{'tokens/character':>18}"]
         for language, counts in sorted(self.report.items()):
-            lines.append(f"{language:<22}{counts.kept:>10,}{counts.too_long:>10,}{counts.empty:>8,}"
-                         f"{counts.equal:>8,}{counts.truncated:>11,}{counts.tokens_per_character:>18.3f}")
+            values = "".join(f"{getattr(counts, name):>11,}" for name in shown)
+            lines.append(f"{language:<22}{counts.kept:>10,}{values}{counts.tokens_per_character:>18.3f}")
         return "\n".join(lines)
 
 
