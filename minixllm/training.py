@@ -93,6 +93,8 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
     announce(model, world, settings, steps, tokens_per_step)
     facts = asdict(settings) | {"tokenised_data": stream.data.key}
     first = start_or_resume(output, model, optimizer, world, settings.resume, facts)
+    if first >= steps and world.first:  # the model is saved anew all the same: one that is there may be of another step
+        print(f"nothing is left to do: all {steps} steps were done before; the model of step {first} is saved anew")
     model.gradient_checkpointing = settings.gradient_checkpointing
     training = model.training  # whether there is dropout is the caller's choice
     meter, average = Meter(model, world, settings), None

@@ -489,10 +489,18 @@ def test_refusals(reference, tmp_path, monkeypatch):
         run_here(tmp_path, "--resume")
 
 
+def test_resuming_a_finished_run_says_so(reference, tmp_path, capsys):
+    shutil.copytree(reference, tmp_path / "run")
+    (tmp_path / "run/weights.pt").unlink()
+    run_here(tmp_path / "run", "--resume")
+    assert "nothing is left to do: all 12 steps were done before" in capsys.readouterr().out
+    assert same(weights(tmp_path / "run"), weights(reference)) and metrics(tmp_path / "run") == metrics(reference)
+
+
 def test_resuming_says_what_changed(reference, tmp_path, capsys):
     shutil.copytree(reference, tmp_path / "run")
     run_here(tmp_path / "run", "--resume", "--steps", 13, "--learning-rate", 0.5, "--max-length", 3000)
-    assert "resuming after step 12" in (said := capsys.readouterr().out)
+    assert "resuming after step 12" in (said := capsys.readouterr().out) and "nothing is left" not in said
     assert "max_length 3000 is beyond the 2048 positions" in said and "--max-length 2048" in said
     assert "warmup_steps" not in said
     assert "learning_rate 0.01 -> 0.5" in said and "steps 12 -> 13" in said
