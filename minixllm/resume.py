@@ -65,10 +65,13 @@ def save(folder, model, optimizer, world, step: int, facts: dict, keep: int) -> 
                         f"The last whole one is {latest(folder) or 'none'}; --resume continues from it")
 
 
-def load(path, model, optimizer) -> tuple[int, dict]:
-    """Fill model and optimizer from a checkpoint; (step, facts it was saved under). A collective."""
+def load(path, model, optimizer, facts: dict) -> tuple[int, list[str]]:
+    """Fill model and optimizer from a checkpoint; (step, which facts differ from those saved). A collective."""
     try:
         run = json.loads((path / "run.json").read_text())
+        changed = [f"{name} {run['facts'][name]} -> {value}" for name, value in facts.items()
+                   if name != "resume" and name in run["facts"] and run["facts"][name] != value]
+        why = f"; changed since it was saved: {', '.join(changed)}" * bool(changed)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 on = parameter.device if optimizer.defaults["fused"] else "cpu"
@@ -77,13 +80,13 @@ def load(path, model, optimizer) -> tuple[int, dict]:
         state = _state(model, optimizer)
         left = dcp.FileSystemReader(path).read_metadata().state_dict_metadata.keys() - state.keys()
         if left:
-            raise UserError(f"{path}: does not fit this model: it also holds {min(left)}")
+            raise UserError(f"{path}: does not fit this model: it also holds {min(left)}{why}")
         dcp.load(state, checkpoint_id=path)
-        return run["step"], run["facts"]
+        return run["step"], changed
     except CheckpointException as failed:
         error = next(reason for reason, _ in failed.failures.values())
         if not (isinstance(error, DAMAGE) or "PytorchStreamReader" in str(error)):
-            raise UserError(f"{path}: does not fit this model: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{path}: does not fit this model: {str(error).splitlines()[0]}{why}") from None
     except UserError:
         raise
     except (*DAMAGE, ValueError, KeyError, TypeError) as caught:

@@ -214,9 +214,7 @@ def start_or_resume(output: Path, model, optimizer, world, resuming: bool, facts
     checkpoint, metrics = resume.latest(output / "checkpoints"), output / "metrics.jsonl"
     step = 0
     if checkpoint:
-        step, before = resume.load(checkpoint, model, optimizer)
-        changed = [f"{name} {before[name]} -> {value}" for name, value in facts.items()
-                   if name != "resume" and name in before and before[name] != value]
+        step, changed = resume.load(checkpoint, model, optimizer, facts)
         if world.first:
             print(f"resuming after step {step} from {checkpoint}" + (f" with {', '.join(changed)}" if changed else ""))
     world.barrier()  # nobody writes before all have looked

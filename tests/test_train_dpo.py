@@ -296,6 +296,14 @@ def test_a_killed_adapter_run_resumes_bit_equal(script, runs, models, pairs, tmp
     assert state and all("lora_" in name for name in state)
 
 
+@pytest.mark.parametrize("begun, resumed, said", [("full", "lora", "lora_r 0 -> 4"), ("lora", "full", "lora_r 4 -> 0"),
+                                                  ("lora", "lora --lora-r 2", "lora_r 4 -> 2")])
+def test_resuming_without_the_adapters_names_their_setting(begun, resumed, said, runs, models, pairs):
+    mode, *more = resumed.split()
+    with pytest.raises(UserError, match=f"does not fit this model: .*; changed since it was saved: .*{said}"):
+        train_dpo.main([*flags(models, pairs, "llama", runs("llama", begun), mode), *more, "--resume"])
+
+
 def test_the_adapter_beside_the_base_is_the_merged_model(runs, models):
     import peft
     import transformers
