@@ -111,7 +111,9 @@ def base_directory(directory) -> Path:
         return directory
     base = read_json(path).get("base_model_name_or_path")
     if not isinstance(base, str) or not (Path(base) / "config.json").exists():
-        raise UserError(f"{path}: base_model_name_or_path: found {base!r}, expected the directory of the adapted model")
+        relative = isinstance(base, str) and not Path(base).is_absolute()  # taken as peft takes it
+        raise UserError(f"{path}: base_model_name_or_path: found {base!r}, expected the directory of the adapted model"
+                        + f"; a relative path starts from the working directory, here {Path.cwd()}" * relative)
     return Path(base)
 
 

@@ -99,8 +99,13 @@ def test_an_adapter_directory_opens_as_its_base_with_it_merged(base, arch, tmp_p
     opened, _ = load(tmp_path)
     torch.testing.assert_close(opened(IDS), model(IDS), rtol=1e-5, atol=1e-5)
     assert base_directory(tmp_path) == base_directory(base) == base
+    said = "base_model_name_or_path: found '{}', expected the directory of the adapted model"
     save_adapter(model, tmp_path, config, base="meta/llama")
-    with pytest.raises(UserError, match="base_model_name_or_path: found 'meta/llama', expected the directory"):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=said.format("meta/llama") + f"; a relative path starts from .*{tmp_path}$"):
+        load(tmp_path)
+    save_adapter(model, tmp_path, config, base="/meta/llama")
+    with pytest.raises(UserError, match=said.format("/meta/llama") + "$"):
         load(tmp_path)
 
 
