@@ -20,7 +20,7 @@ BUILDS = {"instructions": (instructions.InstructionSettings, instructions.build)
 def main(argv):
     command, *argv = argv or ["--help"]
     if command in ("-h", "--help"):
-        print(__doc__ + "\nThe settings of each: python -m minixllm.build instructions --help")
+        print(f"{__doc__}\nThe settings of each: python -m minixllm.build {' --help, or '.join(BUILDS)} --help")
         return
     if command not in BUILDS:
         raise UserError(f"found {command!r}, expected one of {' or '.join(BUILDS)}")
