@@ -155,13 +155,13 @@ def markdown(models: dict[str, dict], notes: list[str]) -> str:
     parts += ["## Scores by resource tier", _tier_table(models, columns, lambda entry: entry["main"])]
     if scored:
         parts += ["## Likelihood of the given choices: acc / acc_char / acc_byte, all languages",
-                  _table(["", *scored], [[name, *(" / ".join(f"{table[c]['tiers'][metric]['all']:.2f}" for metric in
-                                                             ("acc", "acc_char", "acc_byte")) for c in scored)]
-                                         for name, table in models.items()])]
+                  _table(["", *models], [[c, *(" / ".join(f"{table[c]['tiers'][metric]['all']:.2f}" for metric in
+                                                          ("acc", "acc_char", "acc_byte"))
+                                               for table in models.values())] for c in scored])]
     if placed:
         parts += ["## Off-target rate (%, less is better)", _tier_table(models, placed, lambda entry: "off_target")]
-    parts += ["## Language democratization", _table(["", *columns], [
-        [name, *(f"{table[column]['democratization']:.2f}" for column in columns)] for name, table in models.items()])]
+    parts += ["## Language democratization", _table(["", *models], [
+        [column, *(f"{table[column]['democratization']:.2f}" for table in models.values())] for column in columns])]
     parts += [_languages(models, column) for column in columns]
     parts += ["## How it was scored", "\n".join(f"- {line}" for line in _signatures(models))]
     return "\n\n".join(parts) + "\n"
@@ -172,19 +172,21 @@ def _has(models, column, metric) -> bool:
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
-    rows = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    """Markdown that reads well in a terminal too: names to the left, all else to the right."""
+    widths = [max(3, *map(len, column)) for column in zip(header, *rows)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in (header, rule, *rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
 
 
 def _tier_table(models, columns, metric) -> str:
-    """A row a model; a column for each benchmark and tier it has."""
+    """A row for each benchmark and tier it has, a column a model: of these there are few, and a terminal is narrow."""
     first = next(iter(models.values()))
     heads = [(column, tier) for column in columns for tier in (*TIERS, "all")
              if tier in first[column]["tiers"][metric(first[column])]
              and (tier != "all" or len(first[column]["tiers"][metric(first[column])]) > 2)]
-    return _table(["", *(f"{column} {tier}" for column, tier in heads)],
-                  [[name, *(f"{table[c]['tiers'][metric(table[c])][tier]:.2f}" for c, tier in heads)]
-                   for name, table in models.items()])
+    return _table(["", *models], [[f"{c} {tier}", *(f"{table[c]['tiers'][metric(table[c])][tier]:.2f}"
+                                                    for table in models.values())] for c, tier in heads])
 
 
 def _languages(models, column) -> str:
