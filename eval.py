@@ -63,6 +63,7 @@ def main(argv=None) -> None:
     world = parallel.setup()
     start = time.perf_counter()
     models = name_models(settings.model or default_models(), settings.names)
+    report.check_output(settings.output, models)
     folders, notes = settings.benchmarks, []
     if not settings.model:
         notes += [f"{directory} is not there" for directory in DEFAULT_MODELS if directory not in models.values()]

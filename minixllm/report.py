@@ -9,6 +9,7 @@ import numpy as np
 from minixllm import languages, scorers, statistics
 from minixllm.benchmarks import TITLES
 from minixllm.errors import UserError, atomic_write
+from minixllm.tokenizer_files import read_json
 
 TIERS = ("low", "mid", "high")
 MAIN = {"pawsx": "accuracy", "xcopa": "accuracy", "translation": "BLEU", "xlsum": "rouge1", "self-instruct": "rouge1"}
@@ -123,6 +124,14 @@ def language_identifier():
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------
+
+def check_output(folder, names) -> None:
+    """Refuse to replace a report by one that lacks a model of it."""
+    path = Path(folder) / "results.json"
+    if lost := set(read_json(path).get("models", {})) - set(names):
+        raise UserError(f"{path}: found results of {', '.join(sorted(lost))}, which would be lost; expected another "
+                        "--output, or these among the models (--model, --names)")
+
 
 def write(folder, models: dict[str, dict], predictions: dict[str, list[dict]], settings: dict, notes: list[str]) -> str:
     """Write predictions.jsonl of each model, results.json, report.md and, with matplotlib, scores.png.

@@ -214,8 +214,8 @@ def test_off_target_rates_are_reported_where_the_identifier_knows_the_language()
     assert german["value"] == 50 and german["signature"].startswith("off_target|lid:fake-1|")
     assert "off_target" not in table["FLORES(f)"]["groups"]["eng-kam"]["scores"]
     assert table["FLORES(f)"]["tiers"]["off_target"] == {"high": 50, "all": 50}
-    assert "## Off-target rate (%, less is better)\n\n|  | FLORES(f) high |\n| --- | ---: |\n| m | 50.00 |" in \
-        report.markdown({"m": table}, [])
+    written = report.markdown({"m": table}, []).partition("## Off-target rate (%, less is better)\n\n")[2]
+    assert written.startswith("|                |     m |\n| -------------- | ----: |\n| FLORES(f) high | 50.00 |\n\n#")
 
 
 @pytest.mark.parametrize("code, module, text, words", [
@@ -264,6 +264,20 @@ def test_tables_of_five_benchmarks_and_two_models(model_directory, five, tmp_pat
     assert any(note.endswith("does not know kam: no off-target rates there") for note in results["notes"])
     assert written.split("## Off-target rate")[1].split("\n")[2].split() == ["|", "|", "base", "|", "SFT", "|"]
     assert not list((tmp_path / "out").glob("*/.partial*"))
+
+
+def test_a_report_is_not_replaced_by_one_of_other_models(model_directory, five, tmp_path):
+    def evaluate(*names):
+        script.main(["--model", *[str(model_directory)] * len(names), "--names", *names, "--benchmarks", five[0],
+                     "--max-new-tokens", "2", "--output", str(tmp_path)])
+        return set(json.loads((tmp_path / "results.json").read_text())["models"])
+
+    assert evaluate("base") == {"base"}
+    written = (tmp_path / "report.md").read_text()
+    with pytest.raises(UserError, match="found results of base, which would be lost; expected another --output"):
+        evaluate("SFT")
+    assert (tmp_path / "report.md").read_text() == written
+    assert evaluate("base", "SFT") == evaluate("SFT", "base") == {"base", "SFT"}
 
 
 def test_a_benchmark_with_nothing_left_is_named_and_the_rest_run(model_directory, five, tmp_path, capsys):
