@@ -69,9 +69,6 @@ def main(argv=None):
         with world.one_by_one():
             demo_feedback.build(folder, settings.feedback)
         settings.data, settings.held_out = [str(folder / "train.jsonl")], [str(folder / "valid.jsonl")]
-    if not (settings.model and settings.data):
-        given, lacking = ("--model", "--data") if settings.model else ("--data", "--model")
-        raise UserError(f"{given} without {lacking}: expected both, or neither for the embedded default")
     (config, model_class), tokenizer = read_config(settings.model), load_tokenizer(settings.model)
     check_vocabulary(tokenizer, config, settings.model)
     settings.lora_dropout = 0.0

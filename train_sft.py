@@ -20,7 +20,7 @@ from minixllm.adapters import LoraSettings, open_model, save_trained
 from minixllm.build import demo
 from minixllm.checkpoint import ARCHITECTURES, check_target, check_vocabulary, read_config
 from minixllm.datasets import SFTData, Stream, encode_prompt, hold_out
-from minixllm.errors import UserError, atomic_write
+from minixllm.errors import atomic_write
 from minixllm.exact_match import describe, exact_match
 from minixllm.generation import generate
 from minixllm.prompts import alpaca
@@ -55,9 +55,6 @@ def main(argv=None):
     check_target(output / "model")
 
     # The model: on no device yet, then sharded, then each process fills its own slices.
-    if settings.model and not settings.data or settings.data and not settings.model:
-        given, lacking = ("--model", "--data") if settings.model else ("--data", "--model")
-        raise UserError(f"{given} without {lacking}: expected both, or neither for the embedded default")
     if settings.model:
         (config, model_class), tokenizer = read_config(settings.model), load_tokenizer(settings.model)
         check_vocabulary(tokenizer, config, settings.model)

@@ -45,9 +45,7 @@ def clean(raw: str, prompt: str = "") -> str:
     """The answer without a repeated prompt and without the further turns that a model may write after it."""
     if prompt and prompt in raw:
         raw = raw[raw.rindex(prompt) + len(prompt):]
-    raw = raw.strip()
-    raw = raw.removeprefix("### Response:").lstrip()
-    return re.split(r"(?:^|\n)### ", raw)[0].strip()
+    return re.split(r"(?:^|\n)### ", raw.strip().removeprefix("### Response:").lstrip())[0].strip()
 
 
 def yes_no(answer: str, words: tuple[tuple[str, ...], tuple[str, ...]]) -> int | None:

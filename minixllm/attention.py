@@ -70,7 +70,6 @@ class Packed:
         position_ids = [torch.arange(start, start + length) for trunk, branches in self.documents
                         for start, length in [(0, trunk), *((trunk, branch) for branch in branches)]]
         self.position_ids = torch.cat(position_ids).to(device) if position_ids else torch.zeros(0, dtype=torch.long)
-        self.num_tokens = len(self.position_ids)
         self._longest_mask = None
         # (count, trunk, branches): neighbours of one length and no branches are computed by one call
         self.runs = []
@@ -130,7 +129,8 @@ class Packed:
 
     @functools.cached_property
     def block_mask(self):
-        return create_block_mask(self.mask_mod, None, None, self.num_tokens, self.num_tokens, device=self.device)
+        N = len(self.position_ids)
+        return create_block_mask(self.mask_mod, None, None, N, N, device=self.device)
 
     def score_mod(self, slopes):
         """ALiBi as FlexAttention asks it: by position in the document, which in a branch is no place in the row."""

@@ -13,6 +13,7 @@ default, per language or direction, from the start of the file. The directory te
 """
 
 import functools
+import itertools
 import random
 import re
 from dataclasses import dataclass, field
@@ -20,9 +21,9 @@ from pathlib import Path
 
 from minixllm import languages
 from minixllm.errors import UserError, check_text
-from minixllm.wording import FIELDS, read_templates
 from minixllm.prompts import alpaca
 from minixllm.records import read_objects
+from minixllm.wording import FIELDS, read_templates
 
 TITLES = {"pawsx": "PAWS-X", "xcopa": "XCOPA", "translation": "Translation", "xlsum": "XL-Sum",
           "self-instruct": "Self-Inst*"}
@@ -119,8 +120,14 @@ class _Reader:
     def limit(self) -> int | None:
         return self.wanted.limit if self.wanted.limit is not None else LIMITS.get(self.benchmark)
 
-    def choose(self, files: dict[str, Path]) -> dict[str, Path]:
-        """The files of the wanted languages that can be asked; the others are noted."""
+    def choose(self, paths, name) -> dict[str, Path]:
+        """{language code: file} of the wanted languages that can be asked, by name(file); the others are noted."""
+        files = {}
+        for path in sorted(paths):
+            try:
+                files[languages.find(OTHER_NAMES.get(name(path), name(path))).code] = path
+            except UserError as error:
+                self.note(f"{path} left out: {error}")
         asked = [languages.find(text).code for text in self.wanted.languages]
         if missing := [code for code in asked if code not in files]:
             self.note(f"no file for {', '.join(missing)} in {self.path}")
@@ -155,8 +162,7 @@ def _name(code: str, asked_in: str) -> str:
 
 def _pawsx(reader: _Reader) -> list[Item]:
     items = []
-    files = _by_language(reader, reader.path.glob("*/test_2k.tsv"), lambda file: file.parent.name)
-    for code, file in reader.choose(files).items():
+    for code, file in reader.choose(reader.path.glob("*/test_2k.tsv"), lambda file: file.parent.name).items():
         template, asked_in = reader.template(code)
         own, english = reader.templates.get(("pawsx", code), template), reader.templates["pawsx", "eng"]
         words = tuple(tuple(dict.fromkeys([*template[k], *own[k], *english[k]])) for k in ("yes", "no"))
@@ -193,12 +199,9 @@ def _xcopa_files(path: Path) -> list[Path]:
 
 def _xcopa(reader: _Reader) -> list[Item]:
     items = []
-    files = _by_language(reader, _xcopa_files(reader.path), lambda file: file.name.split(".")[1])
-    for code, file in reader.choose(files).items():
+    for code, file in reader.choose(_xcopa_files(reader.path), lambda file: file.name.split(".")[1]).items():
         template, asked_in = reader.template(code)
-        for count, (line, entry) in enumerate(read_objects(file)):
-            if count == reader.limit:
-                break
+        for count, (line, entry) in enumerate(itertools.islice(read_objects(file), reader.limit)):
             texts = {key: _text(file, line, entry, key) for key in ("premise", "choice1", "choice2", "question")}
             if texts["question"] not in ("cause", "effect"):
                 raise UserError(f"{file}, line {line}: question {texts['question']!r}, expected 'cause' or 'effect'")
@@ -214,12 +217,10 @@ def _xcopa(reader: _Reader) -> list[Item]:
 
 def _xlsum(reader: _Reader) -> list[Item]:
     items = []
-    files = _by_language(reader, reader.path.glob("*_test.jsonl"), lambda file: file.name.removesuffix("_test.jsonl"))
-    for code, file in reader.choose(files).items():
+    files = reader.choose(reader.path.glob("*_test.jsonl"), lambda file: file.name.removesuffix("_test.jsonl"))
+    for code, file in files.items():
         template, asked_in = reader.template(code)
-        for count, (line, entry) in enumerate(read_objects(file)):
-            if count == reader.limit:
-                break
+        for count, (line, entry) in enumerate(itertools.islice(read_objects(file), reader.limit)):
             fields = {"article": _text(file, line, entry, "text"), "language": _name(code, asked_in)}
             items.append(reader.item(code, _id(file, line, entry, "id", count), template, fields,
                                      _text(file, line, entry, "summary"), body="article"))
@@ -230,11 +231,8 @@ def _self_instruct(reader: _Reader) -> list[Item]:
     """Instruction and input as the file has them, in its language, in both modes."""
     template, items = {"instruction": "{instruction}", "input": "{input}"}, []
     reader.note(f"{reader.wanted.mode} mode, instructions as its files have them")
-    files = _by_language(reader, reader.path.glob("*.jsonl"), lambda f: f.stem)
-    for code, file in reader.choose(files).items():
-        for count, (line, entry) in enumerate(read_objects(file)):
-            if count == reader.limit:
-                break
+    for code, file in reader.choose(reader.path.glob("*.jsonl"), lambda f: f.stem).items():
+        for count, (line, entry) in enumerate(itertools.islice(read_objects(file), reader.limit)):
             instances = entry.get("instances")
             if not isinstance(instances, list) or not instances or not isinstance(instances[0], dict):
                 raise UserError(f"{file}, line {line}: instances: found {instances!r:.60}, "
@@ -317,17 +315,6 @@ OTHER_NAMES = {
     "zho_Hant": "zho_trad", "zho_CN": "zho_simpl", "zho_TW": "zho_trad", "chinese_simplified": "zho_simpl",
     "chinese_traditional": "zho_trad", "serbian_cyrillic": "srp", "scottish_gaelic": "gla", "pidgin": "pcm",
     "user_oriented_instructions": "eng"}
-
-
-def _by_language(reader: _Reader, files, name) -> dict[str, Path]:
-    """{language code: file}; files whose name is no known language are noted."""
-    found = {}
-    for file in sorted(files):
-        try:
-            found[languages.find(OTHER_NAMES.get(name(file), name(file))).code] = file
-        except UserError as error:
-            reader.note(f"{file} left out: {error}")
-    return found
 
 
 def _aligned_files(path: Path) -> dict[str, Path]:

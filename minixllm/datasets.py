@@ -34,14 +34,11 @@ def encode_instruction(record: Instruction, tokenizer, max_length: int, too_long
     """
     counts = Counts(records=1)
     language = _language(record.language)
-    if not record.output.strip():
+    answer = tokenizer.encode(record.output) + [tokenizer.eos_id]
+    if not record.output.strip() or len(answer) == 1:  # to the tokenizer, which may drop characters
         counts.empty = 1
         return language, None, counts
     prompt = encode_prompt(tokenizer, prompts.alpaca(record.instruction, record.input))
-    answer = tokenizer.encode(record.output) + [tokenizer.eos_id]
-    if len(answer) == 1:  # of characters that the tokenizer drops
-        counts.empty = 1
-        return language, None, counts
     counts.tokens, counts.characters = len(answer) - 1, len(record.output)
     if len(prompt) + len(answer) > max_length:
         if too_long == "drop" or len(prompt) >= max_length:
@@ -163,9 +160,7 @@ class PreferenceData(TokenCache):
 
     def total(self) -> str:
         """What was kept, left out and cut, over all languages."""
-        counts = Counts()
-        for each in self.report.values():
-            counts.add(each)
+        counts = sum(self.report.values(), Counts())
         return (f"{counts.kept:,} pairs; left out {counts.too_long:,} too long, {counts.empty:,} empty, "
                 f"{counts.equal:,} equal; {counts.truncated:,} truncated")
 

@@ -19,6 +19,7 @@ from minixllm.attention import Packed
 from minixllm.datasets import in_order
 from minixllm.errors import atomic_write
 from minixllm.losses import dpo_loss, ipo_loss
+from minixllm.tokencache import file_digest
 
 
 def pair_logps(model, batch) -> torch.Tensor:
@@ -84,7 +85,8 @@ def cached(model, world, data, directory, folder, dtype: str, tokens: int):
     model was loaded from, and the types these are held and computed in. Only the first process reads and writes it: the
     others may be on machines that do not see it. `tokens`: about how many are computed at once.
     """
-    inputs = [data.key, _digest(directory), str(model.embedding.weight.dtype), dtype]
+    files = [Path(directory) / "config.json", *sorted(Path(directory).glob("*.safetensors"))]
+    inputs = [data.key, *map(file_digest, files), str(model.embedding.weight.dtype), dtype]
     key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
     path = Path(folder) / f"reference-{key}.npy"
     table = world.gather(_stored(path, len(data)) if world.first else None)[0]
@@ -113,15 +115,6 @@ def _stored(path: Path, pairs: int) -> torch.Tensor | None:
     except (OSError, ValueError, EOFError):
         return None
     return table if table.shape == (pairs, 2) else None
-
-
-def _digest(directory) -> str:
-    """A hash of a model directory's weights and config."""
-    digest = hashlib.sha256()
-    for path in [Path(directory) / "config.json", *sorted(Path(directory).glob("*.safetensors"))]:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 # Held-out pairs

@@ -36,7 +36,8 @@ def atomic_write(path, mode: str = "w"):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.umask(umask := os.umask(0))  # it can only be read by setting it
+        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
@@ -44,9 +45,3 @@ def atomic_write(path, mode: str = "w"):
         if isinstance(error, OSError) and error.errno:
             error.filename = error.filename or str(path)  # a full disk does not say where
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

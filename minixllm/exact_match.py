@@ -1,6 +1,7 @@
 """How many held-out answers a model gives exactly: by language and by kind of task."""
 
 from collections import defaultdict
+from statistics import fmean
 
 
 def exact_match(records, answers) -> dict:
@@ -14,11 +15,11 @@ def exact_match(records, answers) -> dict:
         hits[record.language, record.extra.get("kind")].append(100.0 * (text.strip() == record.output.strip()))
     by_language, by_kind = defaultdict(list), defaultdict(list)
     for (language, kind), each in hits.items():
-        by_language[language].append(_mean(each))
-        by_kind[kind].append(_mean(each))
-    by_language = {language: _mean(each) for language, each in sorted(by_language.items())}
-    return {"exact_match": _mean(list(by_language.values())), "languages": len(by_language), "items": len(answers),
-            "by_language": by_language, "by_kind": {kind: _mean(each) for kind, each in by_kind.items()}}
+        by_language[language].append(fmean(each))
+        by_kind[kind].append(fmean(each))
+    by_language = {language: fmean(each) for language, each in sorted(by_language.items())}
+    return {"exact_match": fmean(by_language.values()), "languages": len(by_language), "items": len(answers),
+            "by_language": by_language, "by_kind": {kind: fmean(each) for kind, each in by_kind.items()}}
 
 
 def describe(result: dict) -> str:
@@ -29,7 +30,3 @@ def describe(result: dict) -> str:
             f"{result['languages']} languages ({sum(score == 0 for _, score in ranked)} at 0)\n"
             f"  by kind: {', '.join(f'{kind} {score:.1f}' for kind, score in result['by_kind'].items())}\n"
             f"  best: {listed[0]}\n  worst: {listed[1]}")
-
-
-def _mean(values) -> float:
-    return sum(values) / len(values)

@@ -8,6 +8,7 @@ oneDNN's, by the operators that torch.compile generates code for.
 """
 
 import contextlib
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,6 @@ from minixllm.bloom import Bloom
 from minixllm.llama import Llama, rotate
 from minixllm.lora import LoraLinear
 
-PRODUCT, PRODUCT_WITH = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._linear_pointwise.binary
 PACK_BYTES = 2**32  # a model's products are packed, a second copy of its weights, up to this size
 
 
@@ -29,7 +29,7 @@ class Product:
     """
 
     def __init__(self, *layers: nn.Linear, dtype: torch.dtype):
-        weight = torch.cat([layer.weight.to(dtype) for layer in layers])
+        weight = torch.cat([layer.weight.to(dtype) for layer in layers]) if layers[1:] else layers[0].weight.to(dtype)
         adapted = [layer for layer in layers if isinstance(layer, LoraLinear) and layer.enabled]
         self.low = None
         if adapted:
@@ -40,27 +40,14 @@ class Product:
         self.bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers]).to(dtype)
 
     def __call__(self, x, activation: str = "none", algorithm: str = "") -> torch.Tensor:
-        return PRODUCT(self._widened(x), self.weight, self.bias, activation, [], algorithm)
+        return torch.ops.mkldnn._linear_pointwise(self._widened(x), self.weight, self.bias, activation, [], algorithm)
 
     def combined(self, x, operation: str, other) -> torch.Tensor:
         """The product with `other` "add"ed to it or multiplied into it, "mul"."""
-        return PRODUCT_WITH(self._widened(x), other, self.weight, self.bias, operation)
+        return torch.ops.mkldnn._linear_pointwise.binary(self._widened(x), other, self.weight, self.bias, operation)
 
     def _widened(self, x):
         return x if self.low is None else torch.cat([x, F.linear(x, self.low)], dim=-1)
-
-
-def rms_norm(module, dtype: torch.dtype):
-    """The forward of a `LlamaRMSNorm`, as the layer norm of [x, -x], whose mean is 0 and whose variance is the mean
-    square of x: one operation where F.rms_norm is eight."""
-    weight, eps = module.weight.to(dtype), module.eps
-    shape = 2, len(weight)
-    signs = torch.tensor([[1], [-1]], dtype=dtype)
-
-    def forward(hidden):
-        return F.layer_norm(hidden.unsqueeze(1) * signs, shape, eps=eps)[:, 0] * weight
-
-    return forward
 
 
 def llama_block(block, dtype: torch.dtype):
@@ -68,7 +55,6 @@ def llama_block(block, dtype: torch.dtype):
     attention, mlp = block.self_attn, block.mlp
     D, layer_idx = attention.head_dim, attention.layer_idx
     H, KV = (layer.out_features // D for layer in (attention.q_proj, attention.k_proj))
-    norm, mlp_norm = rms_norm(block.input_layernorm, dtype), rms_norm(block.post_attention_layernorm, dtype)
     query_key_value = Product(attention.q_proj, attention.k_proj, attention.v_proj, dtype=dtype)
     output, gate, up, down = (Product(layer, dtype=dtype)
                               for layer in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj))
@@ -76,11 +62,12 @@ def llama_block(block, dtype: torch.dtype):
     def forward(hidden, rotary, context):
         N = hidden.shape[0]
         # in fp32, in which attention computes on a CPU
-        query_key, value = query_key_value(norm(hidden)).view(N, -1, D).float().split_with_sizes([H + KV, KV], dim=1)
+        projected = query_key_value(block.input_layernorm(hidden)).float().view(N, -1, D)  # (N, H + 2 KV, D)
+        query_key, value = projected.split([H + KV, KV], dim=1)
         query_key = rotate(query_key, rotary)
-        attended = context.attend(layer_idx, query_key[:, :H], query_key[:, H:], value).view(N, -1).to(dtype)
+        attended = context.attend(layer_idx, query_key[:, :H], query_key[:, H:], value).reshape(N, -1).to(dtype)
         hidden = output.combined(attended, "add", hidden)
-        normed = mlp_norm(hidden)
+        normed = block.post_attention_layernorm(hidden)
         return down.combined(up.combined(normed, "mul", gate(normed, "swish")), "add", hidden)
 
     return forward
@@ -90,27 +77,21 @@ def bloom_block(block, dtype: torch.dtype):
     """The forward of a `BloomBlock`."""
     attention, mlp = block.self_attention, block.mlp
     layer_idx, D = attention.layer_idx, attention.head_dim
-    norm, mlp_norm = layer_norm(block.input_layernorm, dtype), layer_norm(block.post_attention_layernorm, dtype)
     query_key_value, dense, widen, narrow = (
         Product(layer, dtype=dtype)
         for layer in (attention.query_key_value, attention.dense, mlp.dense_h_to_4h, mlp.dense_4h_to_h))
 
     def forward(hidden, slopes, context):
         N = hidden.shape[0]
-        normed = norm(hidden)
+        normed = block.input_layernorm(hidden)
         query, key, value = query_key_value(normed).float().view(N, -1, 3, D).unbind(2)
-        attended = context.attend(layer_idx, query, key, value, slopes).view(N, -1).to(dtype)
+        attended = context.attend(layer_idx, query, key, value, slopes).reshape(N, -1).to(dtype)
         hidden = dense.combined(attended, "add", normed if block.residual_after_layernorm else hidden)
-        normed = mlp_norm(hidden)
+        normed = block.post_attention_layernorm(hidden)
         residual = normed if block.residual_after_layernorm else hidden
         return narrow.combined(widen(normed, "gelu", "tanh"), "add", residual)
 
     return forward
-
-
-def layer_norm(module: nn.LayerNorm, dtype: torch.dtype):
-    weight, bias = module.weight.to(dtype), module.bias.to(dtype)
-    return lambda hidden: F.layer_norm(hidden, module.normalized_shape, weight, bias, module.eps)
 
 
 BLOCKS = {Llama: llama_block, Bloom: bloom_block}
@@ -121,7 +102,8 @@ def fused(model):
     """Within, the model's forwards without gradients are fused ones; those with gradients are as ever.
 
     Where oneDNN has none (off a CPU, for sharded weights), or the second copy of the weights would be larger than
-    PACK_BYTES, nothing changes. Adapters count as they do on entering, enabled or not.
+    PACK_BYTES, nothing changes. Each block is fused when it is first called, with its adapters as they then are,
+    enabled or not.
     """
     block_forward = next((forward for kind, forward in BLOCKS.items() if isinstance(model, kind)), None)
     modules = [*model.blocks, model.head] if block_forward else []
@@ -132,9 +114,8 @@ def fused(model):
         modules = []
     try:
         for module in modules:
-            with torch.no_grad():
-                forward = Product(module, dtype=dtype) if module is model.head else block_forward(module, dtype)
-            module.forward = _unless_gradients(module.forward, forward)
+            fuse = functools.partial(Product if module is model.head else block_forward, module, dtype=dtype)
+            module.forward = _unless_gradients(module.forward, functools.cache(fuse))
         yield
     finally:
         for module in modules:
@@ -148,4 +129,5 @@ def _packs(weight, dtype: torch.dtype) -> bool:
 
 
 def _unless_gradients(plain, fused):
-    return lambda *inputs: (plain if torch.is_grad_enabled() else fused)(*inputs)
+    """`fused()`, made when it is first called, or `plain`."""
+    return lambda *inputs: (plain if torch.is_grad_enabled() else fused())(*inputs)

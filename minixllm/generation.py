@@ -86,8 +86,9 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, ba
     batch_tokens: of the KV cache. As many prompts run at once as fit it, each with room for the longest prompt and its
     answer; at least one does.
     finished: called as finished(number of the prompt, its continuation) when one ends. sampling: the fields of
-    `Sampling`; greedy without. Of a model sharded by FSDP2 this is a collective: every rank passes the same prompts,
-    gets all the continuations, and sees its own share finish. A plain model is each process's own affair.
+    `Sampling`; greedy without. A model serves one call of `generate`, `stream` or `score` at a time: they set its mode
+    and its forwards. Of a model sharded by FSDP2 this is a collective: every rank passes the same prompts, gets all the
+    continuations, and sees its own share finish. A plain model is each process's own affair.
     Raises UserError: an empty prompt, a token beyond the vocabulary, a setting out of range.
     """
     answers = {}

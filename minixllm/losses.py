@@ -9,7 +9,7 @@ CHUNK_BYTES, CHUNK_TOKENS = {"cpu": 2**24, "cuda": 2**28}, 128
 BLOCK_BYTES = 2**22  # on a CPU, of what is handled at a time within them: what its caches hold
 
 
-def token_logps(hidden, weight, labels, low=None, low_weight=None) -> torch.Tensor:
+def token_logps(hidden, weight, labels, *adapter) -> torch.Tensor:
     """Log-probabilities of the labels: hidden (N, d), weight (V, d), labels (N,) -> (N,) fp32, 0 where a label is -100.
 
     labels[i] is the token that hidden[i] predicts. The logits, hidden weight^T, plus low low_weight^T where an adapter
@@ -21,7 +21,6 @@ def token_logps(hidden, weight, labels, low=None, low_weight=None) -> torch.Tens
     gradient of `hidden` only has to be scaled by what arrives in the backward, and so has the gradient of a weight
     where the same arrives for every token (any loss that sums tokens). Otherwise weights cost a second pass.
     """
-    adapter = () if low is None else (low, low_weight)
     return _TokenLogps.apply(labels, torch.is_grad_enabled(), hidden, weight, *adapter)
 
 
@@ -61,8 +60,8 @@ class _TokenLogps(torch.autograd.Function):
                 scaled = (grad * scale).to(grad.dtype)
                 grad_hiddens[i] = scaled.new_zeros(ctx.tokens, grad.shape[1]).index_copy_(0, rows, scaled)
         if not len(rows):
-            grad_weights = [torch.zeros_like(weight) for weight in weights]
-        elif bool((scale == scale[0]).all()):
+            grad_weights = [torch.zeros_like(weight) if wants else None for weight, wants in zip(weights, wants_weight)]
+        elif any(wants_weight) and bool((scale == scale[0]).all()):
             for grad in grad_weights:
                 if grad is not None:
                     grad.mul_(scale[0])  # in place, as it is as large as its weight: a second backward is an error

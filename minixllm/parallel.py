@@ -23,7 +23,6 @@ HANG = timedelta(hours=1)  # a collective that takes longer has lost a peer; a p
 class World:
     rank: int
     size: int
-    local_rank: int
     device: torch.device
     mesh: DeviceMesh
 
@@ -89,7 +88,7 @@ def setup(device: str | None = None) -> World:
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=HANG)
     size = dist.get_world_size()
-    return World(dist.get_rank(), size, local_rank, place, init_device_mesh(kind, (size,)))
+    return World(dist.get_rank(), size, place, init_device_mesh(kind, (size,)))
 
 
 def close() -> None:
@@ -129,7 +128,8 @@ def _cast_when_called(model, dtype: torch.dtype) -> None:
     The head's, in a forward with labels, is left to `losses.token_logps`, which keeps its gradient in fp32.
     """
     def before(module, inputs):
-        if not model.is_gathered:
+        packed = "forward" in vars(module) and not torch.is_grad_enabled()  # as fused.py leaves the head
+        if not (model.is_gathered or packed):
             _show_weights(module, dtype)
 
     def after(module, inputs, output):

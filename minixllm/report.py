@@ -159,7 +159,9 @@ def write(folder, models: dict[str, dict], predictions: dict[str, list[dict]], s
 def markdown(models: dict[str, dict], notes: list[str]) -> str:
     """The paper's table (models side by side, low / mid / high), the analyses, then every language."""
     columns = list(dict.fromkeys(column for table in models.values() for column in table))
-    scored, placed = ([c for c in columns if _has(models, c, metric)] for metric in ("acc", "off_target"))
+    scored, placed = ([column for column in columns
+                       if all(column in table and metric in table[column]["tiers"] for table in models.values())]
+                      for metric in ("acc", "off_target"))
     parts = ["\n".join(f"- {note}" for note in notes)] if notes else []
     parts += ["## Scores by resource tier", _tier_table(models, columns, lambda entry: entry["main"])]
     if scored:
@@ -174,10 +176,6 @@ def markdown(models: dict[str, dict], notes: list[str]) -> str:
     parts += [_languages(models, column) for column in columns]
     parts += ["## How it was scored", "\n".join(f"- {line}" for line in _signatures(models))]
     return "\n\n".join(parts) + "\n"
-
-
-def _has(models, column, metric) -> bool:
-    return all(column in table and metric in table[column]["tiers"] for table in models.values())
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -251,6 +249,3 @@ def _plot(path: Path, models: dict[str, dict]) -> None:
     figure.axes[0].legend()
     figure.savefig(path.with_suffix(".partial.png"), dpi=110)
     path.with_suffix(".partial.png").replace(path)
-
-
-assert set(MAIN) == set(TITLES)

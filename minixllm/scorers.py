@@ -251,17 +251,12 @@ def lcs_length(first, second) -> int:
 
 
 def rouge(hypotheses: list[str], references: list[str], segment=None, segment_name: str = "") -> dict[str, Score]:
-    """Multilingual ROUGE-1, -2 and -L: {"rouge1": Score, ...}, the mean of the items' F1.
+    """Multilingual ROUGE-1, -2 and -L (Lin 2004): {"rouge1": Score, ...}, the mean of the items' F1.
 
     segment: see `tokenize_xlsum`; segment_name goes into the signature.
     """
-    tokenize = functools.partial(tokenize_xlsum, segment=segment)
-    return rouge_of_tokens([tokenize(h) for h in hypotheses], [tokenize(r) for r in references],
-                           f"xlsum-{(segment_name or 'words') if segment else 'char'}")
-
-
-def rouge_of_tokens(hypotheses: list[list[str]], references: list[list[str]], tokens: str) -> dict[str, Score]:
-    """ROUGE-1, -2 and -L (Lin 2004) of texts already split; `tokens` names how, for the signature."""
+    hypotheses, references = ([tokenize_xlsum(text, segment) for text in texts] for texts in (hypotheses, references))
+    tokens = f"xlsum-{(segment_name or 'words') if segment else 'char'}"
     hypothesis, reference, matched = matches(hypotheses, references, 2)
     longest = np.array([lcs_length(h, r) for h, r in zip(hypotheses, references)], dtype=np.int64)
     counts = {"rouge1": (hypothesis[:, 0], reference[:, 0], matched[:, 0]),

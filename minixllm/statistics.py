@@ -11,6 +11,8 @@ import numpy as np
 
 from . import __version__
 
+SAMPLES, SEED = 1000, 12345  # of the bootstrap: sacreBLEU's
+
 
 @dataclass(frozen=True)
 class Score:
@@ -27,11 +29,11 @@ class Score:
     def value(self) -> float:
         return float(self.reduce(self.statistics.sum(0)))
 
-    def interval(self, samples: int = 1000, seed: int = 12345) -> tuple[float, float]:
-        """The middle 95 % of the scores of `samples` sets of items drawn with replacement."""
-        scores = np.sort(self.reduce(_resample(len(self.statistics), samples, seed) @ self.statistics))
-        cut = samples // 40
-        return float(scores[cut]), float(scores[samples - cut - 1])
+    def interval(self) -> tuple[float, float]:
+        """The middle 95 % of the scores of sets of items drawn with replacement."""
+        scores = np.sort(self.reduce(_resample(len(self.statistics)) @ self.statistics))
+        cut = SAMPLES // 40
+        return float(scores[cut]), float(scores[SAMPLES - cut - 1])
 
 
 def signed(name: str, **choices) -> str:
@@ -49,7 +51,7 @@ def mean(values, signature: str) -> Score:
     return Score(signature, np.stack([values, np.ones_like(values)], 1), _percentage)
 
 
-def paired_bootstrap(baseline: Score, system: Score, samples: int = 1000, seed: int = 12345) -> float:
+def paired_bootstrap(baseline: Score, system: Score) -> float:
     """p-value of |system - baseline| under paired resampling of the same items, as sacreBLEU's `--paired-bs` gives it.
 
     Koehn 2004, "Statistical significance tests for machine translation evaluation", shifted to the null hypothesis.
@@ -58,19 +60,19 @@ def paired_bootstrap(baseline: Score, system: Score, samples: int = 1000, seed: 
     if len(baseline.statistics) != len(system.statistics) or baseline.signature != system.signature:
         raise ValueError(f"a paired test compares the same items scored the same way: {len(baseline.statistics)} items "
                          f"of {baseline.signature} against {len(system.statistics)} of {system.signature}")
-    draws = _resample(len(system.statistics), samples, seed)
+    draws = _resample(len(system.statistics))
     gaps = np.abs(system.reduce(draws @ system.statistics) - baseline.reduce(draws @ baseline.statistics))
     observed = abs(system.value - baseline.value)
-    return float((np.sum(gaps - gaps.mean() >= observed) + 1) / (samples + 1))
+    return float((np.sum(gaps - gaps.mean() >= observed) + 1) / (SAMPLES + 1))
 
 
-def _resample(items: int, samples: int, seed: int) -> np.ndarray:
-    """(samples, items) how often each draw holds each item; the draws are those of sacreBLEU for the same seed."""
+def _resample(items: int) -> np.ndarray:
+    """(SAMPLES, items) how often each draw holds each item; the draws are those of sacreBLEU for the same seed."""
     if items == 0:
-        return np.zeros((samples, 0))
-    draws = np.random.default_rng(seed).choice(items, size=(samples, items), replace=True)
-    draws += np.arange(samples)[:, None] * items
-    return np.bincount(draws.ravel(), minlength=samples * items).reshape(samples, items).astype(np.float64)
+        return np.zeros((SAMPLES, 0))
+    draws = np.random.default_rng(SEED).choice(items, size=(SAMPLES, items), replace=True)
+    draws += np.arange(SAMPLES)[:, None] * items
+    return np.bincount(draws.ravel(), minlength=SAMPLES * items).reshape(SAMPLES, items).astype(np.float64)
 
 
 def democratization(scores: dict[str, float]) -> float:

@@ -13,10 +13,11 @@ import hashlib
 import itertools
 import json
 import multiprocessing
+import operator
 import os
 import shutil
 from collections import defaultdict
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +44,8 @@ class Counts:
     tokens: int = 0
     characters: int = 0
 
-    def add(self, other: "Counts"):
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(*map(operator.add, astuple(self), astuple(other)))
 
     @property
     def kept(self) -> int:
@@ -73,7 +73,7 @@ class TokenCache:
             raise UserError("the tokenizer has no end-of-sequence token: answers could not be closed")
         wording = [Path(prompts.__file__), prompts.REQUESTS, Path(languages.__file__)]
         inputs = {"format": FORMAT, "kind": encode.__name__, "tokenizer": tokenizer.fingerprint, **settings,
-                  "files": [_digest(path) for path in paths + wording]}
+                  "files": [file_digest(path) for path in paths + wording]}
         self.key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
         directory = Path(cache_dir) / self.key
         with _locked(directory.with_suffix(".lock")):    # one process builds, all others on this machine wait here
@@ -123,7 +123,7 @@ class TokenCache:
         return "\n".join(lines)
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -160,11 +160,9 @@ def _build(directory: Path, paths, tokenizer, read, encode, workers):
                 ids = [languages.setdefault(name, len(languages)) for name in names]
                 parts += [(np.array(segments, np.int32), np.array(ids, np.int32), lines, files)] if segments else []
                 for language, each in chunk_counts.items():
-                    counts[language].add(each)
+                    counts[language] += each
         if not parts:
-            total = Counts()
-            for each in counts.values():
-                total.add(each)
+            total = sum(counts.values(), Counts())
             raise UserError(f"{', '.join(map(str, paths))}: nothing left to learn from: of {total.records:,} records "
                             f"{total.too_long:,} are too long, {total.empty:,} empty, {total.equal:,} pairs of equals")
         segments, ids, lines, files = (np.concatenate(part) for part in zip(*parts))
@@ -215,7 +213,7 @@ def _encode_chunk(chunk):
             language, encoded, each = _encode(record)
         except UserError as error:
             raise UserError(f"{path}, line {record.line}: {error}") from None
-        counts[language].add(each)
+        counts[language] += each
         if encoded is not None:
             for segment in encoded:
                 tokens += segment

@@ -64,7 +64,11 @@ class TrainingSettings:
         limits = {"seed": 2**32, "max_length": 2**24, "eval_every": None, "warmup_steps": None,
                   "held_out_per_language": None, "lora_r": None, "nll_weight": None, "weight_decay": 1,
                   "final_learning_rate": 1, "beta2": 0.99999, "lora_dropout": 1, "label_smoothing": 0.5}
-        if getattr(self, "held_out", None) and not getattr(self, "data", None):
+        model, data = getattr(self, "model", None), getattr(self, "data", None)
+        if bool(model) != bool(data):
+            given, lacking = ("--model", "--data") if model else ("--data", "--model")
+            raise UserError(f"{given} without {lacking}: expected both, or neither for the embedded default")
+        if getattr(self, "held_out", None) and not data:
             raise UserError("held_out: found without data, expected both, or neither for the embedded default")
         for name, most in limits.items():
             if not 0 <= getattr(self, name, 0) <= (math.inf if most is None else most):

@@ -1,5 +1,8 @@
 """The fused forwards give what the modules give, and step aside wherever they cannot serve."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -89,6 +92,39 @@ def test_forwards_with_gradients_are_the_modules_own(model):
     with fused.fused(model):
         model(ids[None], labels=ids[None]).sum().backward()
     assert all(torch.equal(parameter.grad, expected[name]) for name, parameter in model.named_parameters())
+
+
+@torch.no_grad()
+def test_a_block_is_packed_when_it_is_first_called(model, monkeypatch):
+    packed, pack = [], fused.Product.__init__
+
+    def recorded(self, *layers, dtype):
+        packed.append(layers)
+        pack(self, *layers, dtype=dtype)
+
+    monkeypatch.setattr(fused.Product, "__init__", recorded)
+    ids = torch.arange(9)[None]
+    with fused.fused(model):
+        assert not packed
+        model(ids, labels=ids)  # which forms no output of the head
+        assert packed and (model.head,) not in packed
+        count = len(packed)
+        model(ids)
+        assert len(packed) == count + 1 and packed[-1] == (model.head,)
+
+
+@torch.no_grad()
+def test_attention_may_return_any_strides(model):
+    """PyTorch's kernels differ in it."""
+    expected = logits(model)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), fused.fused(model):
+        torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+def test_without_onednn_the_package_opens():
+    """Some builds of PyTorch have none, and no such operators."""
+    script = "import torch; torch.ops.mkldnn = None; import minixllm.generation"
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.mark.parametrize("why", ["too large", "no oneDNN", "no bf16 products"])

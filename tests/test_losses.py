@@ -91,6 +91,19 @@ def test_nothing_is_kept_without_gradients(monkeypatch):
         token_logps(hidden, weight, labels)
 
 
+@pytest.mark.parametrize("supervised", [True, False])
+def test_a_frozen_head_costs_no_gradient_of_its_size(supervised, monkeypatch):
+    """Nor does the host wait to see whether the same arrives for every token."""
+    hidden, weight, labels = inputs()
+    weight.requires_grad_(False)
+    loss = token_logps(hidden, weight, labels if supervised else labels.fill_(-100)).sum()
+    monkeypatch.setattr(torch, "zeros_like", None)
+    monkeypatch.setattr(torch.Tensor, "__bool__", None)
+    loss.backward()
+    monkeypatch.undo()
+    assert bool(hidden.grad.any()) == supervised
+
+
 def test_logits_are_never_held_whole(monkeypatch):
     sizes = []
     empty = torch.empty

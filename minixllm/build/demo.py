@@ -158,7 +158,6 @@ def speaks(tag: str, subject: str) -> bool:
     return differs("list_patterns", "standard")
 
 
-
 # -- records: what is asked -----------------------------------------------------------------------------------------
 
 
