@@ -64,33 +64,10 @@ def main(argv=None) -> None:
     start = time.perf_counter()
     models = name_models(settings.model or default_models(), settings.names)
     report.check_output(settings.output, models)
-    folders, notes = settings.benchmarks, []
+    notes = []
     if not settings.model:
         notes += [f"{directory} is not there" for directory in DEFAULT_MODELS if directory not in models.values()]
-    if not folders:
-        from minixllm.build import demo_benchmarks
-        with world.one_by_one():
-            folders, templates = demo_benchmarks.build(Path(settings.output) / "stand-in")
-        settings.templates = settings.templates or str(templates)
-        notes.append("these are stand-ins made from held-out CLDR items, not the published benchmarks; a language "
-                     "identifier cannot tell the language of texts so short: no off-target rates")
-
-    wanted = benchmarks.Wanted(settings.mode, tuple(settings.languages), tuple(settings.directions), settings.limit,
-                               settings.seed, Path(settings.templates) if settings.templates else None)
-    items, read = [], {}
-    for folder in folders:
-        found, remarks = benchmarks.read(folder, wanted)
-        here = dict.fromkeys(((item.column, item.group, item.id) for item in found), folder)
-        if twice := read.keys() & here.keys():                        # or one score would mix both
-            raise UserError(f"{read[min(twice)]} and {folder} both have item {min(twice)[2]} of "
-                            f"{' '.join(min(twice)[:2])}: expected each benchmark once")
-        read |= here
-        if not settings.benchmarks:
-            found = [dataclasses.replace(item, column=f"{item.column} stand-in") for item in found]
-        items += found
-        notes += remarks
-    if not items:
-        raise UserError(f"nothing to evaluate: {'; '.join(notes)}")
+    items = read_items(settings, world, notes)
     if world.first:
         print(f"{len(items)} items of {', '.join(dict.fromkeys(item.column for item in items))}, {settings.mode} mode")
         print("\n".join(f"  {note}" for note in notes))
@@ -125,6 +102,35 @@ def main(argv=None) -> None:
             evaluation.forget(Path(settings.output) / name)
         print(f"{settings.output}/report.md, results.json, predictions.jsonl; {time.perf_counter() - start:.0f} s")
     parallel.close()
+
+
+def read_items(settings, world, notes: list[str]) -> list[benchmarks.Item]:
+    """The items of the benchmarks, or of stand-ins where none are given; what there is to say of them joins `notes`."""
+    folders = settings.benchmarks
+    if not folders:
+        from minixllm.build import demo_benchmarks
+        with world.one_by_one():
+            folders, templates = demo_benchmarks.build(Path(settings.output) / "stand-in")
+        settings.templates = settings.templates or str(templates)
+        notes.append("these are stand-ins made from held-out CLDR items, not the published benchmarks; a language "
+                     "identifier cannot tell the language of texts so short: no off-target rates")
+    wanted = benchmarks.Wanted(settings.mode, tuple(settings.languages), tuple(settings.directions), settings.limit,
+                               settings.seed, Path(settings.templates) if settings.templates else None)
+    items, read = [], {}
+    for folder in folders:
+        found, remarks = benchmarks.read(folder, wanted)
+        here = dict.fromkeys(((item.column, item.group, item.id) for item in found), folder)
+        if twice := read.keys() & here.keys():                        # or one score would mix both
+            raise UserError(f"{read[min(twice)]} and {folder} both have item {min(twice)[2]} of "
+                            f"{' '.join(min(twice)[:2])}: expected each benchmark once")
+        read |= here
+        if not settings.benchmarks:
+            found = [dataclasses.replace(item, column=f"{item.column} stand-in") for item in found]
+        items += found
+        notes += remarks
+    if not items:
+        raise UserError(f"nothing to evaluate: {'; '.join(notes)}")
+    return items
 
 
 DEFAULT_MODELS = "runs/sft/model", "runs/dpo/model"  # what the embedded default's two trainings leave

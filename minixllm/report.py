@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from minixllm import languages, scorers, statistics
-from minixllm.benchmarks import TITLES
 from minixllm.errors import UserError, atomic_write
 from minixllm.tokenizer_files import read_json
 

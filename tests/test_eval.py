@@ -128,6 +128,10 @@ def test_a_prompt_too_long_is_cut_from_the_article_alone(tmp_path, five, archite
     assert scores["accuracy"].value == scores["acc"].value == 0
 
 
+def test_every_benchmark_has_a_main_score():
+    assert report.MAIN.keys() == benchmarks.TITLES.keys()
+
+
 def test_the_report_says_what_was_unread_cut_and_too_long():
     base = {"benchmark": "xcopa", "column": "XCOPA", "group": "ita", "language": "ita", "target": "ita", "cut": 0,
             "choices": ["a", "b"], "logps": [-1.0, -2.0], "parsed": "a", "reference": "a"}
