@@ -12,10 +12,10 @@ BLOCK_BYTES = 2**22  # on a CPU, of what is handled at a time within them: what 
 def token_logps(hidden, weight, labels, *adapter) -> torch.Tensor:
     """Log-probabilities of the labels: hidden (N, d), weight (V, d), labels (N,) -> (N,) fp32, 0 where a label is -100.
 
-    labels[i] is the token that hidden[i] predicts. The logits, hidden weight^T, plus low low_weight^T where an adapter
-    of the head gives its factors (N, r) and (V, r), are never held whole: they are made a chunk of tokens at a time,
-    and only for tokens that have a label. A weight may be of another type than `hidden`, in whose type is computed;
-    its gradient is of its own.
+    labels[i] is the token that hidden[i] predicts. adapter: of an adapted head, low (N, r) and low_weight (V, r), which
+    add low low_weight^T to the logits hidden weight^T (see `lora.low_rank`). The logits are never held whole: they are
+    made a chunk of tokens at a time, and only for tokens that have a label. A weight may be of another type than
+    `hidden`, in whose type is computed; its gradient is of its own.
 
     The forward also takes the gradients of the plain sum, while a chunk's logits are at hand: a token's part in the
     gradient of `hidden` only has to be scaled by what arrives in the backward, and so has the gradient of a weight
