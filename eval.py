@@ -63,11 +63,11 @@ def main(argv=None) -> None:
     world = parallel.setup()
     start = time.perf_counter()
     models = name_models(settings.model or default_models(), settings.names)
-    report.check_output(settings.output, models)
     notes = []
     if not settings.model:
         notes += [f"{directory} is not there" for directory in DEFAULT_MODELS if directory not in models.values()]
     items = read_items(settings, world, notes)
+    report.check_output(settings.output, models, {item.column for item in items})
     if world.first:
         print(f"{len(items)} items of {', '.join(dict.fromkeys(item.column for item in items))}, {settings.mode} mode")
         print("\n".join(f"  {note}" for note in notes))

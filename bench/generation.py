@@ -1,8 +1,8 @@
 """Generated tokens per second, ours and transformers', on the same weights: python -m bench.generation [llama|bloom]
 
 LLaMA: vocabulary 32,000, width 512, 8 layers, 8 heads, feed-forward 1,376; BLOOM of the same vocabulary, width, layers
-and heads. Random weights, greedy, prompts of 32 tokens and answers of 128; then prompts and answers of mixed lengths,
-which transformers runs in left-padded batches (of the size at which it is fastest here, --their-batch). The two sides
+and heads. Random weights, prompts of 32 tokens and answers of 128, greedy and drawn; then, greedy, prompts and answers
+of mixed lengths, which transformers runs in left-padded batches (of the size at which it is fastest here, --their-batch). The two sides
 take turns; medians and the range of the ratios over the rounds. The share of bandwidth counts the bytes of weights
 (embedding aside, but for a tied head) and of past keys and values that the decoding steps must read, against what
 summing a large array reads. In bf16 answers part ways where the best two of these random logits are within rounding.
@@ -40,12 +40,13 @@ def make(kind: str, vocabulary: int, dtype: torch.dtype):
     return ours.to(dtype).eval(), theirs.to(dtype).eval()
 
 
-def their_batch(model, prompts, new: int) -> list[list[int]]:
+def their_batch(model, prompts, new: int, **sampling) -> list[list[int]]:
     """transformers' answers to one batch, padded on the left."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    output = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
+    output = model.generate(ids, attention_mask=mask, max_new_tokens=new,
+                            do_sample=bool(sampling), **({"top_k": 0} | sampling if sampling else {}))
     return output[:, longest:].tolist()
 
 
@@ -70,24 +71,25 @@ def bytes_read(model, rows: int) -> int:
 
 def report(name, ours, theirs, tokens, share=""):
     ratios = [t / o for o, t in zip(ours, theirs)]
-    print(f"{name:34} transformers {tokens / statistics.median(theirs):6.0f}/s   minixllm "
+    print(f"{name:42} transformers {tokens / statistics.median(theirs):6.0f}/s   minixllm "
           f"{tokens / statistics.median(ours):6.0f}/s   {statistics.median(ratios):.2f} times "
           f"({min(ratios):.2f} to {max(ratios):.2f}) {share}", flush=True)
 
 
-def uniform(kind, ours, theirs, rows: int, peak: float):
+def uniform(kind, ours, theirs, rows: int, peak: float, **sampling):
     prompts = torch.randint(3, 32000, (rows, PROMPT)).tolist()
-    their_batch(theirs, prompts, 4), generate(ours, Tokenizer, prompts, 4)
+    their_batch(theirs, prompts, 4, **sampling), generate(ours, Tokenizer, prompts, 4, **sampling)
     our_times, their_times = [], []
     for _ in range(ROUNDS):
-        seconds, expected = timed(their_batch, theirs, prompts, NEW)
+        seconds, expected = timed(their_batch, theirs, prompts, NEW, **sampling)
         their_times.append(seconds)
-        seconds, answers = timed(generate, ours, Tokenizer, prompts, NEW)
+        seconds, answers = timed(generate, ours, Tokenizer, prompts, NEW, **sampling)
         our_times.append(seconds)
     same = sum(a == b for a, b in zip(answers, expected))
     share = bytes_read(ours, rows) / statistics.median(our_times) / peak
-    report(f"{kind}, {rows} prompt{'s' * (rows > 1)}", our_times, their_times, rows * NEW,
-           f"{share:.0%} of bandwidth, {same} of {rows} answers equal")
+    how = "".join(f", {name} {value:g}" for name, value in sampling.items())
+    report(f"{kind}, {rows} prompt{'s' * (rows > 1)}{how}", our_times, their_times, rows * NEW,
+           f"{share:.0%} of bandwidth" + ("" if sampling else f", {same} of {rows} answers equal"))
 
 
 def mixed(kind, ours, theirs, count: int, batch: int):
@@ -136,7 +138,8 @@ def main():
     print(f"{args.dtype}, {torch.get_num_threads()} threads, memory read {peak / 1e9:.1f} GB/s, "
           f"torch {torch.__version__}, transformers {transformers.__version__}")
     for rows in (1, 8):
-        uniform(args.model, ours, theirs, rows, peak)
+        for sampling in ({}, {"temperature": 1.0, "top_k": 50}, {"temperature": 0.7, "top_p": 0.9}):
+            uniform(args.model, ours, theirs, rows, peak, **sampling)
     mixed(args.model, ours, theirs, args.mixed, args.their_batch)
 
 

@@ -23,7 +23,7 @@ from minixllm.kv_cache import KVCache
 
 BATCH_TOKENS = 32768   # of the cache; 16 GB for a model of 7B in bf16 on a GPU, 1 GB for one of 60 M on a CPU
 PREFILL_TOKENS = 4096  # prompts join a forward up to this many tokens, which bounds its memory
-NUCLEUS = 1024         # top_p looks among so many of the likeliest first: sorting a vocabulary takes as long as a step
+NUCLEUS = 128          # top_p looks among so many of the likeliest first: sorting a vocabulary takes as long as a step
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,10 @@ class Sampling:
         top, tokens = logits.topk(min(self.top_k or NUCLEUS, logits.shape[-1]))  # falling
         total = (logits if self.top_k is None else top).logsumexp(-1, keepdim=True)
         if self.top_k is None and ((top - total).exp().sum(-1) < self.top_p).any():
-            top, tokens = logits.sort(-1, descending=True)
+            # by numpy where it can be had, which takes a third of the time
+            tokens = (torch.from_numpy((-logits).numpy().argsort(-1)) if logits.is_cpu
+                      else logits.argsort(-1, descending=True))
+            top = logits.gather(1, tokens)
         probs = (top - total).exp()
         if self.top_p is not None:
             before = probs.cumsum(-1) - probs

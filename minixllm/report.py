@@ -124,12 +124,14 @@ def language_identifier():
 
 # ---- what is written ------------------------------------------------------------------------------------------------
 
-def check_output(folder, names) -> None:
-    """Refuse to replace a report by one that lacks a model of it."""
+def check_output(folder, names, columns) -> None:
+    """Refuse to replace a report by one that lacks a model or a benchmark of it; stand-ins may go."""
     path = Path(folder) / "results.json"
-    if lost := set(read_json(path).get("models", {})) - set(names):
-        raise UserError(f"{path}: found results of {', '.join(sorted(lost))}, which would be lost; expected another "
-                        "--output, or these among the models (--model, --names)")
+    models = read_json(path).get("models", {})
+    found = {column for table in models.values() for column in table if not column.endswith("stand-in")}
+    if lost := [*sorted(models.keys() - set(names)), *sorted(found - set(columns))]:
+        raise UserError(f"{path}: found results of {', '.join(lost)}, which would be lost; expected another --output, "
+                        "or these among the models (--model, --names) and --benchmarks")
 
 
 def write(folder, models: dict[str, dict], predictions: dict[str, list[dict]], settings: dict, notes: list[str]) -> str:

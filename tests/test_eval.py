@@ -270,9 +270,9 @@ def test_tables_of_five_benchmarks_and_two_models(model_directory, five, tmp_pat
     assert not list((tmp_path / "out").glob("*/.partial*"))
 
 
-def test_a_report_is_not_replaced_by_one_of_other_models(model_directory, five, tmp_path):
-    def evaluate(*names):
-        script.main(["--model", *[str(model_directory)] * len(names), "--names", *names, "--benchmarks", five[0],
+def test_a_report_is_not_replaced_by_one_of_other_models_or_benchmarks(model_directory, five, tmp_path):
+    def evaluate(*names, benchmarks=five[:1]):
+        script.main(["--model", *[str(model_directory)] * len(names), "--names", *names, "--benchmarks", *benchmarks,
                      "--max-new-tokens", "2", "--output", str(tmp_path)])
         return set(json.loads((tmp_path / "results.json").read_text())["models"])
 
@@ -280,16 +280,19 @@ def test_a_report_is_not_replaced_by_one_of_other_models(model_directory, five, 
     written = (tmp_path / "report.md").read_text()
     with pytest.raises(UserError, match="found results of base, which would be lost; expected another --output"):
         evaluate("SFT")
+    with pytest.raises(UserError, match=r"found results of PAWS-X, which would be lost; .* and --benchmarks"):
+        evaluate("base", benchmarks=five[3:])
     assert (tmp_path / "report.md").read_text() == written
-    assert evaluate("base", "SFT") == evaluate("SFT", "base") == {"base", "SFT"}
+    assert evaluate("base", "SFT") == evaluate("SFT", "base", benchmarks=[five[0], five[4]]) == {"base", "SFT"}
 
 
 def test_a_benchmark_with_nothing_left_is_named_and_the_rest_run(model_directory, five, tmp_path, capsys):
-    base = ["--model", str(model_directory), "--max-new-tokens", "2", "--output", str(tmp_path), "--benchmarks"]
-    script.main([*base, *five[:2], "--languages", "de"])
+    base = ["--model", str(model_directory), "--max-new-tokens", "2", "--benchmarks"]
+    script.main([*base, *five[:2], "--languages", "de", "--output", str(tmp_path / "de")])
     said = capsys.readouterr().out
     assert "2 items of PAWS-X, " in said and f"XCOPA: nothing of {five[1]} is left" in said
-    script.main([*base, five[1], five[3], "--mode", "understanding", "--languages", "it", "fr"])
+    script.main([*base, five[1], five[3], "--mode", "understanding", "--languages", "it", "fr", "--output",
+                 str(tmp_path / "it")])
     said = capsys.readouterr().out
     assert "30 items of XCOPA, " in said and f"XL-Sum: nothing of {five[3]} is left" in said
     with pytest.raises(UserError, match="nothing to evaluate: PAWS-X: no file for it.*; XL-Sum: .*is left to evaluate"):
