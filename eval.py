@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from minixllm import adapters, benchmarks, checkpoint, evaluation, parallel, report, scorers
+from minixllm import adapters, benchmarks, checkpoint, evaluation, languages, parallel, report, scorers
 from minixllm.errors import UserError
 from minixllm.generation import BATCH_TOKENS
 from minixllm.settings import parse, run, setting
@@ -78,11 +78,11 @@ def main(argv=None) -> None:
             if report.MAIN[item.benchmark] == "rouge1":
                 report.word_segmenter(item.target)
     predictions, tables = {}, {}
-    identify = report.language_identifier() if settings.benchmarks else None
-    if identify is None and settings.benchmarks:
+    identifier = languages.identifier() if settings.benchmarks else None
+    if identifier is None and settings.benchmarks:
         notes.append("off-target rates need a language identifier: pip install 'minixllm[lid]'")
-    elif identify and (unknown := {item.target for item in items if not item.choices} - identify[1]):
-        notes.append(f"{identify[2]} does not know {', '.join(sorted(unknown))}: no off-target rates there")
+    elif identifier and (unknown := {item.target for item in items if not item.choices} - identifier[1]):
+        notes.append(f"{identifier[2]} cannot tell {', '.join(sorted(unknown))}: no off-target rates there")
     for name, directory in models.items():
         dtype = parallel.compute_dtype(settings.dtype, world.device)
         model, tokenizer = adapters.load(directory, dtype, world.device)
@@ -95,7 +95,7 @@ def main(argv=None) -> None:
         del model
         if world.first:
             tables[name] = report.results(predictions[name], bleu_tokenizer=settings.bleu_tokenizer or None,
-                                          segment=settings.segment, identify=identify)
+                                          segment=settings.segment, identifier=identifier)
     if world.first:
         print(report.write(settings.output, tables, predictions, dataclasses.asdict(settings), notes))
         for name in models:

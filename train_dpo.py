@@ -24,7 +24,7 @@ from minixllm.errors import UserError
 from minixllm.records import record_files
 from minixllm.settings import parse, run, setting
 from minixllm.tokenizers import load_tokenizer
-from minixllm.training import TrainingSettings, check_output, train
+from minixllm.training import TrainingSettings, check_output, held_out_means, train
 
 
 @dataclass
@@ -106,8 +106,8 @@ def main(argv=None):
     loss = functools.partial(dpo.preference_loss, reference=reference, **options)
 
     def evaluate():
-        compare = functools.partial(dpo.compare, model, reference=held_out_reference, **options)
-        return dpo.evaluate_pairs(world, held_out_data, held_out, compare, tokens)
+        measure = functools.partial(dpo.compare, model, reference=held_out_reference, **options)
+        return held_out_means(world, held_out_data, held_out, tokens, measure)
 
     # The loop, and what comes out of it.
     before = demo_feedback.measure(model, tokenizer, folder, world) if embedded else None

@@ -1,7 +1,7 @@
 """What a free answer says: the rules by which raw text becomes a choice, or "cannot tell" (None).
 
 The paper generates answers freely and parses them, by rules it does not give. These are ours, tried in order, on the
-answer in NFKC form after the prompt, if repeated, and anything from a further "### " heading on are cut away:
+answer in NFKC form after the prompt, if repeated, and anything from a further "### Instruction:" on are cut away:
 
 yes / no (the words of the instruction's language, the item's, and English)
   1. the question's own "yes or no", repeated, says nothing and is passed over, and so do "yes and no" and "no sé";
@@ -11,13 +11,13 @@ yes / no (the words of the instruction's language, the item's, and English)
   A word that begins other sentences too ("si", "네", "是", ...) counts only before punctuation or the end of a line.
 
 options A, B with their texts; a letter is a capital, as the question has it ("a" is a word), and one that begins an
-option's text ("A dog barked") is no letter
+option's text ("A dog barked") is no letter; what stands behind "than", "over", "instead of" or "not" is not chosen
   1. "A and B", "A or B", "both", "neither" at the start: cannot tell;
-  2. "answer is B", "option B", "choose B", "B is the better", all naming one letter: that one;
+  2. "answer is B", "option B", "choose B", "B is more plausible", naming one letter: that one; both: cannot tell;
   3. the texts of both options occur: cannot tell (the options were repeated);
   4. the answer is one letter, or begins with one followed by punctuation or its option's text ("-B:", "(A)", "B. He");
-  5. one letter alone occurs between brackets, before a colon or full stop, or after a colon at the end ("... is
-     plausible: -A."): that one;
+  5. one letter occurs between brackets, before a colon or full stop, or after a colon at the end ("... is plausible:
+     -A."): that one; if the other stands anywhere as a word: cannot tell;
   6. the text of one option occurs, the other's does not, case and punctuation aside: that one.
 
 A longer answer in words is read only so far as these rules go; the share that nobody can tell is reported.
@@ -33,7 +33,9 @@ _ENDED = r"(?=[ \t]*(?:[^\w\s]|(?m:$)))"
 _OPENING = r"""^[\s\-–—*_#>"'“”„«»‘’`(\[「『【:.]*"""
 _NAMED = re.compile(r"""\b(?i:answer|option|choice|choose|pick|select)(?i:\s+is)?(?i:\s+option)?[\s:\-]*[("'*\[]*"""
                     r"([AB])\b(?!\s*(?:and|or|/|&)\s*-?[AB]\b)"
-                    r"|\b([AB])\s+is\s+the\s+(?:better|best|correct|right|(?:more|most)\s+plausible)\b")
+                    r"|\b([AB])\s+is\s+(?:the\s+)?(?:better|best|correct|right|(?:more|most)\s+(?:plausible|likely))\b")
+_PASSED_OVER = re.compile(r"\b(?i:than|over|instead of|not)\s+(?i:option\s+)?[(\"'*]*[AB]\b")
+_TURN = re.compile(r"(?:^|\n)### (?:Instruction|Input|Response):")
 _BOTH = re.compile(_OPENING + r"(?:(?i:both|neither)\b|A\s*(?:and|or|[/&,])\s*-?B\b|B\s*(?:and|or|[/&,])\s*-?A\b)")
 _OR = (r"""["'“”„«»「」]*\s*(?:/|\b(?:or|oder|ou|o|and|und|et|y)\b|또는|または|か|或者|或|그리고|と|和)\s*"""
        r"""["'“”„«»「」]*""")
@@ -45,7 +47,7 @@ def clean(raw: str, prompt: str = "") -> str:
     """The answer without a repeated prompt and without the further turns that a model may write after it."""
     if prompt and prompt in raw:
         raw = raw[raw.rindex(prompt) + len(prompt):]
-    return re.split(r"(?:^|\n)### ", raw.strip().removeprefix("### Response:").lstrip())[0].strip()
+    return _TURN.split(raw.strip().removeprefix("### Response:").lstrip())[0].strip()
 
 
 def yes_no(answer: str, words: tuple[tuple[str, ...], tuple[str, ...]]) -> int | None:
@@ -56,10 +58,9 @@ def yes_no(answer: str, words: tuple[tuple[str, ...], tuple[str, ...]]) -> int |
     answer = _normal(answer)
     meaning = {_normal(word): choice for choice in (1, 0) for word in words[choice]}
     longest_first = sorted(meaning, key=len, reverse=True)            # 不是 is no, though it ends in 是
-    word = "|".join(re.escape(word) + (_ENDED if word in _ORDINARY else "" if _UNSPACED.search(word) else r"(?!\w)")
-                    for word in longest_first)
-    yes, no = ("|".join(re.escape(_normal(w)) for w in words[choice]) for choice in (0, 1))
-    answer = re.sub(f"(?:{yes}){_OR}(?:{no})|是否|{_UNKNOWING}", " ", answer)
+    word = "|".join(re.escape(word) + _ENDED if word in _ORDINARY else _whole(word) for word in longest_first)
+    yes, no = ("|".join(_whole(word) for word in longest_first if meaning[word] == choice) for choice in (0, 1))
+    answer = re.sub(f"(?:{yes}){_OR}(?:{no})|(?:{no}){_OR}(?:{yes})|是否|{_UNKNOWING}", " ", answer)
     if first := re.match(f"{_OPENING}({word})", answer):
         return meaning[first[1]]
     said = {meaning[found[1]] for found in re.finditer(rf"(?<!\w)({word})(?!\w)", answer)}
@@ -71,12 +72,13 @@ def option(answer: str, choices: tuple[str, str]) -> int | None:
     answer = unicodedata.normalize("NFKC", answer)
     if _BOTH.match(answer):
         return None
+    chosen = _PASSED_OVER.sub(" ", answer)
     plain = _plain(answer)
     first, second = (_plain(choice) for choice in choices)
-    named = {found[found.lastindex] for found in _NAMED.finditer(answer)
-             if not _plain(answer[found.start(found.lastindex):]).startswith((first, second))}
-    if len(named) == 1:
-        return "AB".index(named.pop())
+    named = {found[found.lastindex] for found in _NAMED.finditer(chosen)
+             if not _plain(chosen[found.start(found.lastindex):]).startswith((first, second))}
+    if named:
+        return "AB".index(named.pop()) if len(named) == 1 else None
     if first in second or second in first:               # "He ran" in "He ran away": the longer is looked for first
         longer, shorter = sorted((first, second), key=len, reverse=True)
         without = plain.replace(longer, " ")
@@ -85,17 +87,20 @@ def option(answer: str, choices: tuple[str, str]) -> int | None:
         occurs = {text: text in plain for text in (first, second)}
     if occurs[first] and occurs[second]:
         return None
-    if begins := re.match(_OPENING + r"([AB])(?:\W*$|\s*[*_]*[.:)\],\-–*]|\s)", answer):
+    if begins := re.match(_OPENING + r"([AB])(?:[\W_]*$|\s*[*_]*[.:)\],\-–*。、]|\s)", answer):
         letter = "AB".index(begins[1])
         rest = answer[begins.end(1):]
-        if re.match(r"\s*$|\s*[*_]*[.:)\],\-–*\n]", rest) or _plain(rest).startswith((first, second)[letter]):
+        if re.match(r"[\W_]*$|\s*[*_]*[.:)\],\-–*。、\n]", rest) or _plain(rest).startswith((first, second)[letter]):
             return letter
-    marked = {"".join(groups) for groups in _MARKED.findall(answer)}
-    if len(marked) == 1:
-        return "AB".index(marked.pop())
-    if len(marked) == 2:
-        return None
+    if marked := {"".join(groups) for groups in _MARKED.findall(chosen)}:
+        alone = marked | set(re.findall(r"(?<!\w)[AB](?!\w)", chosen))
+        return "AB".index(marked.pop()) if len(alone) == 1 else None
     return 0 if occurs[first] else 1 if occurs[second] else None
+
+
+def _whole(word: str) -> str:
+    """The pattern of a word with no letter behind it, in scripts that part words."""
+    return re.escape(word) + ("" if _UNSPACED.search(word) else r"(?![^\W_])")
 
 
 def _normal(text: str) -> str:

@@ -141,10 +141,15 @@ class Packed:
         heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         output = (flex or _compiled_flex())(*heads_first, block_mask=self.block_mask,
                                             score_mod=None if slopes is None else self.score_mod(slopes),
-                                            enable_gqa=query.shape[1] != key.shape[1])
+                                            enable_gqa=query.shape[1] != key.shape[1],
+                                            # the kernel for few queries has no choice of blocks for some numbers
+                                            kernel_options={"FORCE_USE_FLEX_ATTENTION": True})
         return output.squeeze(0).transpose(0, 1)
 
 
 @functools.cache
 def _compiled_flex():
+    # Each of keys with gradients and without, one block and several, static sizes and others is a variant of its own;
+    # from the ninth on attention would run unfused, which takes H x N x N numbers of memory.
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(flex_attention)

@@ -333,7 +333,7 @@ def _language_of_file(file: Path) -> str | None:
         language = languages.find(OTHER_NAMES.get(code, code))
         return language.code if script in (language.script, "Hang" if language.script == "Kore" else "") else None
     except UserError:
-        return languages.find(name).code if name in languages.LANGUAGES else None
+        return name if name in languages.LANGUAGES | languages.BENCHMARK_ONLY else None
 
 
 def _translation_set(files) -> str:

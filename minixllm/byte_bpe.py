@@ -164,10 +164,14 @@ class ByteLevelBPE(Tokenizer):
         self.merger = self._merger(model, vocab, special)
         self.control = special
         self.prefix, self.suffix = self._post_processor(content, vocab)
-        # Added tokens that are not special are found in text before anything else, the longest of those at one place.
+        # Added tokens that are not special are found in text before anything else, the longest of those at one place;
+        # first those that no normaliser would touch.
         self.added = {token["content"]: token["id"] for token in added}
-        texts = sorted(self.added, key=len, reverse=True) if set(self.added.values()) - special else []
-        self.added_pattern = re.compile("|".join(map(re.escape, texts))) if texts else None
+        self.added_patterns = []
+        for normalized in (False, True):
+            texts = [token["content"] for token in added if token.get("normalized", False) == normalized]
+            if {self.added[text] for text in texts} - special:
+                self.added_patterns.append(re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True)))))
         self.sign(self.prefix, self.suffix, self.bos_id, self.eos_id, self.pad_id)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
@@ -183,15 +187,20 @@ class ByteLevelBPE(Tokenizer):
         return self.prefix + ids + self.suffix if add_special_tokens else ids
 
     def _encode(self, text: str) -> list[int]:
-        if self.added_pattern is None:
-            return self._encode_ordinary(text)
-        ids, start = [], 0
-        for match in self.added_pattern.finditer(text):
+        parts = [text]
+        for pattern in self.added_patterns:
+            parts = [cut for part in parts for cut in ([part] if isinstance(part, int) else self._cut(pattern, part))]
+        return [i for part in parts for i in ([part] if isinstance(part, int) else self._encode_ordinary(part))]
+
+    def _cut(self, pattern: re.Pattern, text: str) -> list:
+        """The text in pieces, with the ids of the added tokens that are found between them."""
+        parts, start = [], 0
+        for match in pattern.finditer(text):
             token = self.added[match.group()]
             if token not in self.control:
-                ids += self._encode_ordinary(text[start:match.start()]) + [token]
+                parts += [text[start:match.start()], token]
                 start = match.end()
-        return ids + self._encode_ordinary(text[start:])
+        return [*parts, text[start:]]
 
     def _encode_ordinary(self, text: str) -> list[int]:
         return list(itertools.chain.from_iterable(map(self.merger.__getitem__, split(self.steps, text))))

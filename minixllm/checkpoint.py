@@ -81,10 +81,15 @@ def read_config(directory):
     if values.get("quantization_config") is not None:
         raise UserError(f"{path}: quantization_config: found quantised weights, expected fp32, bf16 or fp16")
     config_class, model_class = ARCHITECTURES[model_type]
+    generation = read_generation_config(directory)
+    where = path
     try:
         config = config_class.from_dict(values)
+        if generation.get("eos_token_id") is not None:  # what ends an answer of a chat model may stand there alone
+            where = path.with_name("generation_config.json")
+            config = config_class.from_dict(values | {"eos_token_id": generation["eos_token_id"]})
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
 
     tensors = find_tensors(directory)
     if adapter and (directory / "adapter_model.safetensors").exists():
@@ -92,7 +97,6 @@ def read_config(directory):
     if config.num_hidden_layers > len(tensors):  # rather than build a billion layers to find them missing
         raise UserError(f"{path}: num_hidden_layers: found {config.num_hidden_layers}, "
                         f"but there are only {len(tensors)} tensors in {directory}")
-    read_generation_config(directory)  # what is wrong with it shall not come out when the trained model is saved
     try:
         model = build(config, model_class)
     except RuntimeError as error:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from minixllm import prompts
+from minixllm.attention import Packed
 from minixllm.errors import UserError
 from minixllm.languages import find
 from minixllm.records import Instruction, Preference, read_instructions, read_preferences
@@ -72,7 +73,7 @@ def encode_preference(record: Preference, tokenizer, max_length: int, too_long: 
     counts.tokens = sum(map(len, answers)) - 2
     counts.characters = len(record.chosen) + len(record.rejected)
     if len(prompt) + max(map(len, answers)) > max_length:
-        half = max_length // 2
+        half = max(1, max_length // 2)
         if len(prompt) > half:
             bos = prompt[:1] if prompt[0] == tokenizer.bos_id else []
             prompt = bos + prompt[len(prompt) - half + len(bos):]
@@ -150,7 +151,6 @@ class PreferenceData(TokenCache):
         settings = {"max_length": max_length, "too_long": too_long}
         super().__init__(paths, tokenizer, cache_dir, read_preferences, encode_preference, settings, workers)
         self.lengths = self.segments.sum(1, dtype=np.int32) - 1
-        self.supervised = self.segments[:, 1:].sum(1, dtype=np.int32)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(input_ids, labels), int64 of the pair's length: trunk, chosen branch, rejected branch."""
@@ -188,15 +188,18 @@ class Batch:
     documents: list
     records: list[int]
 
-    @property
-    def answers(self) -> torch.Tensor:
-        """(N,) long: the answer each token belongs to, to sum by; i for the i-th document, 2i and 2i + 1 for a pair's.
+    def logps(self, model) -> torch.Tensor:
+        """(N,) fp32: the log-probability of each label, 0 where there is none."""
+        device = model.embedding.weight.device
+        return model(self.input_ids.to(device), Packed(self.documents, device), self.labels.to(device))
 
-        (A trunk, in which nothing is supervised, counts as the first of its answers.)
-        """
-        lengths = [length for document in self.documents for length in (
+    def answer_logps(self, model) -> torch.Tensor:
+        """(answers,) fp32, one for each record, of pairs two: their labels' log-probabilities, EOS included, summed."""
+        lengths = [length for document in self.documents for length in (  # a trunk, without labels, joins an answer
             [document] if isinstance(document, int) else [document[0] + document[1][0], *document[1][1:]])]
-        return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        # by splits: a GPU adds by index in no fixed order, and a resumed run would differ
+        sums = torch.stack([answer.sum() for answer in self.logps(model).split(lengths)])
+        return sums if self.records else sums[:0]  # none of an empty batch, which only keeps its rank in step
 
 
 @dataclass
@@ -319,7 +322,7 @@ def pack(lengths, capacity: int, open_rows: int = 32, window: int = 2**14) -> tu
     open rows; where a document fits none, the fullest is closed. Windows of documents are packed independently, which
     lets numpy pack all of them at once.
     """
-    n = len(lengths)
+    n, capacity = len(lengths), min(capacity, 2**31 - 2)  # `room` is of int32
     windows = -(-n // window)
     padded = np.zeros(windows * window, np.int32)
     padded[:n] = lengths

@@ -15,7 +15,6 @@ import torch
 from tqdm import tqdm
 
 from minixllm import lora
-from minixllm.attention import Packed
 from minixllm.datasets import in_order
 from minixllm.errors import atomic_write
 from minixllm.losses import dpo_loss, ipo_loss
@@ -24,10 +23,7 @@ from minixllm.tokencache import file_digest
 
 def pair_logps(model, batch) -> torch.Tensor:
     """(P, 2) fp32: log-probabilities of the chosen and the rejected answer of each pair, EOS included, summed."""
-    device = model.embedding.weight.device
-    logps = model(batch.input_ids.to(device), Packed(batch.documents, device), batch.labels.to(device))  # (N,)
-    sums = logps.new_zeros(2 * len(batch.documents)).index_add(0, batch.answers.to(device), logps)
-    return sums.view(-1, 2)[:len(batch.records)]  # none of an empty batch, which only keeps its rank in step
+    return batch.answer_logps(model).view(-1, 2)
 
 
 def compare(model, batch, reference, kind: str, beta: float, label_smoothing: float,
@@ -115,27 +111,3 @@ def _stored(path: Path, pairs: int) -> torch.Tensor | None:
     except (OSError, ValueError, EOFError):
         return None
     return table if table.shape == (pairs, 2) else None
-
-
-# Held-out pairs
-
-@torch.no_grad()
-def evaluate_pairs(world, data, records, compare, tokens: int) -> dict[str, float]:
-    """Means over held-out pairs: {"loss": ..., "accuracy": ..., "accuracy/deu>fra": of one pair of languages, ...}.
-
-    A collective. `compare(batch)`: as the function of that name, with all else filled in. `tokens`: computed at once.
-    {} where no pair is held out.
-    """
-    if not len(records):
-        return {}
-    totals = torch.zeros(len(data.language_names), 8, dtype=torch.float64)  # seven quantities, and how many pairs
-    for batch in in_order(data, records, tokens, world.rank, world.size):
-        quantities = compare(batch)
-        rows = torch.stack([*quantities.values(), torch.ones(len(batch.records), device=world.device)], dim=1)  # (P, 8)
-        totals.index_add_(0, torch.as_tensor(data.languages[batch.records], dtype=torch.long), rows.double().cpu())
-    totals = world.sum(totals.to(world.device)).cpu()
-    means = dict(zip(quantities, (totals.sum(0) / totals[:, -1].sum()).tolist()))
-    for language, row in zip(data.language_names, totals):
-        if row[-1]:
-            means |= {f"{name}/{language}": (value / row[-1]).item() for name, value in zip(quantities, row)}
-    return means

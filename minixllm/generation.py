@@ -57,7 +57,7 @@ class Sampling:
         if self.temperature == 0:
             # numpy's argmax where it can be had: torch's is over ten times slower on a CPU
             return logits.float().numpy(force=True).argmax(-1).tolist() if logits.is_cpu else logits.argmax(-1).tolist()
-        logits = logits.float() / self.temperature
+        logits = (logits - logits.amax(-1, keepdim=True)).float() / self.temperature  # none becomes infinite
         if self.top_k is None and self.top_p is None:
             return _draw(logits.softmax(-1), uniform).tolist()
         top, tokens = logits.topk(min(self.top_k or NUCLEUS, logits.shape[-1]))  # falling

@@ -15,11 +15,11 @@ MAIN = {"pawsx": "accuracy", "xcopa": "accuracy", "translation": "BLEU", "xlsum"
 BLEU_TOKENIZERS = {"zho_simpl": "zh", "zho_trad": "zh"} | dict.fromkeys(("jpn", "tha", "lao", "khm", "mya"), "char")
 
 
-def score(predictions: list[dict], bleu_tokenizer: str | None = None, segment: bool = False, identify=None) -> dict:
+def score(predictions: list[dict], bleu_tokenizer: str | None = None, segment: bool = False, identifier=None) -> dict:
     """{metric: Score} of one language or direction, the paper's metric first.
 
     bleu_tokenizer: for all languages; None takes 13a, zh for Chinese and char where no spaces are written.
-    identify: (text -> FLORES code, the codes it knows, its name) of a language identifier; None leaves off_target out.
+    identifier: as `languages.identifier` gives it; None leaves off_target out.
     """
     benchmark, target = predictions[0]["benchmark"], predictions[0]["target"]
     parsed, references = [p["parsed"] for p in predictions], [p["reference"] for p in predictions]
@@ -31,8 +31,8 @@ def score(predictions: list[dict], bleu_tokenizer: str | None = None, segment: b
     else:
         scores = scorers.rouge(parsed, references, *(word_segmenter(target) if segment else ()))
         scores["exact_match"] = scorers.exact_match(parsed, references)
-    if identify and target in identify[1]:
-        scores["off_target"] = scorers.off_target(parsed, target, identify[0], identify[2])
+    if identifier and target in identifier[1]:
+        scores["off_target"] = scorers.off_target(parsed, target, identifier[0], identifier[2])
     return scores
 
 
@@ -103,23 +103,6 @@ def word_segmenter(code: str) -> tuple:
         raise UserError(f"segmenting {code} into words needs jieba (Chinese), pythainlp (Thai) or fugashi with a "
                         f"dictionary (Japanese): {error}") from None
     return ()
-
-
-def language_identifier():
-    """(text -> FLORES code or the identifier's own label, codes it knows, name) by py3langid; None without it."""
-    try:
-        import py3langid
-    except ImportError:
-        return None
-    from importlib.metadata import version
-    known = {label for label, _ in py3langid.rank("")}
-    labels = {}                       # its label -> our code; Norwegian is "no" there, Tagalog "tl", Fula "fuv"
-    for language in [*languages.LANGUAGES.values(), languages.find("eng")]:
-        label = {"nb": "no", "fil": "tl", "ff": "fuv", "ckb": "ku"}.get(language.tag, language.tag)
-        if label in known:
-            labels[label] = language.code
-    return (lambda text: labels.get(label := py3langid.classify(text)[0], label)), set(labels.values()), \
-        f"py3langid-{version('py3langid')}"
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------

@@ -283,10 +283,10 @@ def exact_match(hypotheses: list[str], references: list[str]) -> Score:
                 signed("exact_match", case="mixed", strip="ends"))
 
 
-def off_target(outputs: list[str], language: str, identify, identifier: str) -> Score:
+def off_target(outputs: list[str], language: str, is_in, identifier: str) -> Score:
     """Share of outputs that are not in the asked language (Zhang et al. 2020); an empty output is in none.
 
-    identify: text -> language code, in the same codes as `language`; identifier: its name, for the signature.
+    is_in(text, language): what an identifier of languages says; identifier: its name, for the signature.
     """
-    return mean([not output.strip() or identify(output) != language for output in outputs],
+    return mean([not (output.strip() and is_in(output, language)) for output in outputs],
                 signed("off_target", lid=identifier))

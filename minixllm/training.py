@@ -12,11 +12,11 @@ import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from minixllm import resume
-from minixllm.attention import Packed
 from minixllm.datasets import in_order
 from minixllm.errors import UserError, atomic_write
 from minixllm.meter import Meter, announce
@@ -145,7 +145,8 @@ def train_step(model, world, settings, stream, loss_fn, optimizer, meter, step, 
     if batch.count == 0:
         raise UserError(f"step {step}: every token of the batch is masked, nothing can be learnt from its records: "
                         + first_few(where(stream, batch.micro_batches)))
-    torch.manual_seed(settings.seed + (step * world.size + world.rank << 16))  # dropout, the same after a resume
+    # dropout, the same after a resume; a CPU's generator takes 32 bits of its seed
+    torch.manual_seed(int(np.random.SeedSequence([settings.seed, step, world.rank]).generate_state(1)[0]))
     losses, sums = [], {}
     for micro_batch in batch.micro_batches:
         loss, extras = loss_fn(model, micro_batch)
@@ -260,26 +261,33 @@ def stop_signals():
 
 def sft_loss(model, batch):
     """The summed negative log-likelihood of a micro-batch's labels; nothing else to log."""
-    device = model.embedding.weight.device
-    return -model(batch.input_ids.to(device), Packed(batch.documents, device), batch.labels.to(device)).sum(), {}
+    return -batch.logps(model).sum(), {}
 
 
 @torch.no_grad()
-def held_out_loss(model, world: World, data, records, tokens: int) -> dict[str, float]:
-    """Mean loss per supervised token: {"loss": of all `records`, "loss/deu": of one language, ...}. A collective.
+def held_out_means(world: World, data, records, tokens: int, measure) -> dict[str, float]:
+    """Means over held-out records: {"loss": of all, "loss/deu": of one language, ...}. A collective.
 
-    tokens: how many are computed at a time. {} where no record is held out.
+    measure(batch) -> {"loss": of each record (R,), ...}, summed and divided by what the loss of these records is
+    divided by, `data.count`. tokens: how many are computed at a time. {} where no record is held out.
     """
     if not len(records):
         return {}
-    totals = torch.zeros(2, len(data.language_names), dtype=torch.float64, device=world.device)
+    totals = torch.zeros(())
     for batch in in_order(data, records, tokens, world.rank, world.size):
-        labels = batch.labels.to(world.device)
-        logps = model(batch.input_ids.to(world.device), Packed(batch.documents, world.device), labels)
-        if batch.records:
-            languages = torch.as_tensor(data.languages[batch.records], dtype=torch.long)[batch.answers].to(world.device)
-            totals.index_add_(1, languages, torch.stack([-logps.double(), (labels >= 0).double()]))  # languages (N,)
-    losses, counts = world.sum(totals).tolist()
-    languages = sorted(zip(data.language_names, losses, counts))
-    return {"loss": sum(losses) / max(sum(counts), 1)} | {
-        f"loss/{name}": loss / count for name, loss, count in languages if count}
+        quantities = measure(batch)
+        rows = torch.stack([*quantities.values()], dim=1).double().cpu()  # (R, quantities)
+        languages = torch.as_tensor(data.languages[batch.records], dtype=torch.long)
+        totals = totals + rows.new_zeros(len(data.language_names), rows.shape[1]).index_add_(0, languages, rows)
+    totals = world.sum(totals.to(world.device)).cpu()
+    means = dict(zip(quantities, (totals.sum(0) / data.count(records)).tolist()))
+    for row, name in sorted(enumerate(data.language_names), key=lambda language: language[1]):
+        if len(own := records[data.languages[records] == row]):
+            means |= {f"{quantity}/{name}": total / data.count(own)
+                      for quantity, total in zip(quantities, totals[row].tolist())}
+    return means
+
+
+def held_out_loss(model, world: World, data, records, tokens: int) -> dict[str, float]:
+    """Mean loss per supervised token, as `held_out_means` gives it."""
+    return held_out_means(world, data, records, tokens, lambda batch: {"loss": -batch.answer_logps(model)})

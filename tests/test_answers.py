@@ -49,6 +49,10 @@ YES_NO = [
     ("zho_simpl", "两个句子的意思是不一样的。", UNCLEAR), ("zho_simpl", "句子1并非是句子2的改写。", UNCLEAR),
     ("zho_simpl", "但是我不知道", UNCLEAR), ("zho_simpl", "是句子2的改写吗？", UNCLEAR), ("zho_simpl", "否定句", UNCLEAR),
     ("zho_simpl", "是，意思相同", YES), ("zho_simpl", "不是改写", NO), ("zho_simpl", "答案是：否。", NO),
+    ("eng", "Yes and nothing differs.", YES), ("deu", "Ja und noch eine Anmerkung: gleich.", YES),
+    ("fra", "Oui et notez que le sens est le même.", YES), ("spa", "Sí y nosotros lo confirmamos.", YES),
+    ("eng", "No or yes", UNCLEAR), ("eng", "no/yes", UNCLEAR), ("deu", "nein oder ja", UNCLEAR),
+    ("fra", "non ou oui", UNCLEAR), ("eng", "_Yes_", YES), ("eng", "__No__", NO), ("eng", "### Answer: No", NO),
 ]
 
 PAIR = ("It was fragile.", "It was small.")
@@ -88,6 +92,13 @@ OPTIONS = [
     (ITALIAN, "A causa del vetro", UNCLEAR),
     (CHINESE, "它很易碎", A), (CHINESE, "B：它很小。", B), (CHINESE, "选A。", UNCLEAR), (CHINESE, "-A: 它很易碎。，-B: 它很小。", UNCLEAR),
     (CHINESE, "(A)", A),
+    (PAIR, "Option A is more plausible than option B.", A), (PAIR, "B is more likely than A.", B),
+    (PAIR, "I would choose option A over option B.", A), (PAIR, "Option B, not option A.", B),
+    (PAIR, "I'd go with A instead of B.", A), (PAIR, "The answer is not A.", UNCLEAR),
+    (PAIR, "The answer is either A or B.", UNCLEAR), (PAIR, "I cannot choose between A and B.", UNCLEAR),
+    (PAIR, "Option A and option B are alike.", UNCLEAR), (PAIR, "It is (A) or (B).", UNCLEAR),
+    (PAIR, '"A"', A), (PAIR, "‘B’", B), (PAIR, "`A`", A), (PAIR, "_B_", B), (PAIR, "A!", A), (PAIR, "A;", A),
+    (CHINESE, "A。", A), (CHINESE, "B、它很小", B),
     (NESTED, "He ran away.", B), (NESTED, "He ran.", A), (NESTED, "He ran. He ran away.", UNCLEAR),
 ]
 
@@ -107,4 +118,6 @@ def test_an_echoed_prompt_says_nothing():
     assert answers.clean(prompt + " No", prompt) == "No"
     assert answers.clean(prompt, prompt) == ""
     assert answers.yes_no(answers.clean(prompt, prompt), words("eng")) is None
+    for headed in ("### Summary\nThe mayor resigned.", "The steps:\n\n### Step 1\nMix."):
+        assert answers.clean(headed) == answers.clean(headed + "\n\n### Input:\nMore.") == headed
     assert answers.clean("plain text\nof two lines") == "plain text\nof two lines"

@@ -104,7 +104,7 @@ def test_directions():
 
 
 @pytest.mark.parametrize("name, code", [
-    ("fra.devtest", "fra"), ("fra_Latn.devtest", "fra"), ("zho_Hans.dev", "zho_simpl"),
+    ("fra.devtest", "fra"), ("fra_Latn.devtest", "fra"), ("zho_Hans.dev", "zho_simpl"), ("zho_trad.devtest", "zho_trad"),
     ("zho_simpl.devtest", "zho_simpl"), ("arb_Arab.devtest", "ara"),
     ("arb_Latn.devtest", None), ("kor_Hang.devtest", "kor"), ("newstest2019-ref.fra.txt", "fra"),
     ("newstest2019-src.eng.txt", "eng"),

@@ -352,7 +352,9 @@ def test_ctrl_c_does_not_wait_for_answers(tmp_path):
             [sys.executable, "-m", "minixllm.build", "instructions", "--data", str(alpaca(tmp_path)), "--output",
              str(tmp_path / "out"), "--languages", "mri", "--translator", f"google@{server.url}", "--generator",
              f"chat:m@{server.url}", "--timeout", "60"],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            # a shell's background processes, and so their children, ignore it
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         while server.number <= 50 and build.poll() is None:
             time.sleep(0.05)
         build.send_signal(signal.SIGINT)
@@ -721,11 +723,27 @@ def test_filters(changed, generated, reason):
     ("It has 1,000,000 towns.", "इसमें १०,००,००० नगर हैं।", None),
     ("It has 1,000 towns.", "它有１０００个镇", None),
     ("It has 1,000 towns.", "Es hat 100 oder 10 000 Städte.", "lost number"),
+    ("It costs 50,000 yen.", "5万円かかります。", None),
+    ("It has 100,000 people and 2.4 million cars.", "有10万人和240万辆汽车。", None),
+    ("It costs 50,000 yen.", "6万円かかります。", "lost number"),
+    ("It costs 50,000 yen.", "Es kostet 5 Yen.", "lost number"),
     ("Take 10, 20 or 30.", "取10,20或30", None),
     ("Take 10,20,30 away.", "Nimm 10, 20, 30 weg.", None),
 ])
 def test_what_scripts_write_differently(source, target, reason):
     assert instructions.fault(Instruction(source, "", "y"), (target, "", "y"), True) == reason
+
+
+@pytest.mark.parametrize("text, refuses", [
+    ("I'm sorry, but I can't help with that.", True), ("Sorry, I cannot do that.", True),
+    ("I apologize, but I am unable to say.", True), ("As an AI language model, I have no taste.", True),
+    ("As an AI, I have none.", True), ("I cannot assist you there.", True), ("I'm not able to see it.", True),
+    ("I'm sorry if I snapped at you.", False), ("I'm sorry it is raining, stay in.", False),
+    ("I'm sorry I'm late.", False), ("Sorry, I am busy.", False), ("I can't help falling in love with you.", False),
+    ("As an AI engineer, I design networks.", False), ("I apologize, but it was late.", False),
+])
+def test_refusals_are_not_ordinary_regrets(text, refuses):
+    assert bool(instructions.REFUSALS.match(text)) == refuses
 
 
 def test_what_a_translation_keeps():

@@ -190,6 +190,17 @@ def test_added_tokens_that_are_not_special_are_found(pair, tmp_path):
           ["a<call>b <call>er<end>x <call", "ö§ö§", "<end><call>", "x <s>ö§</s>"])
 
 
+@pytest.mark.parametrize("added", [
+    [("<to", False), ("<tool>", True)], [("<to", True), ("<tool>", False)], [("</s", True)], [("</s", False)]])
+def test_added_tokens_are_found_those_first_that_are_not_normalized(added, pair, tmp_path):
+    shape, oracle, ours = pair
+    oracle = tokenizers.Tokenizer.from_file(str(ours.path))
+    oracle.add_tokens([tokenizers.AddedToken(text, normalized=normalized) for text, normalized in added])
+    oracle.encode_special_tokens = True
+    oracle.save(str(tmp_path / "tokenizer.json"))
+    check(shape, oracle, ByteLevelBPE(tmp_path / "tokenizer.json"), ["a <tool> b<to", "x</s></s> y", "<to</s><tool>"])
+
+
 def test_older_files_write_merges_as_strings(pair, tmp_path):
     shape, oracle, ours = pair
     content = json.loads(ours.path.read_text())

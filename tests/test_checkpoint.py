@@ -361,6 +361,19 @@ def test_stop_tokens_of_a_model_without_generation_config_are_kept(tokenizer, tm
     assert read_generation_config(tmp_path / "saved")["eos_token_id"] == [2, 5, 7]
 
 
+def test_stop_tokens_may_stand_in_generation_config_alone(tokenizer, tmp_path):
+    model = build(LlamaConfig(**LLAMA | {"eos_token_id": 2}), Llama)
+    initialise(model, 0)
+    save_model(model, tmp_path / "saved")
+    path = tmp_path / "saved/generation_config.json"
+    for written, stops in (('{"eos_token_id": [2, 18]}', [2, 18]), ('{"eos_token_id": null}', 2), ("{}", 2)):
+        path.write_text(written)
+        assert read_config(tmp_path / "saved")[0].eos_token_id == stops
+    path.write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(UserError, match="generation_config.json: eos_token_id: found '</s>', expected a token id"):
+        read_config(tmp_path / "saved")
+
+
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tokenizer, tmp_path):
     save_model(small(tokenizer.vocab_size - 1), tmp_path / "saved", tokenizer)
     with pytest.raises(UserError, match=f"tokenizer has {tokenizer.vocab_size} ids.*{tokenizer.vocab_size - 1} rows"):

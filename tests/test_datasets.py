@@ -306,11 +306,10 @@ def test_batches_are_documents_end_to_end(sft):
             assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
             assert sum(batch.documents) == len(batch.input_ids) == len(batch.labels) <= 2 * 512
             start = 0
-            for number, (record, length) in enumerate(zip(batch.records, batch.documents, strict=True)):
+            for record, length in zip(batch.records, batch.documents, strict=True):
                 inputs, labels = sft[record]
                 np.testing.assert_array_equal(batch.input_ids[start:start + length], inputs)
                 np.testing.assert_array_equal(batch.labels[start:start + length], labels)
-                assert (batch.answers[start:start + length] == number).all()
                 start += length
 
 
@@ -423,12 +422,19 @@ def test_a_packed_document_does_not_touch_its_neighbours(sft, model):
 
 
 @torch.no_grad()
+def test_an_answer_is_the_sum_of_its_labels(sft, model):
+    batch = Stream(sft, 0, 8, 8, 512).batch(0).micro_batches[0]
+    expected = [part.sum() for part in batch.logps(model).split(batch.documents)]
+    torch.testing.assert_close(batch.answer_logps(model), torch.stack(expected))
+    assert collate(sft, []).answer_logps(model).shape == (0,)
+
+
+@torch.no_grad()
 def test_a_pair_scores_as_its_two_sequences_do(tmp_path, model):
     entries = [PAIR, PAIR | {"chosen": "non, merci", "rejected": "?"}]
     data = PreferenceData(write(tmp_path / "a.jsonl", entries), Bytes(), 400, tmp_path / "cache")
     batch = collate(data, [1, 0])
-    logps = model(batch.input_ids, Packed(batch.documents), labels=batch.labels)
-    sums = torch.zeros(4).index_add(0, batch.answers, logps)
+    sums = batch.answer_logps(model)
     for k, record in enumerate([1, 0]):
         prompt, *answers = map(torch.from_numpy, data.read(record))
         for side, answer in enumerate(answers):
@@ -494,12 +500,10 @@ def test_a_pair_is_one_document_of_two_branches(tmp_path):
     prompt, chosen, rejected = Bytes().encode(text, True), Bytes().encode("oui") + [2], Bytes().encode("yes!") + [2]
     batch = collate(data, [0, 0])
     trunk = len(prompt) - 1
-    assert batch.documents == [(trunk, [4, 5])] * 2 and data.lengths[0] == trunk + 9 and data.supervised[0] == 9
+    assert batch.documents == [(trunk, [4, 5])] * 2 and data.lengths[0] == trunk + 9
     inputs, labels = batch.input_ids[:trunk + 9].tolist(), batch.labels[:trunk + 9].tolist()
     assert inputs == prompt + chosen[:-1] + prompt[-1:] + rejected[:-1]
     assert labels == [IGNORE] * trunk + chosen + rejected
-    labelled = batch.labels != IGNORE
-    assert torch.bincount(batch.answers[labelled]).tolist() == [4, 5, 4, 5]
     assert data.language_names == ["eng>fra"]
     assert Stream(data, 0, 4, 2).batch(0).count == 1
     empty = collate(data, [])

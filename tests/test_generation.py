@@ -160,6 +160,8 @@ def test_sampling_never_takes_the_impossible():
         for how in (dict(), dict(top_k=45), dict(top_p=1.0)):
             chosen = Sampling(temperature=1.0, **how).choose(logits, [uniform] * 300)
             assert 0 < min(chosen) and max(chosen) < 40
+    for how in (dict(), dict(top_p=0.9), dict(top_k=2)):  # nor does a quotient beyond the type's range
+        assert Sampling(temperature=1e-39, **how).choose(torch.tensor([[1.0, -2.0, 3.0, 0.0]]), [0.5]) == [2]
     draws = Sampling(seed=3).uniform(2, 100_000)
     assert 0 <= min(draws) and max(draws) < 1 and draws == Sampling(seed=3).uniform(2, 100_000)
 

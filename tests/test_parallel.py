@@ -147,6 +147,15 @@ def two_processes(world):
     world.barrier()
     model(documents(world.rank)).sum().backward()
 
+    # the sums of an embedding's gradient do not stagnate in bf16
+    model, whole = sharded_model(world, torch.bfloat16), plain_model()
+    ids, labels = torch.full((1, 4000), 3), torch.full((1, 4000), 7)
+    for each in (model, whole):
+        (-each(ids, labels=labels).sum() / 4000).backward()
+    expected = 2 * whole.model.embed_tokens.weight.grad[3]  # both processes have the same document
+    found = model.model.embed_tokens.weight.grad.full_tensor()[3]
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
     # nobody passes a barrier before the last has come
     began = time.time()
     time.sleep(0.5 * world.rank)

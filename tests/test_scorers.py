@@ -252,7 +252,7 @@ def test_lcs_against_the_table():
 def test_accuracy_exact_match_off_target_democratization():
     assert scorers.accuracy([1, 0, None, 1], [1, 1, 0, 1]).value == 50
     assert scorers.exact_match([" a ", "b", ""], ["a", "B", ""]).value == pytest.approx(200 / 3)
-    assert scorers.off_target(["x1", "", "y1", "x2"], "x", lambda text: text[0], "first-letter").value == 50
+    assert scorers.off_target(["x1", "", "y1", "x2"], "x", str.startswith, "first-letter").value == 50
     assert scorers.accuracy([], []).value == 0
     assert statistics.democratization({"a": 10, "b": 20, "c": 30}) == pytest.approx(100 * 20 / 30)
     assert statistics.democratization({"a": 0.0}) == 0 and statistics.democratization({}) == 0
@@ -266,7 +266,7 @@ def test_accuracy_exact_match_off_target_democratization():
 @pytest.mark.parametrize("score", [
     scorers.accuracy([1], [1]), scorers.bleu(["a"], ["a"]), scorers.chrf(["a"], ["a"], 2),
     scorers.rouge(["a"], ["a"])["rougeL"],
-    scorers.exact_match(["a"], ["a"]), scorers.off_target(["a"], "x", lambda text: "x", "always-x")])
+    scorers.exact_match(["a"], ["a"]), scorers.off_target(["a"], "x", lambda text, code: True, "always-x")])
 def test_every_score_carries_its_signature(score):
     assert "|minixllm:" in score.signature and 0 <= score.value <= 100
 

@@ -209,9 +209,10 @@ def quality(runner: Runner, paths, sample: set[int], plan: Plan, label: str) -> 
 
 # -- filters --------------------------------------------------------------------------------------------------------
 
-REFUSALS = re.compile(r"\W*(?:as an ai\b|as a(?: large)? language model|i['’]?m sorry,? (?:but|i)|"
-                      r"i apologi[sz]e,? but|sorry,? (?:but )?i (?:can|am)|i(?: am|['’]m) (?:unable|not able) to|"
-                      r"i can(?:not|['’]t) (?:help|assist|fulfil|provide))", re.IGNORECASE)
+REFUSALS = re.compile(r"\W*(?:as an ai(?: (?:language )?(?:model|assistant))?\s*,|as a(?: large)? language model|"
+                      r"(?:(?:i['’]?m |i am )?sorry|i apologi[sz]e),? (?:but )?"
+                      r"(?:i can(?:not|['’]t)|i(?: am|['’]m) (?:unable|not able))|i(?: am|['’]m) (?:unable|not able) to|"
+                      r"i can(?:not|['’]t) (?:help (?:you|with)|assist|fulfil|provide))", re.IGNORECASE)
 # what a translation must keep as it is; addresses are ASCII, for some scripts go on behind them without a space
 VERBATIM = re.compile(r"(?:https?://|www\.)(?a:[\w./?=&%#~:+@!$,;*-]*[\w/])|```.*?```|`[^`\n]+`|\{\{?\w*\}?\}|"
                       r"%[sd](?![A-Za-z])|</?[A-Za-z_][\w-]*>|_{3,}", re.DOTALL)
@@ -219,6 +220,7 @@ VERBATIM = re.compile(r"(?:https?://|www\.)(?a:[\w./?=&%#~:+@!$,;*-]*[\w/])|```.
 PUNCTUATION = re.compile(r"[\s!-/:-@\[-`{-~\u00a1-\u00bf\u060c\u061b\u061f\u06d4\u0964\u0965"
                          r"\u2000-\u206f\u3000-\u303f]+")
 NUMBER = re.compile(r"\d+(?:[.,'’\u00a0\u202f\u066b\u066c]\d+)*")
+MYRIADS = re.compile(r"\d\s?[千百万萬만亿億억천백]")
 # one word eight times, or one piece of up to twelve characters, with a letter in it, ten times
 LOOP = re.compile(r"(?<!\S)(?=\S{0,39}[^\W\d_])(\S{1,40})(?:\s+\1){7}(?!\S)|([^\W\d_]\S{0,11}?)\2{9}")
 
@@ -238,7 +240,8 @@ def fault(record: Instruction, made: tuple[str, str, str], generated: bool) -> s
             return "untranslated"
         if not set(VERBATIM.findall(source)) <= set(VERBATIM.findall(target)):
             return "lost placeholder, URL or code"
-        if not numbers(source) <= possible_numbers(target):
+        zeros = "0" if MYRIADS.search(target) else ""  # 50,000 is 5万, 2.4 million 240万
+        if not {n.rstrip(zeros) for n in numbers(source)} <= {n.rstrip(zeros) for n in possible_numbers(target)}:
             return "lost number"
         if len(source) >= 20 and not 0.15 <= len(target) / len(source) <= 5:
             return "length ratio"
@@ -278,27 +281,18 @@ def normal(text: str) -> str:
     return PUNCTUATION.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
 
 
-# which languages py3langid takes for each other: 10 % or more of news sentences
-RELATIVES = ({"bos", "hrv", "srp"}, {"ind", "msa"}, {"xho", "zul"})
-UNRELIABLE = {"ckb", "nso"}  # takes all of them for others
-
-
 def identifier():
     """(text, code) -> "wrong language" or None, by py3langid; about languages that it does not know, only whether the
     text is English. Raises UserError where it is not installed."""
-    from minixllm.report import language_identifier
-    if (found := language_identifier()) is None:
+    if (found := languages.identifier()) is None:
         raise UserError("to know in what language answers are takes the package py3langid: pip install 'minixllm[lid]'")
-    identify, known, _ = found
+    is_in, known, _ = found
 
     def wrong_language(text: str, code: str) -> str | None:
         text = VERBATIM.sub(" ", text)  # code is in no language
         if sum(map(len, words(text))) < (10 if LANGUAGES[code].script in ("Hans", "Jpan", "Kore") else 25):
             return None  # too short to tell
-        label = identify(text)
-        near = set().union({code}, *(group for group in RELATIVES if code in group))
-        sure = code in known and code not in UNRELIABLE
-        return "wrong language" if label == "eng" or sure and label not in near else None
+        return "wrong language" if (not is_in(text, code) if code in known else is_in(text, "eng")) else None
 
     return wrong_language
 
