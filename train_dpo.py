@@ -22,7 +22,7 @@ from minixllm.checkpoint import check_target, check_vocabulary, read_config
 from minixllm.datasets import PreferenceData, Stream, hold_out
 from minixllm.errors import UserError
 from minixllm.records import record_files
-from minixllm.settings import parse, run, setting
+from minixllm.settings import STOPPED, parse, run, setting
 from minixllm.tokenizers import load_tokenizer
 from minixllm.training import TrainingSettings, check_output, held_out_means, train
 
@@ -59,7 +59,7 @@ def main(argv=None):
     if settings.loss == "ipo" and settings.label_smoothing:
         raise UserError(f"label_smoothing: found {settings.label_smoothing} with --loss ipo, expected 0")
     world = parallel.setup()
-    check_output(settings.output, settings.resume)
+    check_output(settings.output, settings.resume, settings.model)
     check_target(Path(settings.output) / "model")
 
     # Policy and reference, from the same directory. Dropout is off in both: they stay in evaluation mode.
@@ -112,7 +112,8 @@ def main(argv=None):
     # The loop, and what comes out of it.
     before = demo_feedback.measure(model, tokenizer, folder, world) if embedded else None
     if not train(model, world, settings, stream, loss, evaluate):
-        return parallel.close()
+        parallel.close()
+        return STOPPED
     save_trained(model, settings, tokenizer)
     if embedded:
         demo_feedback.report(before, demo_feedback.measure(model, tokenizer, folder, world), settings.output, world)

@@ -25,7 +25,7 @@ from minixllm.exact_match import describe, exact_match
 from minixllm.generation import generate
 from minixllm.prompts import alpaca
 from minixllm.records import read_instructions, record_files
-from minixllm.settings import parse, run, setting
+from minixllm.settings import STOPPED, parse, run, setting
 from minixllm.tokenizers import load_tokenizer
 from minixllm.training import TrainingSettings, check_output, held_out_loss, sft_loss, train
 
@@ -51,7 +51,7 @@ def main(argv=None):
     settings = parse(Settings, argv, demo.SETTINGS, description=__doc__)
     world = parallel.setup()
     output = Path(settings.output)
-    check_output(output, settings.resume)
+    check_output(output, settings.resume, settings.model)
     check_target(output / "model")
 
     # The model: on no device yet, then sharded, then each process fills its own slices.
@@ -91,7 +91,8 @@ def main(argv=None):
 
     # The loop, and what comes out of it.
     if not train(model, world, settings, stream, sft_loss, evaluate):
-        return parallel.close()
+        parallel.close()
+        return STOPPED
     save_trained(model, settings, tokenizer)
     if settings.model:
         some = [held_out_data.read(record) for record in held_out[::max(1, len(held_out) // 12)]]

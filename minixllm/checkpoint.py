@@ -66,7 +66,7 @@ def read_config(directory):
     directory = Path(directory)
     path = directory / "config.json"
     if not directory.is_dir():
-        found = what_kind(directory) if directory.exists() else "nothing there"
+        found = what_kind(directory, "a file") if directory.exists() else "nothing there"
         raise UserError(f"{directory}: found {found}, expected a Hugging Face model directory on this disk")
     adapter = (directory / "adapter_config.json").exists()
     if not path.exists():

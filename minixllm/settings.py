@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import difflib
 import os
+import re
 import sys
 import tomllib
 import types
@@ -21,6 +22,9 @@ import typing
 from pathlib import Path
 
 from minixllm.errors import UserError
+
+
+STOPPED = 130  # the exit status of what a signal ended early: what was asked for is not there
 
 
 def setting(default, help: str, choices=None):
@@ -61,8 +65,9 @@ def parse(cls, argv=None, embedded: dict | None = None, needs=("model", "data"),
 
 
 def run(main) -> None:
-    """Run a script's `main(argv)` and end the process: with status 0, with 2 and one line on stderr for what a user can
-    mend (a UserError, a full disk, a file that may not be read, a lost process), with 130 after Ctrl-C.
+    """Run a script's `main(argv)` and end the process: with the status that it returns, or 0; with 2 and one line on
+    stderr for what a user can mend (a UserError, a full disk, a file that may not be read, a lost process); with 130,
+    STOPPED, after Ctrl-C.
     """
     script, status = Path(sys.argv[0]).name, 0
     guard = contextlib.nullcontext()
@@ -73,7 +78,7 @@ def run(main) -> None:
         script += f" (rank {os.environ.get('RANK', 0)})"
     try:
         with guard:
-            main(sys.argv[1:])
+            status = main(sys.argv[1:]) or 0
         sys.stdout.flush()
     except (UserError, OSError) as error:
         named = isinstance(error, OSError) and error.filename
@@ -83,7 +88,7 @@ def run(main) -> None:
         print(f"{script}: error: {said}", file=sys.stderr, flush=True)
         status = 2
     except KeyboardInterrupt:
-        status = 130
+        status = STOPPED
     if "torch.distributed" in sys.modules:
         os._exit(status)  # gloo's threads may hold a tensor still: freed as Python ends, it aborts (pytorch #190489)
     sys.exit(status)
@@ -164,7 +169,8 @@ def _scalar(hint):
 
 
 def _nearest(name, names) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1)
+    initials = {"".join(part[0] for part in re.split("[-_]+", each.strip("-"))): each for each in names}  # lr
+    close = [initials[name.strip("-")]] if name.strip("-") in initials else difflib.get_close_matches(name, names, n=1)
     return f": did you mean {close[0]}?" if close else ""
 
 

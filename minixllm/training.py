@@ -5,6 +5,7 @@ batch, known beforehand, so that any split of the batch over micro-batches and p
 """
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from minixllm.errors import UserError, atomic_write
 from minixllm.meter import Meter, announce
 from minixllm.parallel import World, explain_lost_peers, local
 from minixllm.settings import setting
+from minixllm.tensor_files import fingerprint
 
 LOST = "Nothing was saved since the last checkpoint; --resume continues from it"
 TIMINGS = ("seconds", "tokens_per_second", "mfu")  # the fields of metrics.jsonl that differ between two equal runs
@@ -96,6 +98,8 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
     tokens_per_step = stream.data.lengths[stream.records].sum() / stream.steps_per_epoch
     announce(model, world, settings, steps, tokens_per_step)
     facts = asdict(settings) | {"tokenised_data": stream.data.key}
+    if getattr(settings, "model", None):
+        facts["weights_of_model"] = fingerprint(settings.model)
     first = start_or_resume(output, model, optimizer, world, settings.resume, facts)
     if first >= steps and world.first:  # the model is saved anew all the same: one that is there may be of another step
         print(f"nothing is left to do: all {steps} steps were done before; the model of step {first} is saved anew")
@@ -103,6 +107,8 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
     training = model.training  # whether there is dropout is the caller's choice
     meter, average = Meter(model, world, settings), None
     metrics = (output / "metrics.jsonl").open("a", encoding="utf-8") if world.first else None
+    if metrics:
+        _lock(metrics)
     bar = tqdm(total=steps, initial=first, unit="step", disable=not world.first, mininterval=0.5, dynamic_ncols=True)
     with bar, contextlib.closing(metrics) if metrics else contextlib.nullcontext(), stop_signals() as stopped:
         for step in range(first + 1, steps + 1):
@@ -206,11 +212,29 @@ def learning_rate(step: int, steps: int, settings) -> float:
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def check_output(output, resuming: bool) -> None:
-    """Refuse to begin a run where there is one."""
-    if not resuming and (resume.latest(Path(output) / "checkpoints") or (Path(output) / "metrics.jsonl").exists()):
+def check_output(output, resuming: bool, model=None) -> None:
+    """Refuse to begin a run where there is one, to go on with one that is running, and to replace the model itself."""
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: found a file, expected --output to name a directory")
+    if model and Path(model).resolve() == (output / "model").resolve():
+        raise UserError(f"{model}: is both --model and where --output {output} leaves the trained model, which would "
+                        "replace it; expected another --output")
+    metrics = output / "metrics.jsonl"
+    if not resuming and (resume.latest(output / "checkpoints") or metrics.exists()):
         raise UserError(f"{output}: holds a run already, expected a new directory; "
                         "--resume continues it, --output names another")
+    if metrics.exists():
+        with open(metrics) as file:
+            _lock(file, fcntl.LOCK_SH)
+
+
+def _lock(metrics, how=fcntl.LOCK_EX) -> None:
+    """A run holds its metrics locked as long as it lives."""
+    try:
+        fcntl.flock(metrics, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{metrics.name}: another run is writing there, expected it to have ended") from None
 
 
 def start_or_resume(output: Path, model, optimizer, world, resuming: bool, facts: dict) -> int:

@@ -80,6 +80,7 @@ def test_help_shows_meaning_and_both_defaults(capsys):
 
 @pytest.mark.parametrize("argv, said", [
     (["--learning-rat", "1"], ["unknown flag --learning-rat", "did you mean --learning-rate?"]),
+    (["--lr", "1"], ["unknown flag --lr", "did you mean --learning-rate?"]),
     (["--lerning_rate=1"], ["unknown flag --lerning_rate", "did you mean --learning-rate?"]),
     (["--batch-size", "many"], ["--batch-size", "'many'", "int"]),
     (["--batch-size"], ["--batch-size"]),

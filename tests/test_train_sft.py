@@ -1,13 +1,18 @@
 """train_sft.py as a user runs it: on a model directory and files of records, and what it says to mistakes."""
 
+import contextlib
+import fcntl
 import json
 import random
 import re
+import shutil
+import signal
 
 import pytest
 import torch
 
 import train_sft
+from minixllm import training
 from minixllm.checkpoint import build, initialise, load, save_model
 from minixllm.datasets import encode_prompt
 from minixllm.errors import UserError
@@ -99,6 +104,58 @@ def test_mistakes(files, tmp_path, argv, said):
     with pytest.raises(UserError) as error:
         train_sft.main([*(word.format(files=files) for word in argv), "--output", str(tmp_path)])
     assert said in str(error.value)
+
+
+def test_what_a_run_does_not_replace_or_disturb(files, tmp_path):
+    def refused(said, *flags, model=files / "model"):
+        with pytest.raises(UserError, match=said):
+            train_sft.main(["--model", str(model), "--data", str(files / "data"), *map(str, flags)])
+
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/model").symlink_to(files / "model")
+    refused("is both --model and where --output .* leaves the trained model", "--output", tmp_path / "base",
+            model=tmp_path / "base/model")
+    refused("records.jsonl: found a file, expected --output to name a directory", "--output",
+            files / "data/records.jsonl")
+    refused("config.json: found a file, expected a Hugging Face model directory", "--output", tmp_path / "run",
+            model=files / "model/config.json")
+    (tmp_path / "arrow/train").mkdir(parents=True)
+    (tmp_path / "arrow/dataset_dict.json").write_text('{"splits": ["train"]}')
+    (tmp_path / "arrow/train/data-00000-of-00001.arrow").touch()
+    refused("found an Arrow data set.* expected JSON", "--output", tmp_path / "run", "--data", tmp_path / "arrow")
+    (tmp_path / "alive").mkdir()
+    with open(tmp_path / "alive/metrics.jsonl", "w") as metrics:
+        fcntl.flock(metrics, fcntl.LOCK_EX)
+        refused("metrics.jsonl: another run is writing there", "--output", tmp_path / "alive", "--resume")
+
+
+def test_changed_weights_of_the_base_are_told(files, tmp_path, capsys):
+    base = shutil.copytree(files / "model", tmp_path / "base")
+    flags = ["--model", str(base), "--data", str(files / "data"), "--output", str(tmp_path / "run"), "--cache",
+             str(tmp_path / "cache"), "--max-length", "256", "--batch-size", "4", "--lora-r", "2"]
+    train_sft.main([*flags, "--steps", "1"])
+    path = base / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    train_sft.main([*flags, "--steps", "2", "--resume"])
+    assert re.search(r"resuming after step 1 .* weights_of_model [0-9a-f]{16} -> ", capsys.readouterr().out)
+
+
+def test_lora_settings_without_a_rank_are_told(files, tmp_path, capsys):
+    flags = ["--model", str(files / "model"), "--data", str(files / "data"), "--output", str(tmp_path / "run"),
+             "--cache", str(tmp_path / "cache"), "--max-length", "256", "--batch-size", "4", "--steps", "1"]
+    train_sft.main([*flags, "--lora-targets", "q_proj"])
+    assert "every weight is trained: lora_alpha and lora_targets count only with --lora-r" in capsys.readouterr().out
+
+
+def test_a_run_that_a_signal_ended_has_not_succeeded(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "stop_signals", lambda: contextlib.nullcontext([signal.SIGTERM]))
+    flags = ["--model", str(files / "model"), "--data", str(files / "data"), "--output", str(tmp_path / "run"),
+             "--cache", str(tmp_path / "cache"), "--max-length", "256", "--batch-size", "4", "--steps", "9"]
+    assert train_sft.main(flags) == 130 and not (tmp_path / "run/model").exists()
+    monkeypatch.undo()
+    assert train_sft.main([*flags, "--resume"]) is None and (tmp_path / "run/model").exists()
 
 
 def test_exact_match_is_a_mean_of_means():
