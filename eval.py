@@ -42,8 +42,8 @@ class Settings:
     max_length: int | None = setting(None, "tokens of prompt and answer together; longer prompts lose the end of their "
                                      "article, input or sentence; by default the model's max_position_embeddings, or "
                                      "2048 where its config names none (BLOOM)")
-    batch_tokens: int = setting(BATCH_TOKENS, "tokens of all prompts and answers under way at a time; a 7B model in bf16 "
-                                              "keeps 0.5 MB for each")
+    batch_tokens: int = setting(BATCH_TOKENS, "tokens of all prompts and answers under way at a time; a 7B model in "
+                                              "bf16 keeps 0.5 MB for each")
     dtype: str = setting("auto", "type to compute in; auto is bf16 where the processor has it",
                          choices=("auto", "bfloat16", "float32"))
     bleu_tokenizer: str = setting("", "13a, zh, char or the path of a SentencePiece model for BLEU in all languages; "

@@ -18,12 +18,11 @@ import numpy as np
 from minixllm import dpo, parallel
 from minixllm.adapters import LoraSettings, open_model, save_trained
 from minixllm.build import demo_feedback
-from minixllm.checkpoint import check_target, check_vocabulary, read_config
+from minixllm.checkpoint import check_target, read_directory
 from minixllm.datasets import PreferenceData, Stream, hold_out
 from minixllm.errors import UserError
 from minixllm.records import record_files
 from minixllm.settings import STOPPED, parse, run, setting
-from minixllm.tokenizers import load_tokenizer
 from minixllm.training import TrainingSettings, check_output, held_out_means, train
 
 
@@ -69,8 +68,7 @@ def main(argv=None):
         with world.one_by_one():
             demo_feedback.build(folder, settings.feedback)
         settings.data, settings.held_out = [str(folder / "train.jsonl")], [str(folder / "valid.jsonl")]
-    (config, model_class), tokenizer = read_config(settings.model), load_tokenizer(settings.model)
-    check_vocabulary(tokenizer, config, settings.model)
+    config, model_class, tokenizer = read_directory(settings.model)
     settings.lora_dropout = 0.0
     model = open_model(config, model_class, world, settings, settings.model).eval()
 
@@ -110,13 +108,13 @@ def main(argv=None):
         return held_out_means(world, held_out_data, held_out, tokens, measure)
 
     # The loop, and what comes out of it.
-    before = demo_feedback.measure(model, tokenizer, folder, world) if embedded else None
+    before = demo_feedback.measure(model, tokenizer, folder) if embedded else None
     if not train(model, world, settings, stream, loss, evaluate):
         parallel.close()
         return STOPPED
     save_trained(model, settings, tokenizer)
     if embedded:
-        demo_feedback.report(before, demo_feedback.measure(model, tokenizer, folder, world), settings.output, world)
+        demo_feedback.report(before, demo_feedback.measure(model, tokenizer, folder), settings.output, world)
     parallel.close()
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from minixllm import parallel
 from minixllm.adapters import LoraSettings, open_model, save_trained
 from minixllm.build import demo
-from minixllm.checkpoint import ARCHITECTURES, check_target, check_vocabulary, read_config
+from minixllm.checkpoint import ARCHITECTURES, check_target, read_directory
 from minixllm.datasets import SFTData, Stream, encode_prompt, hold_out
 from minixllm.errors import atomic_write
 from minixllm.exact_match import describe, exact_match
@@ -56,8 +56,7 @@ def main(argv=None):
 
     # The model: on no device yet, then sharded, then each process fills its own slices.
     if settings.model:
-        (config, model_class), tokenizer = read_config(settings.model), load_tokenizer(settings.model)
-        check_vocabulary(tokenizer, config, settings.model)
+        config, model_class, tokenizer = read_directory(settings.model)
         train_files, held_out_files = record_files(settings.data), record_files(settings.held_out)
     else:
         folder = demo.folder(settings.cache)
@@ -102,8 +101,8 @@ def main(argv=None):
         test = list(read_instructions(folder / "test.jsonl"))
         prompts = [encode_prompt(tokenizer, alpaca(record.instruction, record.input)) for record in test]
         expected = [record.output for record in test]
-    with parallel.gathered(model), tqdm(total=len(prompts[world.rank::world.size]), unit="answer",
-                                        disable=not world.first, dynamic_ncols=True) as bar:
+    with tqdm(total=len(prompts[world.rank::world.size]), unit="answer", disable=not world.first,
+              dynamic_ncols=True) as bar:
         answers = [tokenizer.decode(ids) for ids in generate(model, tokenizer, prompts, settings.max_new_tokens,
                                                              finished=lambda *_: bar.update())]
     if world.first:

@@ -108,6 +108,8 @@ class BloomBlock(nn.Module):
 
 
 class Bloom(nn.Module):
+    EMBEDDING = "transformer.word_embeddings.weight"
+
     def __init__(self, config: BloomConfig):
         super().__init__()
         self.config = config

@@ -23,6 +23,7 @@ from minixllm.tokenizer_files import read_json
 from minixllm.tokenizers import load_tokenizer
 
 ARCHITECTURES = {"llama": (LlamaConfig, Llama), "bloom": (BloomConfig, Bloom)}  # by config.json's model_type
+HEAD = "lm_head.weight"
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What a model directory may hold, and a save may therefore replace.
 MODEL_FILES = re.compile(r"(config|generation_config|special_tokens_map|added_tokens|vocab|tokenizer(_config)?)\.json"
@@ -35,9 +36,7 @@ MODEL_FILES = re.compile(r"(config|generation_config|special_tokens_map|added_to
 
 def load(directory, dtype=torch.float32, device="cpu"):
     """(model in eval mode, tokenizer) of a Hugging Face directory, told from its files alone. Raises UserError."""
-    config, model_class = read_config(directory)
-    tokenizer = load_tokenizer(directory)
-    check_vocabulary(tokenizer, config, directory)
+    config, model_class, tokenizer = read_directory(directory)
     model = build(config, model_class, dtype)
     load_weights(model, directory, device)
     return model.eval(), tokenizer
@@ -50,11 +49,16 @@ def load_model(directory, dtype=torch.float32, device="cpu"):
     return model.eval()
 
 
-def check_vocabulary(tokenizer, config, directory):
-    """Refuse a tokenizer with ids beyond the embedding; one with fewer is fine, for embeddings are often padded."""
+def read_directory(directory):
+    """(config, model class, tokenizer) of a directory, found to belong together. Raises UserError.
+
+    A tokenizer with ids beyond the embedding is refused; one with fewer is fine, for embeddings are often padded.
+    """
+    (config, model_class), tokenizer = read_config(directory), load_tokenizer(directory)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, but the embedding only "
                         f"{config.vocab_size} rows (config.json: vocab_size); it may be another model's")
+    return config, model_class, tokenizer
 
 
 def read_config(directory):
@@ -78,8 +82,6 @@ def read_config(directory):
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise UserError(f"{path}: model_type: found {model_type!r}, expected {' or '.join(ARCHITECTURES)}")
-    if values.get("quantization_config") is not None:
-        raise UserError(f"{path}: quantization_config: found quantised weights, expected fp32, bf16 or fp16")
     config_class, model_class = ARCHITECTURES[model_type]
     generation = read_generation_config(directory)
     where = path
@@ -102,7 +104,8 @@ def read_config(directory):
     except RuntimeError as error:
         raise UserError(f"{path}: sizes of which no model can be built: {str(error).splitlines()[0]}") from None
     if config.tie_word_embeddings:
-        embedding, head = _ends(model, _named_as(model, tensors))
+        named = _named_as(model, tensors)
+        embedding, head = named.get(model.EMBEDDING), named.get(HEAD)
         if embedding and head and not _equal(embedding, head):
             config = dataclasses.replace(config, tie_word_embeddings=False)
     return config, model_class
@@ -123,11 +126,8 @@ def load_weights(model, directory, device="cpu"):
     file. Raises UserError when a tensor is missing, unexpected or of another shape.
     """
     tensors = _named_as(model, find_tensors(directory))
-    if model.config.tie_word_embeddings:
-        embedding, head = _ends(model, tensors)
-        tensors.pop(_name(model, model.head.weight, last=True), None)
-        if embedding or head:  # read_config found them equal, or one alone
-            tensors[_name(model, model.embedding.weight)] = embedding or head
+    if model.config.tie_word_embeddings and (head := tensors.pop(HEAD, None)):
+        tensors.setdefault(model.EMBEDDING, head)  # read_config found the two equal, or one alone
     wanted = {name: parameter for name, parameter in model.named_parameters() if not is_adapter(name)}
     shapes = {name: tuple(parameter.shape) for name, parameter in wanted.items()}
     problems = {
@@ -178,17 +178,6 @@ def _named_as(model, tensors: dict[str, Stored]) -> dict[str, Stored]:
             raise UserError(f"{stored.path}: tensors {renamed[name].key} and {key} are both {name}")
         renamed[name] = stored
     return renamed
-
-
-def _name(model, parameter, last=False) -> str:
-    """A parameter's name; a tied one has two, the embedding's first and the head's last."""
-    names = [name for name, other in model.named_parameters(remove_duplicate=False) if other is parameter]
-    return names[-1 if last else 0]
-
-
-def _ends(model, tensors):
-    """The stored embedding and head of a tied model, None where there is none."""
-    return (tensors.get(_name(model, model.embedding.weight)), tensors.get(_name(model, model.head.weight, last=True)))
 
 
 def _equal(a: Stored, b: Stored, rows: int = 4096) -> bool:

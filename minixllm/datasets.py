@@ -8,6 +8,7 @@ where nothing is to be learnt. Documents are laid end to end, without padding (`
 """
 
 import functools
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from minixllm.attention import Packed
 from minixllm.errors import UserError
 from minixllm.languages import find
 from minixllm.records import Instruction, Preference, read_instructions, read_preferences
-from minixllm.tokencache import Counts, TokenCache
+from minixllm.tokencache import TokenCache, kept
 
 IGNORE = -100      # the label of a token that nobody has to predict
 UNKNOWN = "und"    # BCP-47's "undetermined": the language of records that name none
@@ -27,37 +28,33 @@ UNKNOWN = "und"    # BCP-47's "undetermined": the language of records that name 
 # Tokenising one record
 
 def encode_instruction(record: Instruction, tokenizer, max_length: int, too_long: str):
-    """-> (language, [prompt ids, answer ids with EOS] or None where left out, Counts of this record).
+    """-> (language, [prompt ids, answer ids with EOS] or None where left out, counts of this record).
 
     Prompt and answer are tokenised apart, so that no token spans their boundary; the prompt begins with BOS exactly
     when the model's own tokenizer adds one. A record of more than max_length tokens is left out ("drop"), or keeps its
     prompt and as much of its answer as fits, without EOS ("truncate").
     """
-    counts = Counts(records=1)
     language = _language(record.language)
     answer = tokenizer.encode(record.output) + [tokenizer.eos_id]
     if not record.output.strip() or len(answer) == 1:  # to the tokenizer, which may drop characters
-        counts.empty = 1
-        return language, None, counts
+        return language, None, Counter(records=1, empty=1)
     prompt = encode_prompt(tokenizer, prompts.alpaca(record.instruction, record.input))
-    counts.tokens, counts.characters = len(answer) - 1, len(record.output)
+    counts = Counter(records=1, tokens=len(answer) - 1, characters=len(record.output))
     if len(prompt) + len(answer) > max_length:
         if too_long == "drop" or len(prompt) >= max_length:
-            counts.too_long = 1
-            return language, None, counts
-        counts.truncated = 1
+            return language, None, counts + Counter(too_long=1)
+        counts["truncated"] = 1
         answer = answer[:max_length - len(prompt)]
     return language, [prompt, answer], counts
 
 
 def encode_preference(record: Preference, tokenizer, max_length: int, too_long: str):
-    """-> (languages, [prompt ids, chosen ids, rejected ids] or None where left out, Counts), as encode_instruction.
+    """-> (languages, [prompt ids, chosen ids, rejected ids] or None where left out, counts), as encode_instruction.
 
     A pair is too long when its prompt and its longer answer have more than max_length tokens. "truncate" then keeps of
     the prompt, where that is over half of max_length, BOS and its end (where the request stands) to that half, and the
     beginnings of the answers; answers that no longer differ are left out as too long.
     """
-    counts = Counts(records=1)
     names = [_language(name) for name in (record.language, record.response_language) if name] or [UNKNOWN]
     language = ">".join(dict.fromkeys(names))
     text = prompts.preference(record)
@@ -65,13 +62,10 @@ def encode_preference(record: Preference, tokenizer, max_length: int, too_long: 
     answers = [tokenizer.encode(answer) + [tokenizer.eos_id] for answer in (record.chosen, record.rejected)]
     # in text, or to the tokenizer, which may drop characters or turn some into others
     if not all(map(str.strip, (text, record.chosen, record.rejected))) or not prompt or min(map(len, answers)) == 1:
-        counts.empty = 1
-        return language, None, counts
+        return language, None, Counter(records=1, empty=1)
     if record.chosen.strip() == record.rejected.strip() or answers[0] == answers[1]:
-        counts.equal = 1
-        return language, None, counts
-    counts.tokens = sum(map(len, answers)) - 2
-    counts.characters = len(record.chosen) + len(record.rejected)
+        return language, None, Counter(records=1, equal=1)
+    counts = Counter(records=1, tokens=sum(map(len, answers)) - 2, characters=len(record.chosen) + len(record.rejected))
     if len(prompt) + max(map(len, answers)) > max_length:
         half = max(1, max_length // 2)
         if len(prompt) > half:
@@ -79,9 +73,8 @@ def encode_preference(record: Preference, tokenizer, max_length: int, too_long: 
             prompt = bos + prompt[len(prompt) - half + len(bos):]
         answers = [answer[:max_length - len(prompt)] for answer in answers]
         if too_long == "drop" or answers[0] == answers[1]:
-            counts.too_long = 1
-            return language, None, counts
-        counts.truncated = 1
+            return language, None, counts + Counter(too_long=1)
+        counts["truncated"] = 1
     return language, [prompt, *answers], counts
 
 
@@ -160,9 +153,9 @@ class PreferenceData(TokenCache):
 
     def total(self) -> str:
         """What was kept, left out and cut, over all languages."""
-        counts = sum(self.report.values(), Counts())
-        return (f"{counts.kept:,} pairs; left out {counts.too_long:,} too long, {counts.empty:,} empty, "
-                f"{counts.equal:,} equal; {counts.truncated:,} truncated")
+        counts = sum(self.report.values(), Counter())
+        return (f"{kept(counts):,} pairs; left out {counts['too_long']:,} too long, {counts['empty']:,} empty, "
+                f"{counts['equal']:,} equal; {counts['truncated']:,} truncated")
 
     def document(self, index: int) -> tuple[int, list[int]]:
         prompt, *answers = self.segments[index].tolist()

@@ -4,8 +4,8 @@ Nothing is padded. `generate` keeps as many prompts running as its cache has roo
 makes room for the next, whose tokens join the forward in which the others take one step. What a prompt gets does not
 depend on its company: its random numbers are drawn from the seed and the prompt's place in the list.
 
-A model sharded by FSDP2 gathers its weights in every forward, so all ranks must run equally many: `generate` deals the
-prompts over the ranks, and a rank that is done keeps stepping until all are.
+A model in training is gathered first, whole on every process (`parallel.gathered`): forwards then need no other rank,
+and `generate` deals the prompts over them.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from minixllm.attention import Packed
 from minixllm.errors import UserError
 from minixllm.fused import fused
 from minixllm.kv_cache import KVCache
+from minixllm.parallel import gathered
 
 BATCH_TOKENS = 32768   # of the cache; 16 GB for a model of 7B in bf16 on a GPU, 1 GB for one of 60 M on a CPU
 PREFILL_TOKENS = 4096  # prompts join a forward up to this many tokens, which bounds its memory
@@ -187,23 +188,19 @@ def _tokens(model, tokenizer, prompts, max_new_tokens: int, batch_tokens: int, s
     stop = _stop_ids(model, tokenizer)
     device = next(model.parameters()).device
     ranks = _ranks(model)
-    in_step = ranks > 1 and not model.is_gathered  # within `parallel.gathered` forwards need no other rank
     share = range(dist.get_rank() if ranks > 1 else 0, len(prompts), ranks)
     waiting = sorted(share, key=lambda i: len(prompts[i]))  # the last and longest goes first
     capacity = max((len(prompts[i]) for i in waiting), default=0) + max_new_tokens
     cache = KVCache(min(max(1, batch_tokens // capacity), len(waiting)), capacity)
     rows = []
     with _inference(model):
-        while _on_any_rank(bool(rows or waiting), in_step, device):
+        while rows or waiting:
             tokens = len(rows)
             while waiting and len(rows) < cache.rows and (
                     tokens == 0 or tokens + len(prompts[waiting[-1]]) <= PREFILL_TOKENS):
                 i = waiting.pop()
                 rows.append(_Row(i, prompts[i], sampling.uniform(i, max_new_tokens)[::-1]))
                 tokens += len(prompts[i])
-            if not rows:  # this rank is done, another needs it in its forward
-                model(torch.zeros(1, 1, dtype=torch.long, device=device))
-                continue
             context = cache.extend([len(row.unseen) for row in rows], device)
             input_ids = torch.tensor([token for row in rows for token in row.unseen], device=device)
             logits = model(input_ids, context, positions=context.last)  # (rows, V)
@@ -231,21 +228,13 @@ def _ranks(model) -> int:
     return dist.get_world_size() if isinstance(model, FSDPModule) else 1
 
 
-def _on_any_rank(flag: bool, in_step: bool, device) -> bool:
-    if not in_step:
-        return flag
-    flag = torch.tensor(int(flag), device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
-
-
 @contextlib.contextmanager
 def _inference(model):
-    """Evaluation mode and, on a CPU, fused forwards."""
+    """Evaluation mode, whole weights and, on a CPU, fused forwards."""
     training = model.training
     model.eval()
     try:
-        with fused(model):
+        with gathered(model), fused(model):
             yield
     finally:
         model.train(training)

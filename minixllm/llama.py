@@ -182,6 +182,8 @@ class LlamaBlock(nn.Module):
 
 
 class Llama(nn.Module):
+    EMBEDDING = "model.embed_tokens.weight"
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config

@@ -134,8 +134,7 @@ def _cast_when_called(model, dtype: torch.dtype) -> None:
     The head's, in a forward with labels, is left to `losses.token_logps`, which keeps its gradient in fp32.
     """
     def before(module, inputs):
-        packed = "forward" in vars(module) and not torch.is_grad_enabled()  # as fused.py leaves the head
-        if not (model.is_gathered or packed):
+        if not model.is_gathered:
             _show_weights(module, dtype)
 
     def after(module, inputs, output):
@@ -180,8 +179,12 @@ def _sharded(model) -> list[FSDPModule]:
 def gathered(model):
     """Hold the whole weights (in the computing type) on every process: forwards then need no communication.
 
-    So each process may run its own number of them, as generation does. Without gradients only.
+    So each process may run its own number of them, as generation does. Without gradients only. Nothing changes for a
+    model that is gathered already, or was never given to `shard`.
     """
+    if getattr(model, "is_gathered", True):
+        yield
+        return
     for module in _sharded(model):
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
@@ -191,7 +194,7 @@ def gathered(model):
     try:
         for module in plain:
             _show_weights(module, model.compute_dtype)
-        yield model
+        yield
     finally:
         model.is_gathered = False
         for module in plain:

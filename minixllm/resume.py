@@ -20,8 +20,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from minixllm.errors import UserError, atomic_write
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# What reading a damaged checkpoint raises, or a RuntimeError of PyTorch's reader of files.
-DAMAGE = (OSError, EOFError, IndexError, MemoryError, pickle.UnpicklingError)
 
 
 def latest(folder) -> Path | None:
@@ -69,32 +67,29 @@ def load(path, model, optimizer, facts: dict) -> tuple[int, list[str]]:
     """Fill model and optimizer from a checkpoint; (step, which facts differ from those saved). A collective."""
     try:
         run = json.loads((path / "run.json").read_text())
-        changed = [f"{name} {run['facts'][name]} -> {value}" for name, value in facts.items()
-                   if name != "resume" and name in run["facts"] and run["facts"][name] != value]
-        why = f"; changed since it was saved: {', '.join(changed)}" * bool(changed)
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                on = parameter.device if optimizer.defaults["fused"] else "cpu"
-                optimizer.state[parameter] = {"step": torch.tensor(float(run["step"]), device=on),
-                                              **{moment: torch.zeros_like(parameter) for moment in MOMENTS}}
+        step, changed = run["step"], [f"{name} {run['facts'][name]} -> {value}" for name, value in facts.items()
+                                      if name != "resume" and run["facts"].get(name, value) != value]
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            on = parameter.device if optimizer.defaults["fused"] else "cpu"
+            optimizer.state[parameter] = {"step": torch.tensor(float(step), device=on),
+                                          **{moment: torch.zeros_like(parameter) for moment in MOMENTS}}
         state = _state(model, optimizer)
-        left = dcp.FileSystemReader(path).read_metadata().state_dict_metadata.keys() - state.keys()
-        if left:
-            raise UserError(f"{path}: does not fit this model: it also holds {min(left)}{why}")
-        dcp.load(state, checkpoint_id=path)
-        return run["step"], changed
-    except CheckpointException as failed:
-        error = next(reason for reason, _ in failed.failures.values())
-        if not (isinstance(error, DAMAGE) or "PytorchStreamReader" in str(error)):
-            raise UserError(f"{path}: does not fit this model: {str(error).splitlines()[0]}{why}") from None
-    except UserError:
-        raise
-    except (*DAMAGE, ValueError, KeyError, TypeError) as caught:
-        error = caught
-    before = max((other for other in path.parent.glob("step-*") if other < path), default=None)
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    raise UserError(f"{path}: not a whole checkpoint: {reason}. Without it, --resume "
-                    f"{f'goes on from {before}' if before else 'begins anew'}")
+        stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        found, expected = {name: [*of.size] for name, of in stored.items()}, {name: [*t.shape] for name, t in state.items()}
+        if found == expected:
+            dcp.load(state, checkpoint_id=path)
+            return step, changed
+    except (CheckpointException, OSError, EOFError, IndexError, MemoryError, pickle.UnpicklingError, ValueError,
+            KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointException):
+            error, _ = next(iter(error.failures.values()))
+        before = max((other for other in path.parent.glob("step-*") if other < path), default=None)
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path}: not a whole checkpoint: {reason}. Without it, --resume "
+                        f"{f'goes on from {before}' if before else 'begins anew'}") from None
+    name = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    raise UserError(f"{path}: does not fit this model: {name}: found {found.get(name, 'none')}, "
+                    f"expected {expected.get(name, 'none')}" + f"; changed since it was saved: {', '.join(changed)}" * bool(changed))
 
 
 def _state(model, optimizer) -> dict:

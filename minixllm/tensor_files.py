@@ -94,7 +94,7 @@ def open_tensors(path):
 
 
 def fingerprint(directory) -> str:
-    """Tells the weights in a directory from others, by the first and last megabyte of each file: all would take long."""
+    """Tells the weights in a directory from others, by the first and last megabyte of each file (all take long)."""
     digest = hashlib.sha256()
     for path in sorted(Path(directory).glob("*.safetensors")):
         with open(path, "rb") as file:

@@ -13,11 +13,9 @@ import hashlib
 import itertools
 import json
 import multiprocessing
-import operator
 import os
 import shutil
-from collections import defaultdict
-from dataclasses import asdict, astuple, dataclass
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -30,30 +28,12 @@ FORMAT = 2                  # part of every cache's key: to be raised when what 
 CHUNK = 1000                # records a worker tokenises at a time
 PARALLEL_FROM = 64 * 2**20  # bytes of records from which starting worker processes pays
 ARRAYS = ("segments", "offsets", "languages", "lines", "files")
+LEFT_OUT = ("too_long", "empty", "equal")  # why a record is not kept: "equal" are the two answers of a pair
 
 
-@dataclass
-class Counts:
-    """What became of the records of one language. Tokens and characters are those of the answers, before any cut."""
-
-    records: int = 0
-    too_long: int = 0      # left out
-    empty: int = 0         # left out: an answer without text
-    equal: int = 0         # left out: a pair of equal answers
-    truncated: int = 0     # kept, cut short: these do not teach where to stop
-    tokens: int = 0
-    characters: int = 0
-
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts(*map(operator.add, astuple(self), astuple(other)))
-
-    @property
-    def kept(self) -> int:
-        return self.records - self.too_long - self.empty - self.equal
-
-    @property
-    def tokens_per_character(self) -> float:
-        return self.tokens / max(self.characters, 1)
+def kept(counts: Counter) -> int:
+    """How many records of a language, or of all, were kept."""
+    return counts["records"] - sum(counts[reason] for reason in LEFT_OUT)
 
 
 class TokenCache:
@@ -61,7 +41,8 @@ class TokenCache:
 
     tokens: those of all records, end to end; offsets (n + 1,) int64: where each record's begin; segments (n, S) int32:
     how many belong to its prompt and its answers; languages (n,): indices into language_names; lines, files (n,): where
-    the record was read; report: {language: Counts}; key: a hash of all this depends on.
+    the record was read; report: {language: a Counter of its records, of those in LEFT_OUT, of those truncated (kept,
+    cut short), and of the answers' tokens and characters before any cut}; key: a hash of all this depends on.
     Subclasses add lengths (n,): the tokens a record takes in a batch, supervised (n,): those of them that have a label,
     data[i], data.document(i) and data.count(records).
     Raises UserError for records that cannot be read or encoded, when none is left, and where the cache cannot be kept.
@@ -89,7 +70,7 @@ class TokenCache:
     def _map(self, directory: Path):
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         self.language_names = meta["languages"]
-        self.report = {language: Counts(**counts) for language, counts in meta["counts"].items()}
+        self.report = {language: Counter(counts) for language, counts in meta["counts"].items()}
         # plain views of the maps: slicing an np.memmap costs microseconds each time
         self.tokens = np.asarray(np.memmap(directory / "tokens.bin", dtype=meta["dtype"], mode="r"))
         arrays = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
@@ -113,13 +94,13 @@ class TokenCache:
         """A table, one line a language: what was kept, left out and cut, where anything was, and what a character costs
         in tokens.
         """
-        shown = [name for name in ("too_long", "empty", "equal", "truncated")
-                 if any(getattr(counts, name) for counts in self.report.values())]
+        shown = [name for name in (*LEFT_OUT, "truncated") if any(counts[name] for counts in self.report.values())]
         lines = [f"{'language':<22}{'kept':>10}" + "".join(f"{name.replace('_', ' '):>11}" for name in shown)
                  + f"{'tokens/character':>18}"]
         for language, counts in sorted(self.report.items()):
-            values = "".join(f"{getattr(counts, name):>11,}" for name in shown)
-            lines.append(f"{language:<22}{counts.kept:>10,}{values}{counts.tokens_per_character:>18.3f}")
+            values = "".join(f"{counts[name]:>11,}" for name in shown)
+            cost = counts["tokens"] / max(counts["characters"], 1)
+            lines.append(f"{language:<22}{kept(counts):>10,}{values}{cost:>18.3f}")
         return "\n".join(lines)
 
 
@@ -149,7 +130,7 @@ def _build(directory: Path, paths, tokenizer, read, encode, workers):
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    languages, counts, parts = {}, defaultdict(Counts), []
+    languages, counts, parts = {}, defaultdict(Counter), []
     size = sum(path.stat().st_size for path in paths)
     try:
         with (tqdm(desc="Tokenising", total=size, unit="B", unit_scale=True, mininterval=0.5) as bar,
@@ -162,14 +143,15 @@ def _build(directory: Path, paths, tokenizer, read, encode, workers):
                 for language, each in chunk_counts.items():
                     counts[language] += each
         if not parts:
-            total = sum(counts.values(), Counts())
-            raise UserError(f"{', '.join(map(str, paths))}: nothing left to learn from: of {total.records:,} records "
-                            f"{total.too_long:,} are too long, {total.empty:,} empty, {total.equal:,} pairs of equals")
+            total = sum(counts.values(), Counter())
+            raise UserError(f"{', '.join(map(str, paths))}: nothing left to learn from: of {total['records']:,} "
+                            f"records {total['too_long']:,} are too long, {total['empty']:,} empty, "
+                            f"{total['equal']:,} pairs of equals")
         segments, ids, lines, files = (np.concatenate(part) for part in zip(*parts))
         offsets = np.concatenate([[0], np.cumsum(segments.sum(1, dtype=np.int64))])
         for name, array in zip(ARRAYS, (segments, offsets, ids, lines, files), strict=True):
             np.save(unfinished / f"{name}.npy", array)
-        meta = {"dtype": dtype.name, "languages": list(languages), "counts": {k: asdict(v) for k, v in counts.items()}}
+        meta = {"dtype": dtype.name, "languages": list(languages), "counts": counts}
         (unfinished / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
         os.replace(unfinished, directory)
     except OSError as error:
@@ -206,8 +188,8 @@ def _start_worker(encode):
 
 
 def _encode_chunk(chunk):
-    """Of the k records kept: tokens, segments (k lists), languages, lines (k,), files (k,); and {language: Counts}."""
-    tokens, segments, names, lines, files, counts = [], [], [], [], [], defaultdict(Counts)
+    """Of the k records kept: tokens, segments (k lists), languages, lines (k,), files (k,); and {language: counts}."""
+    tokens, segments, names, lines, files, counts = [], [], [], [], [], defaultdict(Counter)
     for number, path, record in chunk:
         try:
             language, encoded, each = _encode(record)

@@ -19,6 +19,7 @@ from minixllm.attention import Packed
 from minixllm.datasets import IGNORE, PreferenceData, SFTData, Stream, collate, hold_out, in_order, pack
 from minixllm.errors import UserError
 from minixllm.llama import Llama, LlamaConfig
+from minixllm.tokencache import kept
 from minixllm.tokenizers import load_tokenizer, train_sentencepiece
 
 
@@ -104,13 +105,12 @@ def test_too_long_is_dropped_or_cut_and_counted(tmp_path):
         {"instruction": "a", "output": " ", "language": "fra"}])
     data = SFTData(path, Bytes(), room + 10, tmp_path, too_long="drop")
     assert len(data) == 1 and data.read(0)[1].tolist() == [123] * 9 + [2]
-    assert vars(data.report["deu"]) == dict(
-        records=3, too_long=2, empty=0, equal=0, truncated=0, tokens=20, characters=15)
-    assert (data.report["fra"].empty, data.report["fra"].kept) == (1, 0)
+    assert data.report["deu"] == Counter(records=3, too_long=2, tokens=20, characters=15)
+    assert data.report["fra"] == Counter(records=1, empty=1) and kept(data.report["fra"]) == 0
     data = SFTData(path, Bytes(), room + 10, tmp_path, too_long="truncate")
     assert len(data) == 2 and data.read(1)[1].tolist() == Bytes().encode("é" * 5)      # whole prompt, no EOS
-    assert (data.report["deu"].too_long, data.report["deu"].truncated, data.report["deu"].kept) == (1, 1, 2)
-    assert data.report["deu"].tokens_per_character == 20 / 15
+    assert data.report["deu"] == Counter(records=3, too_long=1, truncated=1, tokens=20, characters=15)
+    assert kept(data.report["deu"]) == 2
     assert [data.where(k) for k in range(2)] == [f"{path}, line 1", f"{path}, line 2"]
     assert [line.split() for line in data.summary().splitlines()] == [
         ["language", "kept", "too", "long", "empty", "truncated", "tokens/character"],     # no pairs, so none equal
@@ -166,7 +166,7 @@ def test_several_processes_give_what_one_gives(tmp_path, monkeypatch):
     for name in ("tokens", *tokencache.ARRAYS):
         np.testing.assert_array_equal(getattr(alone, name), getattr(pooled, name))
     assert alone.report == pooled.report and alone.language_names == pooled.language_names
-    assert pooled.where(45) == f"{paths[1]}, line 6" and sum(c.too_long for c in pooled.report.values()) == 0
+    assert pooled.where(45) == f"{paths[1]}, line 6" and not any(c["too_long"] for c in pooled.report.values())
 
 
 class Slow(Bytes):
@@ -465,7 +465,7 @@ def test_a_prompt_of_which_the_tokenizer_leaves_nothing(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "\u200b", "chosen": "a", "rejected": "b"},
                                         {"prompt": "x", "chosen": "a", "rejected": "b"}])
     data = PreferenceData(path, Dropping(prefix=()), 400, tmp_path / "cache")
-    assert len(data) == 1 and sum(counts.empty for counts in data.report.values()) == 1
+    assert len(data) == 1 and sum(data.report.values(), Counter())["empty"] == 1
 
 
 def test_answers_are_compared_as_the_tokenizer_sees_them(tmp_path):
@@ -478,10 +478,10 @@ def test_answers_are_compared_as_the_tokenizer_sees_them(tmp_path):
     path = write(tmp_path / "a.jsonl", entries)
     data = PreferenceData(path, Folding(), 400, tmp_path / "cache")
     report = data.report["und"]
-    assert (len(data), report.equal, report.empty) == (1, 1, 2)
+    assert (len(data), report["equal"], report["empty"]) == (1, 1, 2)
     assert data.total() == "1 pairs; left out 0 too long, 2 empty, 1 equal; 0 truncated"
     sft = SFTData(path, Folding(), 400, tmp_path / "cache")
-    assert (len(sft), sft.report["und"].empty) == (3, 1)
+    assert (len(sft), sft.report["und"]["empty"]) == (3, 1)
 
 
 def test_one_language_under_any_of_its_names(tmp_path):
@@ -519,11 +519,12 @@ def test_pairs_without_a_difference_are_left_out_and_counted(tmp_path):
     path = write(tmp_path / "a.jsonl", entries)
     data = PreferenceData(path, Bytes(), room + 30, tmp_path / "cache")
     report = data.report["und"]
-    assert (len(data), report.records) == (1, 7)
-    assert (report.equal, report.empty, report.too_long, report.truncated) == (1, 3, 2, 0)
+    assert len(data) == kept(report) == 1
+    assert [report[name] for name in ("records", "equal", "empty", "too_long", "truncated")] == [7, 1, 3, 2, 0]
     data = PreferenceData(path, Bytes(), room + 30, tmp_path / "cache", too_long="truncate")
     report = data.report["und"]
-    assert (len(data), report.equal, report.empty, report.too_long, report.truncated) == (2, 1, 3, 1, 1)
+    assert len(data) == kept(report) == 2
+    assert [report[name] for name in ("records", "equal", "empty", "too_long", "truncated")] == [7, 1, 3, 1, 1]
     prompt, chosen, rejected = data.read(1)
     half = (room + 30) // 2
     whole = Bytes().encode(prompts.alpaca("a"), True)

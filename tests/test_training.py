@@ -471,7 +471,7 @@ def test_devices_are_known_by_their_whole_names():
 def test_a_checkpoint_of_a_larger_model_is_refused(reference, tmp_path, monkeypatch):
     shutil.copytree(reference, tmp_path / "run")
     monkeypatch.setitem(CONFIGS, "llama", (dataclasses.replace(CONFIG, num_hidden_layers=1), Llama))
-    with pytest.raises(UserError, match="does not fit this model: it also holds"):
+    with pytest.raises(UserError, match=r"does not fit this model: exp_avg.model.layers.1.*found \[.*, expected none"):
         run_here(tmp_path / "run", "--resume", "--steps", 13)
 
 

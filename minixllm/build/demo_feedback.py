@@ -12,7 +12,6 @@ import random
 import re
 from pathlib import Path
 
-from minixllm import parallel
 from minixllm.build.demo import ASKED, KINDS, NAMES, draw, feedback_record, record, render, speaks, split
 from minixllm.datasets import encode_prompt
 from minixllm.errors import UserError, atomic_write
@@ -124,15 +123,14 @@ def languages_of(answer: str, subject: str) -> set[str]:
 
 # What the model does with held-out questions
 
-def measure(model, tokenizer, directory, world) -> dict:
+def measure(model, tokenizer, directory) -> dict:
     """Greedy answers to the test questions, in percent: exact, off target (not in the language asked for, as far as
     CLDR tells), and of these in the language of the question. A collective.
     """
     lines = (Path(directory) / "test.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     prompts = [encode_prompt(tokenizer, alpaca(record["instruction"], record["input"])) for record in records]
-    with parallel.gathered(model):
-        answers = [tokenizer.decode(ids).strip() for ids in generate(model, tokenizer, prompts, MAX_NEW_TOKENS)]
+    answers = [tokenizer.decode(ids).strip() for ids in generate(model, tokenizer, prompts, MAX_NEW_TOKENS)]
     exact = off_target = echoed = 0
     for record, answer in zip(records, answers):
         languages = languages_of(answer, record["kind"].removeprefix("own "))
