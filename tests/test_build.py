@@ -782,10 +782,14 @@ def test_answers_and_instructions_in_the_wrong_language_are_left_out(tmp_path, m
     assert [example["id"] for example in report["examples"]["wrong language"]] == ["4", "5"]
 
 
-def test_a_translator_that_gives_back_what_it_got_is_no_good_one(tmp_path, monkeypatch):
+def test_a_translator_that_gives_back_what_it_got_is_no_good_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fake_services, "turned", lambda text: text)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mri.jsonl").write_text("an older build's")
     with Server() as server:
         out = build(server, tmp_path, "--languages", "mri")
+    assert not (out / "mri.jsonl").exists()   # an empty one would stop all that reads the directory
+    assert "mri 1/2: 0 records, 30 left out, 0 failed, so no file" in capsys.readouterr().out
     report = json.loads((out / "build/report.json").read_text())["mri"]
     assert report["bleu"] == 0 and report["answers"] == "translated" and report["left_out"] == {"untranslated": 30}
 

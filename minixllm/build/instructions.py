@@ -55,7 +55,8 @@ class Plan:
 
 
 def build(settings: InstructionSettings) -> bool:
-    """Write {code}.jsonl for each language, and build/failures.jsonl, report.json and report.md, into settings.output.
+    """Write {code}.jsonl for each language that has records left, and build/failures.jsonl, report.json and report.md,
+    into settings.output.
 
     Whether everything was asked and answered; where not, running it again goes on.
     """
@@ -99,14 +100,16 @@ def build(settings: InstructionSettings) -> bool:
             runner.work(lambda ask, item: make(ask, item[1], plan), sources(settings.data), total, label, name)
             finished = functools.partial(finish, plan=plan, scores=scores, wrong_language=wrong_language,
                                          is_new=runner.is_new)
-            counts = runner.write(Path(settings.output) / f"{plan.code}.jsonl", finished, sources(settings.data), name)
-            if counts is None:
+            path = Path(settings.output) / f"{plan.code}.jsonl"
+            if (counts := runner.write(path, finished, sources(settings.data), name)) is None:
                 break
+            if not counts["records"]:
+                path.unlink()  # trainings, and the build of feedback, refuse files without records
             report[plan.code] = {**scores, "translator": plan.translator.name,
                                  "answers": plan.generator.name if plan.generator else "translated", **counts}
             write_report(runner.folder, report, settings.min_bleu)
             print(f"{label}: {counts['records']:,} records, {sum(counts['left_out'].values()):,} left out, "
-                  f"{counts['failed']:,} failed", flush=True)
+                  f"{counts['failed']:,} failed" + ", so no file" * (not counts["records"]), flush=True)
         return runner.conclude(f"{len(report)} of {len(plans)} languages are finished", len(report) == len(plans))
 
 
