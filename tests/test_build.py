@@ -234,6 +234,30 @@ def test_a_generator_is_asked_only_where_answers_are_generated(tmp_path):
         assert server.number == before + 1   # nothing but whether the translator is there
 
 
+def test_a_report_keeps_the_languages_built_before(tmp_path):
+    data = alpaca(tmp_path)
+    with Server() as server:
+        def built(code, sample=5):
+            command.main(["instructions", "--data", str(data), "--output", str(tmp_path / "out"), "--languages", code,
+                          "--translator", f"google@{server.url}", "--generator", f"chat:m@{server.url}",
+                          "--quality-sample", str(sample)])
+            folder = tmp_path / "out/build"
+            return json.loads((folder / "report.json").read_text()), (folder / "report.md").read_text()
+
+        first, _ = built("nya")
+        both, table = built("mri")
+        assert list(both) == ["mri", "nya"] and both["nya"] == first["nya"]   # in the order of the languages
+        assert "| Maori (mri) |" in table and "| Nyanja (nya) |" in table
+        again, _ = built("mri", sample=4)
+        assert again["mri"]["sampled"] == 4 and again["nya"] == first["nya"]
+        asked = server.number
+        for text in ("", '{"mri": ', "[]", '{"records": 3}', '{"mri": {"bleu": "high"}}', '{"mri": 3}'):
+            (tmp_path / "out/build/report.json").write_text(text)
+            with pytest.raises(UserError, match="report.json: found no report of built languages, expected one"):
+                built("mri")
+            assert (tmp_path / "out/build/report.json").read_text() == text and server.number == asked
+
+
 def test_only_half_written_files_of_builds_are_removed(tmp_path):
     kept = [".env.template", ".mri.jsonl", ".notes.jsonl.a1b2c3d4", ".spa.jsonl.TEMPLATE", ".cache.abcdefgh/file",
             ".pairs.jsonl.abcdefgh/file"]

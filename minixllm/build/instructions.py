@@ -83,8 +83,9 @@ def build(settings: InstructionSettings) -> bool:
         print(estimate(settings, total, plans, len(sample)))
         return True
 
-    wrong_language, report = identifier(), {}
+    wrong_language, finished = identifier(), 0
     with Runner(settings) as runner:
+        report = earlier_report(runner.folder)
         for service in dict.fromkeys((*(plan.translator for plan in plans), *[generator] * (settings.min_bleu <= 100))):
             runner.reach(service)
         for number, plan in enumerate(plans, start=1):
@@ -98,19 +99,21 @@ def build(settings: InstructionSettings) -> bool:
                 return {"language": plan.code, "id": identity(*item)}
 
             runner.work(lambda ask, item: make(ask, item[1], plan), sources(settings.data), total, label, name)
-            finished = functools.partial(finish, plan=plan, scores=scores, wrong_language=wrong_language,
-                                         is_new=runner.is_new)
+            task = functools.partial(finish, plan=plan, scores=scores, wrong_language=wrong_language,
+                                     is_new=runner.is_new)
             path = Path(settings.output) / f"{plan.code}.jsonl"
-            if (counts := runner.write(path, finished, sources(settings.data), name)) is None:
+            if (counts := runner.write(path, task, sources(settings.data), name)) is None:
                 break
             if not counts["records"]:
                 path.unlink()  # trainings, and the build of feedback, refuse files without records
             report[plan.code] = {**scores, "translator": plan.translator.name,
                                  "answers": plan.generator.name if plan.generator else "translated", **counts}
+            report = {code: report[code] for code in LANGUAGES if code in report}
             write_report(runner.folder, report, settings.min_bleu)
+            finished += 1
             print(f"{label}: {counts['records']:,} records, {sum(counts['left_out'].values()):,} left out, "
                   f"{counts['failed']:,} failed" + ", so no file" * (not counts["records"]), flush=True)
-        return runner.conclude(f"{len(report)} of {len(plans)} languages are finished", len(report) == len(plans))
+        return runner.conclude(f"{finished} of {len(plans)} languages are finished", finished == len(plans))
 
 
 def chosen_languages(words: list[str]) -> list[str]:
@@ -303,23 +306,42 @@ def identifier():
 # -- reports --------------------------------------------------------------------------------------------------------
 
 
+def earlier_report(folder: Path) -> dict:
+    """The rows of languages built into the same directory before. Raises UserError for what is no such report."""
+    path = folder / "report.json"
+    try:
+        report = json.loads(path.read_bytes())
+        report_table(report, 0)
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
+        raise UserError(f"{path}: found no report of built languages, expected one, or none: remove it, or choose "
+                        "another --output") from None
+    return report
+
+
 def write_report(folder: Path, report: dict, min_bleu: float) -> None:
-    """report.json, and report.md with the paper's table: how many languages have a quality in each interval."""
+    """report.json with all languages of the directory, and report.md."""
     with atomic_write(folder / "report.json") as file:
         json.dump(report, file, ensure_ascii=False, indent=1)
+    with atomic_write(folder / "report.md") as file:
+        file.write(report_table(report, min_bleu))
+
+
+def report_table(report: dict, min_bleu: float) -> str:
+    """With the paper's table: how many languages have a quality in each interval."""
     lines = ["| BLEU there and back | languages | which |", "|---|---|---|"]
     for low in range(90, -10, -10):
         members = [code for code, entry in report.items() if low <= min(entry["bleu"], 99.9) < low + 10]
         if members:
             lines.append(f"| {low} to {low + 10} | {len(members)} | {' '.join(members)} |")
-    lines += ["", f"Answers are generated from {min_bleu:g} on, translated below.", "",
+    lines += ["", f"The last build generated answers from {min_bleu:g} on, and translated them below.", "",
               "| language | BLEU | chrF | answers | records | left out | failed |", "|---|---|---|---|---|---|---|"]
     for code, entry in report.items():
         left_out = ", ".join(f"{reason} {count:,}" for reason, count in entry["left_out"].items()) or "none"
         lines.append(f"| {LANGUAGES[code].name} ({code}) | {entry['bleu']:.1f} | {entry['chrf']:.1f} | "
                      f"{entry['answers']} | {entry['records']:,} | {left_out} | {entry['failed']:,} |")
-    with atomic_write(folder / "report.md") as file:
-        file.write("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 def estimate(settings, total: int, plans: list[Plan], sampled: int) -> str:
