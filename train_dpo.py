@@ -42,7 +42,6 @@ class Settings(LoraSettings, TrainingSettings):
     nll_weight: float = setting(0.0, "how many times the chosen answer's negative log-likelihood is added to its loss")
     reference: str = setting("live", "compute the reference beside the policy, or once before training and keep its "
                                      "log-probabilities on disk", ("live", "cached"))
-    lora_dropout: float = setting(0.0, "none: dropout is off in policy and reference, whatever is given here")
     learning_rate: float = setting(5e-4, "peak learning rate; the default suits LoRA, all weights of a large model "
                                          "want about 1e-6")
     weight_decay: float = setting(0.0, "decoupled weight decay; matrices only, no biases or norms")
@@ -69,7 +68,6 @@ def main(argv=None):
             demo_feedback.build(folder, settings.feedback)
         settings.data, settings.held_out = [str(folder / "train.jsonl")], [str(folder / "valid.jsonl")]
     config, model_class, tokenizer = read_directory(settings.model)
-    settings.lora_dropout = 0.0
     model = open_model(config, model_class, world, settings, settings.model).eval()
 
     # The pairs, each one document of two branches.

@@ -41,6 +41,7 @@ class Settings(LoraSettings, TrainingSettings):
     held_out_per_language: int = setting(100, "records kept aside in each language, at most a tenth of it")
     packing: bool = setting(True, "fill each row with records up to --max-length; otherwise a row is one record")
     too_long: str = setting("drop", "what becomes of a record longer than --max-length", choices=("drop", "truncate"))
+    lora_dropout: float = setting(0.05, "dropout before LoRA's adapters")
     train_on_prompt: bool = setting(False, "learn every token, as the paper did, and not the answers alone")
     temperature: float | None = setting(None, "sample languages by (their records)^(1/temperature); none: as they come")
     max_new_tokens: int = setting(64, "longest of the answers printed at the end")

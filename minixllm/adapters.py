@@ -34,7 +34,6 @@ TARGETS = {"llama": ["q_proj", "v_proj"], "bloom": ["query_key_value"]}
 class LoraSettings:
     lora_r: int = setting(0, "rank of LoRA adapters beside a frozen base; 0 trains every weight")
     lora_alpha: float = setting(16.0, "LoRA's scale: adapters count alpha / r times")
-    lora_dropout: float = setting(0.05, "dropout before the adapters; none in preference optimisation")
     lora_targets: list[str] = setting([], "names of the linear layers to adapt (none: q_proj v_proj in LLaMA, "
                                           "query_key_value in BLOOM)")
 
@@ -64,7 +63,8 @@ def open_model(config, model_class, world, settings, directory=None):
 
 def lora_config(config, settings) -> LoraConfig:
     targets = settings.lora_targets or TARGETS[config.to_dict()["model_type"]]
-    return LoraConfig(settings.lora_r, settings.lora_alpha, settings.lora_dropout, tuple(targets))
+    dropout = getattr(settings, "lora_dropout", 0.0)  # preference optimisation has none
+    return LoraConfig(settings.lora_r, settings.lora_alpha, dropout, tuple(targets))
 
 
 def save_trained(model, settings, tokenizer):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minixllm import languages, scorers, statistics
+from minixllm import languages, scorers, significance
 from minixllm.errors import UserError, atomic_write
 from minixllm.tokenizer_files import read_json
 
@@ -46,7 +46,7 @@ def likelihood(predictions: list[dict]) -> dict:
         for p in predictions:
             logps = p["logps"] and [logp / length(choice) for logp, choice in zip(p["logps"], p["choices"])]
             right.append(logps is not None and p["choices"][int(np.argmax(logps))] == p["reference"])
-        scores[name] = statistics.mean(right, statistics.signed(name, choices="likelihood", ties="first"))
+        scores[name] = significance.mean(right, significance.signed(name, choices="likelihood", ties="first"))
     return scores
 
 
@@ -72,7 +72,7 @@ def results(predictions: list[dict], **how) -> dict:
     for entry in table.values():
         metrics = dict.fromkeys(name for group in entry["groups"].values() for name in group["scores"])
         entry["tiers"] = {name: _tiers(entry["groups"].values(), name) for name in metrics}
-        entry["democratization"] = statistics.democratization(
+        entry["democratization"] = significance.democratization(
             {name: group["scores"][entry["main"]]["value"] for name, group in entry["groups"].items()})
     return table
 
@@ -193,7 +193,7 @@ def _languages(models, column) -> str:
             cell += "".join(f", {100 * mine[count] / mine['items']:.0f} % {said}" for count, said in
                             (("unparsed", "unread"), ("cut", "cut"), ("too_long", "too long")) if mine[count])
             if before is not None:
-                result["p"] = statistics.paired_bootstrap(before, mine["_scores"][metric])
+                result["p"] = significance.paired_bootstrap(before, mine["_scores"][metric])
                 cell += f", p {result['p']:.3f}"
             before = mine["_scores"][metric]
             row.append(cell)

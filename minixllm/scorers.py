@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import UserError
-from .statistics import Score, mean, signed
+from minixllm.errors import UserError
+from minixllm.significance import Score, mean, signed
 
 
 # ---- n-gram matches -------------------------------------------------------------------------------------------------

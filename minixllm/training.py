@@ -26,7 +26,6 @@ from minixllm.settings import setting
 from minixllm.tensor_files import fingerprint
 
 LOST = "Nothing was saved since the last checkpoint; --resume continues from it"
-TIMINGS = ("seconds", "tokens_per_second", "mfu")  # the fields of metrics.jsonl that differ between two equal runs
 
 
 @dataclass

@@ -19,7 +19,7 @@ import eval as script
 from minixllm import benchmarks, checkpoint, evaluation, languages, report, scorers, wording
 from minixllm.build import demo_benchmarks
 from minixllm.errors import UserError
-from minixllm.statistics import democratization
+from minixllm.significance import democratization
 from minixllm.tokenizers import train_sentencepiece
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,7 +14,7 @@ from minixllm.settings import parse
 PAPER = {"lora_r": 8, "lora_alpha": 16, "batch_size": 256, "warmup_steps": 100, "final_learning_rate": 0,
          "max_length": 1024}
 SFT = {"learning_rate": 1e-4, "weight_decay": 0.05, "steps": 68_400, "lora_dropout": 0.05}
-DPO = {"learning_rate": 5e-4, "weight_decay": 0, "steps": 60_000, "lora_dropout": 0, "beta": 0.1, "loss": "dpo"}
+DPO = {"learning_rate": 5e-4, "weight_decay": 0, "steps": 60_000, "beta": 0.1, "loss": "dpo"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)

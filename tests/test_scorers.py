@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from minixllm import scorers, statistics
+from minixllm import scorers, significance
 from minixllm.errors import UserError
 
 sacrebleu = pytest.importorskip("sacrebleu")
@@ -254,8 +254,8 @@ def test_accuracy_exact_match_off_target_democratization():
     assert scorers.exact_match([" a ", "b", ""], ["a", "B", ""]).value == pytest.approx(200 / 3)
     assert scorers.off_target(["x1", "", "y1", "x2"], "x", str.startswith, "first-letter").value == 50
     assert scorers.accuracy([], []).value == 0
-    assert statistics.democratization({"a": 10, "b": 20, "c": 30}) == pytest.approx(100 * 20 / 30)
-    assert statistics.democratization({"a": 0.0}) == 0 and statistics.democratization({}) == 0
+    assert significance.democratization({"a": 10, "b": 20, "c": 30}) == pytest.approx(100 * 20 / 30)
+    assert significance.democratization({"a": 0.0}) == 0 and significance.democratization({}) == 0
     # the paper's reading of Huang et al.: 100 mean / max
     with pytest.raises(ValueError):
         scorers.accuracy([1], [1, 2])
@@ -295,10 +295,10 @@ def test_intervals_and_paired_test_as_sacrebleu():
         expected = theirs().corpus_score(good, [references], n_bootstrap=1000)
         assert (high - low) / 2 == pytest.approx(expected._ci, rel=1e-3)
     _, results = PairedTest([("base", fair), ("system", good)], {"BLEU": sacrebleu.BLEU()}, [references], "bs", 1000)()
-    p = statistics.paired_bootstrap(scorers.bleu(fair, references), scorers.bleu(good, references))
+    p = significance.paired_bootstrap(scorers.bleu(fair, references), scorers.bleu(good, references))
     assert p == pytest.approx(results["BLEU"][1].p_value, abs=2e-3) and p < 0.05
-    assert statistics.paired_bootstrap(scorers.bleu(fair, references), scorers.bleu(fair, references)) == 1
+    assert significance.paired_bootstrap(scorers.bleu(fair, references), scorers.bleu(fair, references)) == 1
     assert scorers.bleu(same, references).interval() == (pytest.approx(100), pytest.approx(100))
     assert scorers.accuracy([], []).interval() == (0, 0)
     with pytest.raises(ValueError, match="same items"):
-        statistics.paired_bootstrap(scorers.bleu(good, references), scorers.chrf(good, references))
+        significance.paired_bootstrap(scorers.bleu(good, references), scorers.chrf(good, references))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import __version__
+from minixllm import __version__
 
 SAMPLES, SEED = 1000, 12345  # of the bootstrap: sacreBLEU's
 
