@@ -12,6 +12,7 @@ Instructions come from templates/instructions.toml (the paper's wording), or a f
 default, per language or direction, from the start of the file. The directory tells the benchmark: see `detect`.
 """
 
+import contextlib
 import functools
 import itertools
 import random
@@ -82,25 +83,36 @@ def read(path, wanted: Wanted) -> tuple[list[Item], list[str]]:
 
 
 def detect(path) -> str:
-    """Which of the five benchmarks a directory holds, from its file names."""
+    """Which of the five benchmarks a directory holds, from its file names.
+
+    Raises UserError where it has files of another one, too, or a folder up to two below it has, as deep as archives of
+    benchmarks go: only one would be evaluated.
+    """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; expected one of a benchmark's files")
-    if any(path.glob("*/test_2k.tsv")):
-        return "pawsx"
-    if any(_xcopa_files(path)):
-        return "xcopa"
-    if any(path.glob("*_test.jsonl")):
-        return "xlsum"
-    for file in sorted(path.glob("*.jsonl")):
-        if "instances" in next(read_objects(file))[1]:
-            return "self-instruct"
-    if len(_aligned_files(path)) >= 2:
-        return "translation"
+    own, where = _held(path), {}
+    for folder in [*sorted(path.glob("*/")), *sorted(path.glob("*/*/"))]:
+        with contextlib.suppress(UserError, OSError):  # of a file that may well be none of a benchmark
+            where |= {name: folder for name in _held(folder) if name not in where}
+    where = dict.fromkeys(own, path) | where
+    if len(where) == len(own) == 1:
+        return own[0]
+    if where:
+        held = ", ".join(f"{TITLES[name]} in {where[name]}" for name in TITLES if name in where)
+        raise UserError(f"{path}: holds {held}: expected each benchmark by itself")
     found = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
     raise UserError(f"{path}: none of the five benchmarks: found {found}; expected */test_2k.tsv (PAWS-X), "
                     "test.*.jsonl (XCOPA), *_test.jsonl (XL-Sum), *.jsonl with instances (Self-Instruct), "
                     "or texts named by language, such as fra.devtest (translation)")
+
+
+def _held(folder: Path) -> list[str]:
+    """The benchmarks of which a directory has files where their readers look for them."""
+    held = {"pawsx": any(folder.glob("*/test_2k.tsv")), "xcopa": any(_xcopa_files(folder)),
+            "xlsum": any(folder.glob("*_test.jsonl")), "translation": len(_aligned_files(folder)) >= 2,
+            "self-instruct": any("instances" in next(read_objects(file))[1] for file in sorted(folder.glob("*.jsonl")))}
+    return [name for name, found in held.items() if found]
 
 
 # ---- the five formats -----------------------------------------------------------------------------------------------

@@ -253,6 +253,31 @@ def test_bad_directories(tmp_path, flores):
         read(flores, Wanted())
 
 
+def test_a_directory_of_several_benchmarks(tmp_path, pawsx, xcopa, flores):
+    """One of them alone would be evaluated, without a word about the others."""
+    def refused(path, said):
+        with pytest.raises(UserError) as error:
+            read(path, Wanted())
+        assert str(error.value) == f"{path}: holds {said}: expected each benchmark by itself"
+
+    refused(tmp_path, f"PAWS-X in {pawsx}, XCOPA in {xcopa}, Translation in {flores}")
+    for each in (pawsx, xcopa, flores):
+        assert read(each, Wanted())[0]
+    # as published: PAWS-X in a folder more, XCOPA in one for each language
+    both = tmp_path / "both"
+    lines(both / "PAWS-X/x-final/de/test_2k.tsv", PAWSX_ROWS)
+    refused(both, f"PAWS-X in {both / 'PAWS-X/x-final'}")
+    lines(both / "xcopa/test.it.jsonl", XCOPA_ROWS)
+    refused(both, f"PAWS-X in {both / 'PAWS-X/x-final'}, XCOPA in {both / 'xcopa'}")
+    published = tmp_path / "published"
+    for folder in ("data/it", "data/et", "data-gmt/it"):
+        lines(published / folder / f"test.{folder[-2:]}.jsonl", XCOPA_ROWS)
+    lines(published / "notes/broken.jsonl", ["{"])
+    assert {item.group for item in read(published, Wanted())[0]} == {"ita", "est"}
+    lines(xcopa / "welsh_test.jsonl", [{"id": "1", "summary": "s", "text": "t"}])
+    refused(xcopa, f"XCOPA in {xcopa}, XL-Sum in {xcopa}")
+
+
 def test_line_separators_inside_a_sentence_do_not_shift_the_file(flores):
     for name in ("eng", "fra"):
         lines(flores / f"{name}.devtest", [f"a\u2028b\x0bc {name} {i}" for i in range(205)])
