@@ -94,7 +94,8 @@ def main(argv=None) -> None:
                                                    settings.batch_tokens, settings.max_new_tokens, settings.max_length)
         del model
         if world.first:
-            tables[name] = report.results(predictions[name], bleu_tokenizer=settings.bleu_tokenizer or None,
+            before = next(reversed(tables.values()), None)
+            tables[name] = report.results(predictions[name], before, bleu_tokenizer=settings.bleu_tokenizer or None,
                                           segment=settings.segment, identifier=identifier)
     if world.first:
         print(report.write(settings.output, tables, predictions, dataclasses.asdict(settings), notes))

@@ -50,25 +50,29 @@ def likelihood(predictions: list[dict]) -> dict:
     return scores
 
 
-def results(predictions: list[dict], **how) -> dict:
+def results(predictions: list[dict], before: dict | None = None, **how) -> dict:
     """{column: {"main": metric, "groups": {group: {...}}, "tiers": {metric: {tier: mean}}, "democratization": ...}}.
 
-    how: as `score` takes it. Each group keeps its Scores under "_scores" for paired tests; `write` leaves them out.
+    before: this of another model on the same items, against which each main score is tested: its "p".
+    how: as `score` takes it. Each group keeps its Scores under "_scores" for such tests; `write` leaves them out.
     """
     groups = {}
     for p in predictions:
         groups.setdefault((p["column"], p["group"]), []).append(p)
     table = {}
     for (column, group), members in groups.items():
-        scores = score(members, **how)
+        scores, main = score(members, **how), MAIN[members[0]["benchmark"]]
         language = languages.find(members[0]["language"])
-        table.setdefault(column, {"main": MAIN[members[0]["benchmark"]], "groups": {}})["groups"][group] = {
+        table.setdefault(column, {"main": main, "groups": {}})["groups"][group] = entry = {
             "language": language.code, "tier": language.tier, "items": len(members),
             "unparsed": sum(p["parsed"] is None for p in members), "cut": sum(bool(p["cut"]) for p in members),
             "too_long": sum(p["cut"] is None for p in members),
             "scores": {name: dict(zip(("value", "low", "high"), (s.value, *s.interval()))) | {"signature": s.signature}
                        for name, s in scores.items()},
             "_scores": scores}
+        if before:
+            entry["scores"][main]["p"] = significance.paired_bootstrap(
+                before[column]["groups"][group]["_scores"][main], scores[main])
     for entry in table.values():
         metrics = dict.fromkeys(name for group in entry["groups"].values() for name in group["scores"])
         entry["tiers"] = {name: _tiers(entry["groups"].values(), name) for name in metrics}
@@ -185,18 +189,14 @@ def _languages(models, column) -> str:
     names = list(models)
     rows = []
     for group, entry in models[names[0]][column]["groups"].items():
-        row, before = [f"{group} ({entry['tier']}, {entry['items']})"], None
+        row = [f"{group} ({entry['tier']}, {entry['items']})"]
         for name in names:
             metric, mine = models[name][column]["main"], models[name][column]["groups"][group]
             result = mine["scores"][metric]
             cell = f"{result['value']:.2f} ± {(result['high'] - result['low']) / 2:.2f}"
             cell += "".join(f", {100 * mine[count] / mine['items']:.0f} % {said}" for count, said in
                             (("unparsed", "unread"), ("cut", "cut"), ("too_long", "too long")) if mine[count])
-            if before is not None:
-                result["p"] = significance.paired_bootstrap(before, mine["_scores"][metric])
-                cell += f", p {result['p']:.3f}"
-            before = mine["_scores"][metric]
-            row.append(cell)
+            row.append(cell + (f", p {result['p']:.3f}" if "p" in result else ""))
         rows.append(row)
     return f"## {column}: {models[names[0]][column]['main']}\n\n" + _table(["language (tier, items)", *names], rows)
 
