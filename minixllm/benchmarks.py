@@ -258,9 +258,13 @@ def _self_instruct(reader: _Reader) -> list[Item]:
 
 def _translation(reader: _Reader) -> list[Item]:
     files = _aligned_files(reader.path)
-    if unknown := sorted(f.name for f in reader.path.iterdir() if f.is_file() and f not in files.values()):
-        reader.note(f"{len(unknown)} files of no known language left out: {', '.join(unknown[:5])}"
-                    + ", ..." * (len(unknown) > 5))
+    left_out = {f.name: _language_of_file(f) for f in sorted(reader.path.iterdir())
+                if f.is_file() and f not in files.values()}
+    second = [f"{name} is a second file of {languages.find(code).name} ({code})"
+              for name, code in left_out.items() if code]
+    for what, some in ((" of no known language", [name for name, code in left_out.items() if not code]), ("", second)):
+        if some:
+            reader.note(f"{len(some)} files{what} left out: {', '.join(some[:5])}" + ", ..." * (len(some) > 5))
     asked = {languages.find(text).code for text in reader.wanted.languages}
     if missing := sorted(asked - set(files)):
         reader.note(f"no file for {', '.join(missing)} in {reader.path}")
@@ -330,13 +334,15 @@ OTHER_NAMES = {
 
 
 def _aligned_files(path: Path) -> dict[str, Path]:
-    """{language code: file} of the texts of a translation directory; those of records are none."""
-    return {code: file for file in sorted(path.iterdir()) if file.is_file()
-            and file.suffix not in (".json", ".jsonl", ".tsv") and (code := _language_of_file(file))}
+    """{language code: file} of the texts of a translation directory."""
+    return {code: file for file in sorted(path.iterdir()) if file.is_file() and (code := _language_of_file(file))}
 
 
 def _language_of_file(file: Path) -> str | None:
-    """fra.devtest, fra_Latn.devtest, newstest2019-ref.fra.txt, fra.txt -> fra; None for what names no language."""
+    """fra.devtest, fra_Latn.devtest, newstest2019-ref.fra.txt, fra.txt -> fra; None for what names no language, and for
+    records."""
+    if file.suffix in (".json", ".jsonl", ".tsv"):
+        return None
     name = re.sub(r"^newstest\d+-(src|ref)\.", "", file.name).split(".")[0].replace("-", "_")
     code, _, script = name.partition("_")
     try:

@@ -123,6 +123,15 @@ def test_a_translation_column_is_named_after_its_set(tmp_path, name, column):
     assert [item.column for item in items] == [column]
 
 
+def test_files_left_out_of_a_translation_directory(flores):
+    for name in ("fr.devtest", "README.md", "fra.jsonl"):
+        lines(flores / name, [{"a": "b"}])
+    items, notes = read(flores, Wanted(directions=("eng-fra",), limit=1))
+    assert items[0].reference == "Un. 0" and notes[:2] == [
+        "Translation: 2 files of no known language left out: README.md, fra.jsonl",
+        "Translation: 1 files left out: fr.devtest is a second file of French (fra)"]
+
+
 def test_xlsum_and_self_instruct(tmp_path):
     article = {"id": "a1", "url": "u", "title": "t", "summary": "Short {brace}.", "text": "Long text with {braces}."}
     for name in ("chinese_simplified", "scottish_gaelic", "english", "klingon"):
