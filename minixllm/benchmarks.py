@@ -90,7 +90,8 @@ def detect(path) -> str:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such directory; expected one of a benchmark's files")
+        found = "found a file" if path.exists() else "no such directory"
+        raise UserError(f"{path}: {found}; expected a directory of a benchmark's files")
     own, where = _held(path), {}
     for folder in [*sorted(path.glob("*/")), *sorted(path.glob("*/*/"))]:
         with contextlib.suppress(UserError, OSError):  # of a file that may well be none of a benchmark

@@ -236,6 +236,8 @@ def test_bad_files_are_named_with_their_line(tmp_path, file, rows, said):
 def test_bad_directories(tmp_path, flores):
     with pytest.raises(UserError, match="no such directory"):
         read(tmp_path / "absent", Wanted())
+    with pytest.raises(UserError, match="fra.devtest: found a file; expected a directory of a benchmark's files"):
+        read(flores / "fra.devtest", Wanted())
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="none of the five benchmarks: found nothing"):
         read(tmp_path / "empty", Wanted())
