@@ -92,7 +92,6 @@ class Runner:
         self._settled = threading.Condition()
         self._alone = [threading.Lock() for _ in range(2**16)]  # by the first two bytes of a request's key
         self._stop, self.why_stopped, self._error = threading.Event(), None, None
-        self._reached, self._budget_too_small = Counter(), False
         self._failed_in_a_row, self._resume_at = 0, {}
         self._reasons = {}  # why a request got no answer in this run
         self.failures = []  # the records that this concerns, as they are listed
@@ -158,7 +157,6 @@ class Runner:
             raise UserError(f"{service.name} cannot be asked: {failure}") from None
         except Stopped:
             pass
-        self._reached = self.spent.copy()  # what every run of the same command spends first
 
     def ask(self, service, request) -> str:
         """The answer, stored or new. Raises Failure when there is none for good, Stopped when the run is ending."""
@@ -223,27 +221,18 @@ class Runner:
 
     def _reserve(self, cost: dict) -> None:
         """Take a request's highest cost out of the budget; wait while only what is on its way stands against it."""
+        if above := {unit: amount for unit, amount in cost.items() if amount > self.limits.get(unit, math.inf)}:
+            raise UserError(f"the budget of {_amounts(self.limits)} is too small: one request may need up to "
+                            f"{_amounts(above)}")
         with self._settled:
             while any(self.spent[unit] + self._reserved[unit] + amount > self.limits.get(unit, math.inf)
                       for unit, amount in cost.items()):
                 if not self._reserved["requests"]:
-                    self._stop_at_budget(cost)
+                    self.stop(f"the budget of {_amounts(self.limits)} is spent")
                 if self._stop.is_set():
                     raise Stopped
                 self._settled.wait(0.5)
             self._reserved.update(cost)
-
-    def _stop_at_budget(self, cost: dict) -> None:
-        """Tell a budget that is spent, for which the next run has another, from one that no run can go on with."""
-        budget = f"the budget of {_amounts(self.limits)}"
-        most = {unit: amount for unit, amount in cost.items()
-                if self._reached[unit] + amount > self.limits.get(unit, math.inf)}
-        if most and not self.why_stopped:
-            self._budget_too_small = True
-            reached = _amounts({unit: self._reached[unit] for unit in most if self._reached[unit]})
-            self.stop(f"{budget} is too small: one request may need up to {_amounts(most)}"
-                      + f", after {reached} to see whether the services answer" * bool(reached))
-        self.stop(f"{budget} is spent")
 
     # -- many
 
@@ -330,8 +319,7 @@ class Runner:
             print(f"stopped: {self.why_stopped}")
         if not self.failures and not self.why_stopped:
             return True
-        print(f"{'a larger budget' if self._budget_too_small else 'the same command'} goes on with what is missing; "
-              f"{self.folder / 'failures.jsonl'} lists what failed")
+        print(f"the same command goes on with what is missing; {self.folder / 'failures.jsonl'} lists what failed")
         return False
 
 
