@@ -138,9 +138,12 @@ class _Reader:
         files = {}
         for path in sorted(paths):
             try:
-                files[languages.find(OTHER_NAMES.get(name(path), name(path))).code] = path
+                code = languages.find(OTHER_NAMES.get(name(path), name(path))).code
             except UserError as error:
                 self.note(f"{path} left out: {error}")
+                continue
+            if files.setdefault(code, path) != path:
+                self.note(f"{path} left out: {files[code]} is of the same language")
         asked = [languages.find(text).code for text in self.wanted.languages]
         if missing := [code for code in asked if code not in files]:
             self.note(f"no file for {', '.join(missing)} in {self.path}")

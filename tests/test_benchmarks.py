@@ -60,6 +60,12 @@ def test_pawsx(pawsx):
     assert items[1].reference == "nein"
 
 
+def test_a_second_file_of_a_language_is_told(xcopa):
+    lines(xcopa / "it" / "test.it.jsonl", XCOPA_ROWS)
+    _, notes = read(xcopa, Wanted(languages=("it",)))
+    assert f"XCOPA: {xcopa / 'test.it.jsonl'} left out: {xcopa / 'it/test.it.jsonl'} is of the same language" in notes
+
+
 def test_xcopa(xcopa):
     items, notes = read(xcopa, Wanted())
     chinese = [i for i in items if i.group == "zho_simpl"]
