@@ -58,21 +58,26 @@ class Sampling:
         if self.temperature == 0:
             # numpy's argmax where it can be had: torch's is over ten times slower on a CPU
             return logits.float().numpy(force=True).argmax(-1).tolist() if logits.is_cpu else logits.argmax(-1).tolist()
-        logits = (logits - logits.amax(-1, keepdim=True)).float() / self.temperature  # none becomes infinite
         if self.top_k is None and self.top_p is None:
-            return _draw(logits.softmax(-1), uniform).tolist()
+            return _draw(self._scaled(logits, logits.amax(-1, keepdim=True)).softmax(-1), uniform).tolist()
         top, tokens = logits.topk(min(self.top_k or NUCLEUS, logits.shape[-1]))  # falling
-        total = (logits if self.top_k is None else top).logsumexp(-1, keepdim=True)
+        best = top[:, :1]
+        top = self._scaled(top, best)
+        total = (top if self.top_k else self._scaled(logits, best)).logsumexp(-1, keepdim=True)
         if self.top_k is None and ((top - total).exp().sum(-1) < self.top_p).any():
             # by numpy where it can be had, which takes a third of the time
-            tokens = (torch.from_numpy((-logits).numpy().argsort(-1)) if logits.is_cpu
+            tokens = (torch.from_numpy((-logits.float()).numpy().argsort(-1)) if logits.is_cpu
                       else logits.argsort(-1, descending=True))
-            top = logits.gather(1, tokens)
+            top = self._scaled(logits.gather(1, tokens), best)
         probs = (top - total).exp()
         if self.top_p is not None:
             before = probs.cumsum(-1) - probs
             probs = probs.masked_fill(before >= self.top_p, 0)
         return tokens.gather(1, _draw(probs, uniform)[:, None]).squeeze(1).tolist()
+
+    def _scaled(self, logits: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+        """fp32 logits by temperature, below those of the likeliest token: none becomes infinite."""
+        return (logits.float() - best.float()) / self.temperature
 
 
 def _draw(probs: torch.Tensor, uniform: list[float]) -> torch.Tensor:
