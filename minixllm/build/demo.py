@@ -141,8 +141,9 @@ def speaks(tag: str, subject: str) -> bool:
         entries = []
         for data in (own, root, english):
             for key in path:
-                data = data.get(key) if data is not None else None
-            entries.append(dict(data.items()) if hasattr(data, "items") else data)
+                data = data.get(key) if hasattr(data, "get") else None
+                data = data[1] if isinstance(data, tuple) else data  # (what it inherits, what is its own)
+            entries.append(None if isinstance(data, babel.localedata.Alias) else data)
         return entries[0] is not None and entries[0] not in entries[1:]
 
     if subject == "date":
@@ -150,9 +151,8 @@ def speaks(tag: str, subject: str) -> bool:
     if subject == "when":
         return all(differs("date_fields", period, way) for period in PERIODS for way in ("past", "future"))
     if subject == "quantity":
-        # babel answers with the unit's identifier, "5 length-meter", where the long form is only that for a speed
-        return all(differs("unit_patterns", unit, "long") and "other" in own["unit_patterns"][unit]["long"]
-                   for unit in UNITS)
+        # where there is no long form, babel answers with the short one or the unit's identifier, "5 length-meter"
+        return all(differs("unit_patterns", unit, "long", "other") for unit in UNITS)
     if subject == "money":
         return all(differs("currency_names", code) for code in CURRENCIES)
     return differs("list_patterns", "standard")
