@@ -35,15 +35,15 @@ class Settings:
     directions: list[str] = setting(["from-english", "to-english"], "of translation: also deu-fra, or two tiers such "
                                     "as high-low, which draws 15 pairs without English")
     limit: int | None = setting(None, "items a language or direction; by default 200 of translation, 250 of XL-Sum, "
-                                "all others")
-    seed: int = setting(0, "of the draw of pairs without English")
+                                "all others", least=1)
+    seed: int = setting(0, "of the draw of pairs without English", least=0, most=2**32)
     max_new_tokens: int = setting(512, "longest answer, in tokens; XL-Sum's is 128 at most; half of the model's "
-                                       "positions at most, unless --max-length is given")
+                                       "positions at most, unless --max-length is given", least=1)
     max_length: int | None = setting(None, "tokens of prompt and answer together; longer prompts lose the end of their "
                                      "article, input or sentence; by default the model's max_position_embeddings, or "
-                                     "2048 where its config names none (BLOOM)")
+                                     "2048 where its config names none (BLOOM)", least=1, most=2**24)
     batch_tokens: int = setting(BATCH_TOKENS, "tokens of all prompts and answers under way at a time; a 7B model in "
-                                              "bf16 keeps 0.5 MB for each")
+                                              "bf16 keeps 0.5 MB for each", least=1)
     dtype: str = setting("auto", "type to compute in; auto is bf16 where the processor has it",
                          choices=("auto", "bfloat16", "float32"))
     bleu_tokenizer: str = setting("", "13a, zh, char or the path of a SentencePiece model for BLEU in all languages; "
@@ -54,9 +54,6 @@ class Settings:
 
 def main(argv=None) -> None:
     settings = parse(Settings, argv, DEFAULTS, needs=("benchmarks",), description=__doc__)
-    for name in ("limit", "max_new_tokens", "max_length", "batch_tokens"):
-        if (value := getattr(settings, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
     if settings.max_length and settings.max_length <= settings.max_new_tokens:
         raise UserError(f"--max-length is {settings.max_length}, expected more than --max-new-tokens, "
                         f"{settings.max_new_tokens}: a prompt needs room too")

@@ -33,21 +33,24 @@ class Settings(LoraSettings, TrainingSettings):
     data: list[str] = setting([], "files of pairs (JSON or JSONL: instruction, input, chosen, rejected, and optionally "
                                   "language, response_language), or directories of them")
     held_out: list[str] = setting([], "the same, for the held-out measures; none: some pairs of --data are kept aside")
-    held_out_per_language: int = setting(20, "pairs kept aside of each two languages, at most a tenth of them")
+    held_out_per_language: int = setting(20, "pairs kept aside of each two languages, at most a tenth of them", least=0)
     feedback: str = setting("cross-lingual", "the embedded default's pairs: answers in another language than the "
                                              "instruction's, or in the same", ("cross-lingual", "monolingual"))
     loss: str = setting("dpo", "dpo (with --label-smoothing: conservative DPO) or ipo", ("dpo", "ipo"))
-    beta: float = setting(0.1, "how strongly the policy is held to the reference")
-    label_smoothing: float = setting(0.0, "chance that a pair is labelled the wrong way round; dpo only")
-    nll_weight: float = setting(0.0, "how many times the chosen answer's negative log-likelihood is added to its loss")
+    beta: float = setting(0.1, "how strongly the policy is held to the reference", above=0)
+    label_smoothing: float = setting(0.0, "chance that a pair is labelled the wrong way round; dpo only",
+                                     least=0, most=0.5)
+    nll_weight: float = setting(0.0, "how many times the chosen answer's negative log-likelihood is added to its loss",
+                                least=0)
     reference: str = setting("live", "compute the reference beside the policy, or once before training and keep its "
                                      "log-probabilities on disk", ("live", "cached"))
     learning_rate: float = setting(5e-4, "peak learning rate; the default suits LoRA, all weights of a large model "
-                                         "want about 1e-6")
-    weight_decay: float = setting(0.0, "decoupled weight decay; matrices only, no biases or norms")
-    batch_size: int = setting(256, "pairs a step, over all processes")
-    micro_batch_size: int = setting(8, "pairs a process computes at once; more memory, fewer passes")
-    max_length: int = setting(1024, "tokens of the longest pair's prompt and longer answer together")
+                                         "want about 1e-6", above=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay; matrices only, no biases or norms", least=0, most=1)
+    batch_size: int = setting(256, "pairs a step, over all processes", least=1)
+    micro_batch_size: int = setting(8, "pairs a process computes at once; more memory, fewer passes", least=1)
+    max_length: int = setting(1024, "tokens of the longest pair's prompt and longer answer together",
+                              least=1, most=2**24)
     too_long: str = setting("drop", "what becomes of a pair longer than --max-length", ("drop", "truncate"))
     cache: str = setting("runs/cache", "where tokenised pairs, reference log-probabilities and embedded data are kept")
 

@@ -38,13 +38,14 @@ class Settings(LoraSettings, TrainingSettings):
     data: list[str] = setting([], "files of records (JSON or JSONL: instruction, input, output, and optionally "
                                   "language), or directories of them")
     held_out: list[str] = setting([], "the same, for the held-out loss; none: some records of --data are kept aside")
-    held_out_per_language: int = setting(100, "records kept aside in each language, at most a tenth of it")
+    held_out_per_language: int = setting(100, "records kept aside in each language, at most a tenth of it", least=0)
     packing: bool = setting(True, "fill each row with records up to --max-length; otherwise a row is one record")
     too_long: str = setting("drop", "what becomes of a record longer than --max-length", choices=("drop", "truncate"))
-    lora_dropout: float = setting(0.05, "dropout before LoRA's adapters")
+    lora_dropout: float = setting(0.05, "dropout before LoRA's adapters", least=0, most=1)
     train_on_prompt: bool = setting(False, "learn every token, as the paper did, and not the answers alone")
-    temperature: float | None = setting(None, "sample languages by (their records)^(1/temperature); none: as they come")
-    max_new_tokens: int = setting(64, "longest of the answers printed at the end")
+    temperature: float | None = setting(None, "sample languages by (their records)^(1/temperature); none: as they come",
+                                        above=0)
+    max_new_tokens: int = setting(64, "longest of the answers printed at the end", least=1)
     cache: str = setting("runs/cache", "where tokenised records and the embedded data are kept between runs")
 
 

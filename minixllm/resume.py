@@ -75,7 +75,8 @@ def load(path, model, optimizer, facts: dict) -> tuple[int, list[str]]:
                                           **{moment: torch.zeros_like(parameter) for moment in MOMENTS}}
         state = _state(model, optimizer)
         stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        found, expected = {name: [*of.size] for name, of in stored.items()}, {name: [*t.shape] for name, t in state.items()}
+        found = {name: [*of.size] for name, of in stored.items()}
+        expected = {name: [*tensor.shape] for name, tensor in state.items()}
         if found == expected:
             dcp.load(state, checkpoint_id=path)
             return step, changed
@@ -89,7 +90,8 @@ def load(path, model, optimizer, facts: dict) -> tuple[int, list[str]]:
                         f"{f'goes on from {before}' if before else 'begins anew'}") from None
     name = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     raise UserError(f"{path}: does not fit this model: {name}: found {found.get(name, 'none')}, "
-                    f"expected {expected.get(name, 'none')}" + f"; changed since it was saved: {', '.join(changed)}" * bool(changed))
+                    f"expected {expected.get(name, 'none')}"
+                    + f"; changed since it was saved: {', '.join(changed)}" * bool(changed))
 
 
 def _state(model, optimizer) -> dict:

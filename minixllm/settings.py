@@ -2,7 +2,7 @@
 
     @dataclass
     class Settings:
-        learning_rate: float = setting(1e-4, "peak learning rate")
+        learning_rate: float = setting(1e-4, "peak learning rate", above=0)
 
     settings = parse(Settings, argv)     # --learning-rate 3e-4, --config recipe.toml, --help
 
@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import math
 import os
 import re
 import sys
@@ -27,9 +28,13 @@ from minixllm.errors import UserError
 STOPPED = 130  # the exit status of what a signal ended early: what was asked for is not there
 
 
-def setting(default, help: str, choices=None):
-    """A dataclass field with its meaning. A list default makes a flag that takes several values."""
-    metadata = {"help": help, "choices": choices}
+def setting(default, help: str, choices=None, above: float | None = None, least: float | None = None,
+            most: float | None = None):
+    """A dataclass field with its meaning. A list default makes a flag that takes several values.
+
+    A number must be above `above` or at least `least`, and at most `most`.
+    """
+    metadata = {"help": help, "choices": choices, "bounds": (above, least, most)}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -61,7 +66,10 @@ def parse(cls, argv=None, embedded: dict | None = None, needs=("model", "data"),
         if "epochs" in layer:
             values.pop("steps", None)  # the two name one thing
         values |= layer
-    return cls(**values)
+    settings = cls(**values)
+    for name, field in fields.items():
+        _check_bounds(name, getattr(settings, name), *field.metadata["bounds"])
+    return settings
 
 
 def run(main) -> None:
@@ -108,6 +116,16 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"unexpected argument {flag!r}: every setting is given as --name value")
             raise UserError(f"unknown flag {flag}{_nearest(flag, self._option_string_actions)}; --help lists the flags")
         return known
+
+
+def _check_bounds(name, value, above, least, most):
+    if not isinstance(value, (int, float)):
+        return
+    inside = (above is None or value > above) and (least is None or value >= least) and (most is None or value <= most)
+    if not (inside and math.isfinite(value)):
+        expected = [f"{word} {bound:,}" for word, bound in (("above", above), ("at least", least), ("at most", most))
+                    if bound is not None]
+        raise UserError(f"--{name.replace('_', '-')} is {value}, expected a number {' and '.join(expected)}")
 
 
 def _add_flag(parser, name, field, hint, embedded):

@@ -15,8 +15,9 @@ from minixllm.settings import parse, setting
 class Settings:
     model: str | None = setting(None, "directory of the model")
     data: list[str] = setting([], "files of records")
-    learning_rate: float = setting(1e-4, "peak learning rate, 100 % of it")
-    batch_size: int = setting(256, "rows a step")
+    learning_rate: float = setting(1e-4, "peak learning rate, 100 % of it", above=0)
+    batch_size: int = setting(256, "rows a step", least=1, most=512)
+    limit: int | None = setting(None, "rows read", least=0)
     resume: bool = setting(False, "continue")
     dtype: str = setting("auto", "compute type", choices=("auto", "float32"))
 
@@ -84,6 +85,12 @@ def test_help_shows_meaning_and_both_defaults(capsys):
     (["--lerning_rate=1"], ["unknown flag --lerning_rate", "did you mean --learning-rate?"]),
     (["--batch-size", "many"], ["--batch-size", "'many'", "int"]),
     (["--batch-size"], ["--batch-size"]),
+    (["--batch-size", "0"], ["--batch-size is 0, expected a number at least 1 and at most 512"]),
+    (["--batch-size", "513"], ["--batch-size is 513"]),
+    (["--learning-rate", "0"], ["--learning-rate is 0.0, expected a number above 0"]),
+    (["--learning-rate", "nan"], ["--learning-rate is nan"]),
+    (["--learning-rate", "inf"], ["--learning-rate is inf"]),
+    (["--limit", "-1"], ["--limit is -1, expected a number at least 0"]),
     (["--dtype", "fp8"], ["--dtype", "'fp8'", "auto"]),
     (["records.json"], ["'records.json'", "--name value"]),
     (["--config", "/nowhere.toml"], ["/nowhere.toml", "No such file"]),
@@ -101,6 +108,7 @@ def test_bad_flags(argv, said):
     ("data = [1]", ["data", "found 1", "a list of str"]),
     ('dtype = "fp8"', ["dtype", "'fp8'", "'float32'"]),
     ("resume = 1", ["resume", "expected bool"]),
+    ("batch_size = 1000", ["--batch-size is 1000"]),
     ("batch_size = = 3", ["recipe.toml", "not TOML", "line 1"]),
     ("[training]\nbatch_size = 3", ["unknown key 'training'"]),
 ])

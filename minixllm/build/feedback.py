@@ -19,7 +19,7 @@ import numpy as np
 from minixllm import languages, prompts
 from minixllm.build import services
 from minixllm.build.instructions import LOOP, REFUSALS, identifier
-from minixllm.build.runner import Estimate, LeftOut, Runner, RunnerSettings, check
+from minixllm.build.runner import Estimate, LeftOut, Runner, RunnerSettings
 from minixllm.build.services import Prompt
 from minixllm.errors import UserError, atomic_write
 from minixllm.languages import FEEDBACK_LANGUAGES, LANGUAGES
@@ -37,13 +37,14 @@ class FeedbackSettings(RunnerSettings):
                                   "instructions leaves them")
     feedback: str = setting("cross-lingual", "answers in another language than the instruction's, or in the same (the "
                                              "paper's ablation), as many in all", ("cross-lingual", "monolingual"))
-    pairs_each: int = setting(20, "instructions drawn for each of the 870 ordered pairs of languages")
+    pairs_each: int = setting(20, "instructions drawn for each of the 870 ordered pairs of languages", least=1)
     generators: list[str] = setting(["chat:gpt-4o-mini@https://api.openai.com/v1"], "services that answer, in turn")
-    candidates: int = setting(4, "answers to each instruction; a judge is asked candidates x (candidates - 1) times")
+    candidates: int = setting(4, "answers to each instruction; a judge is asked candidates x (candidates - 1) times",
+                              least=2)
     judge: str = setting("chat:gpt-4o-mini@https://api.openai.com/v1", "the service that compares two answers")
-    min_margin: float = setting(1.0, "points of 10 by which the best must be judged better than the worst")
-    max_new_tokens: int = setting(1024, "tokens of the longest answer; what is longer is no candidate")
-    temperature: float = setting(1.0, "at which candidates are drawn")
+    min_margin: float = setting(1.0, "points of 10 by which the best must be judged better than the worst", least=0)
+    max_new_tokens: int = setting(1024, "tokens of the longest answer; what is longer is no candidate", least=1)
+    temperature: float = setting(1.0, "at which candidates are drawn", least=0)
 
 
 def build(settings: FeedbackSettings) -> bool:
@@ -57,7 +58,6 @@ def build(settings: FeedbackSettings) -> bool:
         raise UserError(f"--output {settings.output} is --data, too: expected another directory")
     if not settings.generators:
         raise UserError("--generators names no service, expected one or more")
-    check(settings, candidates=2, pairs_each=1, max_new_tokens=1, temperature=0, min_margin=0)
     drawn = draw(settings)
     total = sum(len(places) for places, _ in drawn.values())
     # each opened once: a local model may well be generator and judge

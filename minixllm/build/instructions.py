@@ -20,7 +20,7 @@ import numpy as np
 
 from minixllm import languages, scorers
 from minixllm.build import services
-from minixllm.build.runner import Estimate, LeftOut, Missing, Runner, RunnerSettings, check
+from minixllm.build.runner import Estimate, LeftOut, Missing, Runner, RunnerSettings
 from minixllm.build.services import Prompt, Translate
 from minixllm.errors import UserError, atomic_write
 from minixllm.languages import LANGUAGES
@@ -38,10 +38,10 @@ class InstructionSettings(RunnerSettings):
                                                              "knows it; Google, then NLLB (in a directory, nllb), is "
                                                              "the paper's choice")
     generator: str = setting("chat:gpt-4o-mini@https://api.openai.com/v1", "the service that answers in the language")
-    quality_sample: int = setting(100, "instructions translated there and back to judge a language's quality")
-    min_bleu: float = setting(30.0, "where these reach this BLEU, answers are generated; below, translated")
-    max_new_tokens: int = setting(1024, "tokens of the longest generated answer; what is longer is left out")
-    temperature: float = setting(0.7, "at which answers are generated")
+    quality_sample: int = setting(100, "instructions translated there and back to judge a language's quality", least=1)
+    min_bleu: float = setting(30.0, "where these reach this BLEU, answers are generated; below, translated", least=0)
+    max_new_tokens: int = setting(1024, "tokens of the longest generated answer; what is longer is left out", least=1)
+    temperature: float = setting(0.7, "at which answers are generated", least=0)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,6 @@ def build(settings: InstructionSettings) -> bool:
     codes = chosen_languages(settings.languages)
     if not (settings.data and settings.output):
         raise UserError("expected --data FILE, an English file in Alpaca's format, and --output DIRECTORY")
-    check(settings, quality_sample=1, min_bleu=0, max_new_tokens=1, temperature=0)
     total = check_source(settings.data)
     sample = set(random.Random(settings.seed).sample(range(total), min(settings.quality_sample, total)))
     generator = services.service(settings.generator, settings.timeout)

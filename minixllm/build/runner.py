@@ -43,22 +43,13 @@ class RunnerSettings:
 
     output: str | None = setting(None, "directory of the finished files; its folder build has the report, what failed, "
                                        "and cache.sqlite with every answer")
-    concurrency: int = setting(16, "requests on their way at once")
-    timeout: float = setting(120.0, "seconds without a sign of life after which a request is made again")
-    budget_requests: int | None = setting(None, "requests of this run; it stops before there are more")
-    budget_tokens: int | None = setting(None, "tokens of chat models in this run, prompts and answers")
-    budget_characters: int | None = setting(None, "characters sent to translators in this run")
+    concurrency: int = setting(16, "requests on their way at once", least=1)
+    timeout: float = setting(120.0, "seconds without a sign of life after which a request is made again", least=0.001)
+    budget_requests: int | None = setting(None, "requests of this run; it stops before there are more", least=1)
+    budget_tokens: int | None = setting(None, "tokens of chat models in this run, prompts and answers", least=1)
+    budget_characters: int | None = setting(None, "characters sent to translators in this run", least=1)
     dry_run: bool = setting(False, "ask nothing: count the requests, characters and tokens, from a sample")
-    seed: int = setting(0, "draws samples and language pairs, and is passed to chat models")
-
-
-def check(settings: RunnerSettings, **least) -> None:
-    """Raise UserError where one of these settings, or of those of all builds, is less than that, infinite or nan."""
-    least |= dict(concurrency=1, timeout=0.001, budget_requests=1, budget_tokens=1, budget_characters=1)
-    for name, bound in least.items():
-        value = getattr(settings, name)
-        if value is not None and not bound <= value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} is {value}, expected a number, {bound} or more")
+    seed: int = setting(0, "draws samples and language pairs, and is passed to chat models", least=0, most=2**32)
 
 
 class Missing(Exception):
