@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minixllm import languages, scorers, significance
+from minixllm import languages, plots, scorers, significance
 from minixllm.errors import UserError, atomic_write
 from minixllm.tokenizer_files import read_json
 
@@ -140,7 +140,7 @@ def write(folder, models: dict[str, dict], predictions: dict[str, list[dict]], s
         json.dump({"settings": settings, "notes": notes, "models": models}, file, ensure_ascii=False, indent=1)
     with atomic_write(folder / "report.md") as file:
         file.write(report)
-    _plot(folder / "scores.png", models)
+    plots.scores(folder / "scores.png", models)
     return report
 
 
@@ -209,27 +209,3 @@ def _signatures(models) -> list[str]:
                 for result in group["scores"].values():
                     found.setdefault(result["signature"], set()).add(column)
     return [f"{', '.join(sorted(columns))}: `{signature}`" for signature, columns in found.items()]
-
-
-def _plot(path: Path, models: dict[str, dict]) -> None:
-    """Score by language, a panel a benchmark; nothing without matplotlib (the extra `plots`)."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    columns = list(next(iter(models.values())))
-    figure = Figure(figsize=(14, 2.6 * len(columns)), layout="constrained")
-    for column, axes in zip(columns, np.atleast_1d(figure.subplots(len(columns)))):
-        groups = list(next(iter(models.values()))[column]["groups"])
-        for i, (name, table) in enumerate(models.items()):
-            metric = table[column]["main"]
-            values = [table[column]["groups"][group]["scores"][metric] for group in groups]
-            heights = [value["value"] for value in values]
-            errors = [[max(v["value"] - v["low"], 0) for v in values], [max(v["high"] - v["value"], 0) for v in values]]
-            axes.bar(np.arange(len(groups)) + 0.8 * i / len(models), heights, 0.8 / len(models), yerr=errors,
-                     label=name, error_kw={"linewidth": 0.6})
-        axes.set(ylabel=metric, title=column, xlim=(-0.6, len(groups)))
-        axes.set_xticks(np.arange(len(groups)) + 0.4 - 0.4 / len(models), groups, rotation=90, fontsize=6)
-    figure.axes[0].legend()
-    figure.savefig(path.with_suffix(".partial.png"), dpi=110)
-    path.with_suffix(".partial.png").replace(path)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minixllm import resume
+from minixllm import plots, resume
 from minixllm.datasets import in_order
 from minixllm.errors import UserError, atomic_write
 from minixllm.meter import Meter, announce
@@ -70,7 +70,7 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
     loss_fn(model, micro_batch) -> (summed loss, {name: summed quantity}); both are logged divided by the count.
     evaluate() -> {name: value} is logged every `eval_every` steps and at the end.
 
-    Writes metrics.jsonl and checkpoints below settings.output. After SIGTERM or Ctrl-C saves at the next step boundary
+    Writes metrics.jsonl, with matplotlib curves.png, and checkpoints below settings.output. After SIGTERM or Ctrl-C saves at the next step boundary
     and returns. Raises UserError on a loss or gradient that is not finite, a full disk, a lost process.
     """
     output = Path(settings.output)
@@ -117,6 +117,7 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
                     if world.first:
                         told = (f"{name} {value:.4f}" for name, value in held_out.items() if "/" not in name)
                         bar.write(f"step {step}: held-out {', '.join(told) or 'records: none'}")
+                        plots.curves(output)
                     meter.restart()
                 if stop or step == steps or step % settings.save_every == 0:
                     if metrics:

@@ -39,6 +39,7 @@ def test_three_commands(arch, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "some of its answers to held-out prompts" in said and "exact match" in said
     assert json.loads((tmp_path / "runs/sft/exact_match.json").read_text())
+    assert (tmp_path / "runs/sft/curves.png").exists()
     model, _ = load("runs/sft/model")
     assert type(model).__name__.lower() == arch
 
@@ -46,6 +47,7 @@ def test_three_commands(arch, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "before   after" in said and "off target" in said
     found = json.loads((tmp_path / "runs/dpo/before-after.json").read_text("utf-8"))
+    assert (tmp_path / "runs/dpo/curves.png").exists()
     assert len(found["after"]["answers"]) == found["before"]["questions"] == 44
     assert all(0 <= found[when][name] <= 100 for when in found for name in ("exact match", "off target"))
 
