@@ -36,7 +36,7 @@ class Settings:
                                     "as high-low, which draws 15 pairs without English")
     limit: int | None = setting(None, "items a language or direction; by default 200 of translation, 250 of XL-Sum, "
                                 "all others", least=1)
-    seed: int = setting(0, "of the draw of pairs without English", least=0, most=2**32)
+    seed: int = setting(0, "of the draw of pairs without English", least=0, most=2**32 - 1)
     max_new_tokens: int = setting(512, "longest answer, in tokens; XL-Sum's is 128 at most; half of the model's "
                                        "positions at most, unless --max-length is given", least=1)
     max_length: int | None = setting(None, "tokens of prompt and answer together; longer prompts lose the end of their "

@@ -18,16 +18,18 @@ import numpy as np
 from minixllm import dpo, parallel
 from minixllm.adapters import LoraSettings, open_model, save_trained
 from minixllm.build import demo_feedback
-from minixllm.checkpoint import check_target, read_directory
+from minixllm.checkpoint import read_directory
 from minixllm.datasets import PreferenceData, Stream, hold_out
 from minixllm.errors import UserError
 from minixllm.records import record_files
 from minixllm.settings import STOPPED, parse, run, setting
-from minixllm.training import TrainingSettings, check_output, held_out_means, train
+from minixllm.training import TrainingSettings, claimed, held_out_means, train
 
 
 @dataclass
 class Settings(LoraSettings, TrainingSettings):
+    training = "preference optimisation"
+
     output: str = setting("runs/dpo", "directory of the run: checkpoints, metrics.jsonl and the trained model")
     model: str | None = setting(None, "Hugging Face directory of the instruction-tuned model to align")
     data: list[str] = setting([], "files of pairs (JSON or JSONL: instruction, input, chosen, rejected, and optionally "
@@ -60,13 +62,19 @@ def main(argv=None):
     if settings.loss == "ipo" and settings.label_smoothing:
         raise UserError(f"label_smoothing: found {settings.label_smoothing} with --loss ipo, expected 0")
     world = parallel.setup()
-    check_output(settings.output, settings.resume, settings.model)
-    check_target(Path(settings.output) / "model")
-
-    # Policy and reference, from the same directory. Dropout is off in both: they stay in evaluation mode.
-    embedded = not (settings.model or settings.data)
+    embedded = not settings.model
     if embedded:
-        settings.model, folder = demo_feedback.sft_model(), Path(settings.cache) / f"feedback-{settings.feedback}"
+        settings.model = demo_feedback.sft_model()
+    with claimed(settings, world):
+        status = align(settings, world, embedded)
+    parallel.close()
+    return status
+
+
+def align(settings, world, embedded: bool):
+    # Policy and reference, from the same directory. Dropout is off in both: they stay in evaluation mode.
+    if embedded:
+        folder = Path(settings.cache) / f"feedback-{settings.feedback}"
         with world.one_by_one():
             demo_feedback.build(folder, settings.feedback)
         settings.data, settings.held_out = [str(folder / "train.jsonl")], [str(folder / "valid.jsonl")]
@@ -111,12 +119,10 @@ def main(argv=None):
     # The loop, and what comes out of it.
     before = demo_feedback.measure(model, tokenizer, folder) if embedded else None
     if not train(model, world, settings, stream, loss, evaluate):
-        parallel.close()
         return STOPPED
     save_trained(model, settings, tokenizer)
     if embedded:
         demo_feedback.report(before, demo_feedback.measure(model, tokenizer, folder), settings.output, world)
-    parallel.close()
 
 
 if __name__ == "__main__":

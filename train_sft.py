@@ -8,7 +8,6 @@ With neither --model nor --data a small model is trained from scratch on instruc
 Plain `python train_sft.py` is a run of one process.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,22 +17,23 @@ from tqdm import tqdm
 from minixllm import parallel
 from minixllm.adapters import LoraSettings, open_model, save_trained
 from minixllm.build import demo
-from minixllm.checkpoint import ARCHITECTURES, check_target, read_directory
+from minixllm.checkpoint import ARCHITECTURES, read_directory
 from minixllm.datasets import SFTData, Stream, encode_prompt, hold_out
-from minixllm.errors import atomic_write
 from minixllm.exact_match import describe, exact_match
+from minixllm.files import write_json
 from minixllm.generation import generate
 from minixllm.prompts import alpaca
 from minixllm.records import read_instructions, record_files
 from minixllm.settings import STOPPED, parse, run, setting
 from minixllm.tokenizers import load_tokenizer
-from minixllm.training import TrainingSettings, check_output, held_out_loss, sft_loss, train
+from minixllm.training import TrainingSettings, claimed, held_out_loss, sft_loss, train
 
 
 @dataclass
 class Settings(LoraSettings, TrainingSettings):
+    training = "instruction tuning"
+
     output: str = setting("runs/sft", TrainingSettings.__dataclass_fields__["output"].metadata["help"])
-    model: str | None = setting(None, "Hugging Face directory to start from (config.json, safetensors, tokenizer)")
     arch: str = setting("llama", "architecture of the embedded default's model", choices=sorted(ARCHITECTURES))
     data: list[str] = setting([], "files of records (JSON or JSONL: instruction, input, output, and optionally "
                                   "language), or directories of them")
@@ -52,10 +52,13 @@ class Settings(LoraSettings, TrainingSettings):
 def main(argv=None):
     settings = parse(Settings, argv, demo.SETTINGS, description=__doc__)
     world = parallel.setup()
-    output = Path(settings.output)
-    check_output(output, settings.resume, settings.model)
-    check_target(output / "model")
+    with claimed(settings, world):
+        status = fine_tune(settings, world)
+    parallel.close()
+    return status
 
+
+def fine_tune(settings, world):
     # The model: on no device yet, then sharded, then each process fills its own slices.
     if settings.model:
         config, model_class, tokenizer = read_directory(settings.model)
@@ -92,17 +95,24 @@ def main(argv=None):
 
     # The loop, and what comes out of it.
     if not train(model, world, settings, stream, sft_loss, evaluate):
-        parallel.close()
         return STOPPED
     save_trained(model, settings, tokenizer)
     if settings.model:
         some = [held_out_data.read(record) for record in held_out[::max(1, len(held_out) // 12)]]
         prompts = [prompt.tolist() for prompt, _ in some]
-        expected = [tokenizer.decode(answer.tolist()) for _, answer in some]
+        answer(model, tokenizer, world, settings, prompts, [tokenizer.decode(right.tolist()) for _, right in some])
     else:
         test = list(read_instructions(folder / "test.jsonl"))
         prompts = [encode_prompt(tokenizer, alpaca(record.instruction, record.input)) for record in test]
-        expected = [record.output for record in test]
+        answers = answer(model, tokenizer, world, settings, prompts, [record.output for record in test])
+        if world.first:
+            result = exact_match(test, answers)
+            print("\n" + describe(result))
+            write_json(Path(settings.output) / "exact_match.json", result)
+
+
+def answer(model, tokenizer, world, settings, prompts, expected) -> list[str]:
+    """The model's answers to held-out prompts; a dozen of them are printed. A collective."""
     with tqdm(total=len(prompts[world.rank::world.size]), unit="answer", disable=not world.first,
               dynamic_ncols=True) as bar:
         answers = [tokenizer.decode(ids) for ids in generate(model, tokenizer, prompts, settings.max_new_tokens,
@@ -112,12 +122,7 @@ def main(argv=None):
         for i in range(0, len(answers), max(1, len(answers) // 12)):
             asked = tokenizer.decode(prompts[i]).partition("### Instruction:\n")[2].removesuffix("\n\n### Response:")
             print(f"\n{asked}\n-> {answers[i]}{'' if answers[i] == expected[i] else f'   (expected {expected[i]})'}")
-        if not settings.model:
-            result = exact_match(test, answers)
-            print("\n" + describe(result))
-            with atomic_write(output / "exact_match.json") as file:
-                json.dump(result, file, indent=1)
-    parallel.close()
+    return answers
 
 
 if __name__ == "__main__":

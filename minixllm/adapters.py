@@ -4,7 +4,6 @@ That is adapter_config.json and adapter_model.safetensors. A tensor is named `ba
 the layer's name being the base model's own.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +12,11 @@ import torch.distributed as dist
 from safetensors.torch import save
 
 from minixllm import checkpoint, lora, parallel
-from minixllm.errors import UserError, atomic_write
+from minixllm.errors import UserError
+from minixllm.files import atomic_write, read_json, write_json
 from minixllm.lora import LoraConfig, add_lora, full_tensor, is_adapter, shard_like
 from minixllm.settings import setting
 from minixllm.tensor_files import read_header
-from minixllm.tokenizers import read_json
 
 PREFIX = "base_model.model."
 # Settings that plain LoRA has or that change nothing it computes; any other that is set makes it something else.
@@ -87,11 +86,11 @@ def save_adapter(model, directory, config: LoraConfig, base: str | None = None):
         directory = Path(directory)
         with atomic_write(directory / "adapter_model.safetensors", "wb") as file:
             file.write(save(tensors, metadata={"format": "pt"}))
-        with atomic_write(directory / "adapter_config.json") as file:
-            json.dump({"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
-                       "inference_mode": True, "init_lora_weights": True, "bias": "none", "fan_in_fan_out": False,
-                       "r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout,
-                       "target_modules": list(config.target_modules)}, file, indent=2)
+        write_json(directory / "adapter_config.json", {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+            "inference_mode": True, "init_lora_weights": True, "bias": "none", "fan_in_fan_out": False,
+            "r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout,
+            "target_modules": list(config.target_modules)})
 
 
 def load(directory, dtype=torch.float32, device="cpu"):

@@ -13,7 +13,8 @@ import sys
 import unicodedata
 
 from minixllm.errors import UserError, check_text
-from minixllm.tokenizer_files import Tokenizer, read_json
+from minixllm.files import read_json
+from minixllm.tokenizer_files import Tokenizer
 
 # Pre-tokenisers. A key is what tokenizer.json asks for, step by step; the value gives the same pieces with Python's
 # `re`, all text between two matches being a piece too. White space is spelt out: Python's \s also has \x1c-\x1f.

@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 from minixllm.bloom import Bloom, BloomConfig
 from minixllm.errors import UserError
+from minixllm.files import read_json, write_json
 from minixllm.llama import Llama, LlamaConfig
 from minixllm.lora import is_adapter
-from minixllm.tensor_files import Stored, find_tensors, what_instead, what_kind, write_json, write_tensors
-from minixllm.tokenizer_files import read_json
+from minixllm.tensor_files import Stored, find_tensors, what_instead, what_kind, write_tensors
 from minixllm.tokenizers import load_tokenizer
 
 ARCHITECTURES = {"llama": (LlamaConfig, Llama), "bloom": (BloomConfig, Bloom)}  # by config.json's model_type

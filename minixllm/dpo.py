@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from minixllm import lora
 from minixllm.datasets import in_order
-from minixllm.errors import atomic_write
+from minixllm.files import atomic_write
 from minixllm.losses import dpo_loss, ipo_loss
 from minixllm.tokencache import file_digest
 

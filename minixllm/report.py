@@ -1,14 +1,13 @@
 """From predictions to the paper's tables: scores by language and tier, off-target rate, democratization, tests."""
 
 import functools
-import json
 from pathlib import Path
 
 import numpy as np
 
 from minixllm import languages, plots, scorers, significance
-from minixllm.errors import UserError, atomic_write
-from minixllm.tokenizer_files import read_json
+from minixllm.errors import UserError
+from minixllm.files import atomic_write, read_json, write_json, write_json_lines
 
 TIERS = ("low", "mid", "high")
 MAIN = {"pawsx": "accuracy", "xcopa": "accuracy", "translation": "BLEU", "xlsum": "rouge1", "self-instruct": "rouge1"}
@@ -128,16 +127,13 @@ def write(folder, models: dict[str, dict], predictions: dict[str, list[dict]], s
     """
     folder = Path(folder)
     for name, lines in predictions.items():
-        with atomic_write(folder / name / "predictions.jsonl") as file:
-            for line in lines:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        write_json_lines(folder / name / "predictions.jsonl", lines)
     report = markdown(models, notes)
     for name, table in models.items():
         for entry in table.values():
             for group in entry["groups"].values():
                 group.pop("_scores")
-    with atomic_write(folder / "results.json") as file:
-        json.dump({"settings": settings, "notes": notes, "models": models}, file, ensure_ascii=False, indent=1)
+    write_json(folder / "results.json", {"settings": settings, "notes": notes, "models": models})
     with atomic_write(folder / "report.md") as file:
         file.write(report)
     plots.scores(folder / "scores.png", models)

@@ -7,9 +7,11 @@ else is state: the order of the data and every random number follow from the see
 PyTorch pickles the metadata of a distributed checkpoint, so only the run's own output directory is ever read.
 """
 
+import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -17,14 +19,19 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from minixllm.errors import UserError, atomic_write
+from minixllm.errors import UserError
+from minixllm.files import write_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def checkpoints(folder) -> list[Path]:
+    """The whole checkpoints of a run, oldest first; one being written, or a user's copy of one, has another name."""
+    return sorted(path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+
+
 def latest(folder) -> Path | None:
-    """The newest whole checkpoint of a run; one being written has another name."""
-    return max(Path(folder).glob("step-*"), default=None)
+    return max(checkpoints(folder), default=None)
 
 
 def save(folder, model, optimizer, world, step: int, facts: dict, keep: int) -> None:
@@ -44,12 +51,11 @@ def save(folder, model, optimizer, world, step: int, facts: dict, keep: int) -> 
         if failure is None:
             dcp.save(_state(model, optimizer), checkpoint_id=partial)
         if failure is None and world.first:
-            with atomic_write(partial / "run.json") as file:
-                json.dump({"step": step, "facts": facts}, file, indent=1)
+            write_json(partial / "run.json", {"step": step, "facts": facts})
             if final.exists():  # a resumed run that saves where it started
                 shutil.rmtree(final)
             os.rename(partial, final)
-            for old in sorted(folder.glob("step-*"))[:-keep]:
+            for old in checkpoints(folder)[:-keep]:
                 shutil.rmtree(old)
     except CheckpointException as error:  # raised on every rank, with what went wrong on each
         failure = "; ".join(str(reason) for reason, _ in error.failures.values())
@@ -64,34 +70,48 @@ def save(folder, model, optimizer, world, step: int, facts: dict, keep: int) -> 
 
 
 def load(path, model, optimizer, facts: dict) -> tuple[int, list[str]]:
-    """Fill model and optimizer from a checkpoint; (step, which facts differ from those saved). A collective."""
-    try:
-        run = json.loads((path / "run.json").read_text())
-        step, changed = run["step"], [f"{name} {run['facts'][name]} -> {value}" for name, value in facts.items()
-                                      if name != "resume" and run["facts"].get(name, value) != value]
-        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-            on = parameter.device if optimizer.defaults["fused"] else "cpu"
-            optimizer.state[parameter] = {"step": torch.tensor(float(step), device=on),
-                                          **{moment: torch.zeros_like(parameter) for moment in MOMENTS}}
-        state = _state(model, optimizer)
+    """Fill model and optimizer from a checkpoint; (step, which facts differ from those saved). A collective.
+
+    Raises UserError for a checkpoint that is not whole, of another kind of training, or of a model of other sizes.
+    """
+    with _whole(path):
+        run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        step, before = run["step"], run["facts"]
+        changed = [f"{name} {before[name]} -> {value}" for name, value in facts.items()
+                   if name != "resume" and before.get(name, value) != value]
         stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         found = {name: [*of.size] for name, of in stored.items()}
-        expected = {name: [*tensor.shape] for name, tensor in state.items()}
-        if found == expected:
-            dcp.load(state, checkpoint_id=path)
-            return step, changed
+    if before.get("training", facts["training"]) != facts["training"]:
+        raise UserError(f"{path}: found a run of {before['training']}, expected one of {facts['training']}")
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        on = parameter.device if optimizer.defaults["fused"] else "cpu"
+        optimizer.state[parameter] = {"step": torch.tensor(float(step), device=on),
+                                      **{moment: torch.zeros_like(parameter) for moment in MOMENTS}}
+    state = _state(model, optimizer)
+    expected = {name: [*tensor.shape] for name, tensor in state.items()}
+    if found != expected:
+        name = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise UserError(f"{path}: does not fit this model: {name}: found {found.get(name, 'none')}, "
+                        f"expected {expected.get(name, 'none')}"
+                        + f"; changed since it was saved: {', '.join(changed)}" * bool(changed))
+    with _whole(path):
+        dcp.load(state, checkpoint_id=path)
+    return step, changed
+
+
+@contextlib.contextmanager
+def _whole(path):
+    """Turn what reading a damaged checkpoint raises into a UserError that says what --resume can do without it."""
+    try:
+        yield
     except (CheckpointException, OSError, EOFError, IndexError, MemoryError, pickle.UnpicklingError, ValueError,
             KeyError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointException):
             error, _ = next(iter(error.failures.values()))
-        before = max((other for other in path.parent.glob("step-*") if other < path), default=None)
+        before = max((other for other in checkpoints(path.parent) if other < path), default=None)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path}: not a whole checkpoint: {reason}. Without it, --resume "
                         f"{f'goes on from {before}' if before else 'begins anew'}") from None
-    name = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-    raise UserError(f"{path}: does not fit this model: {name}: found {found.get(name, 'none')}, "
-                    f"expected {expected.get(name, 'none')}"
-                    + f"; changed since it was saved: {', '.join(changed)}" * bool(changed))
 
 
 def _state(model, optimizer) -> dict:

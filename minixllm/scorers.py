@@ -15,7 +15,6 @@ import numpy as np
 from minixllm.errors import UserError
 from minixllm.significance import Score, mean, signed
 
-
 # ---- n-gram matches -------------------------------------------------------------------------------------------------
 
 def matches(hypotheses, references, order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -24,7 +24,6 @@ from pathlib import Path
 
 from minixllm.errors import UserError
 
-
 STOPPED = 130  # the exit status of what a signal ended early: what was asked for is not there
 
 
@@ -122,7 +121,7 @@ def _check_bounds(name, value, above, least, most):
     if not isinstance(value, (int, float)):
         return
     inside = (above is None or value > above) and (least is None or value >= least) and (most is None or value <= most)
-    if not (inside and math.isfinite(value)):
+    if not inside or isinstance(value, float) and not math.isfinite(value):
         expected = [f"{word} {bound:,}" for word, bound in (("above", above), ("at least", least), ("at most", most))
                     if bound is not None]
         raise UserError(f"--{name.replace('_', '-')} is {value}, expected a number {' and '.join(expected)}")
@@ -187,7 +186,8 @@ def _scalar(hint):
 
 
 def _nearest(name, names) -> str:
-    initials = {"".join(part[0] for part in re.split("[-_]+", each.strip("-"))): each for each in names}  # lr
+    initials = {"".join(part[0] for part in re.split("[-_]+", each.strip("-"))): each
+                for each in reversed([*names])}  # lr is learning_rate, which comes before lora_r
     close = [initials[name.strip("-")]] if name.strip("-") in initials else difflib.get_close_matches(name, names, n=1)
     return f": did you mean {close[0]}?" if close else ""
 

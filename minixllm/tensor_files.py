@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from minixllm.errors import UserError
-from minixllm.tokenizer_files import read_json
+from minixllm.files import read_json, write_json
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by their name in the header
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -155,7 +155,3 @@ def write_tensors(directory, shapes: dict[str, tuple], dtype: torch.dtype, tenso
         write_json(directory / INDEX, {
             "metadata": {"total_size": sum(sum(shard.values()) for shard in shards)},
             "weight_map": {name: file_name for file_name, shard in zip(files, shards) for name in shard}})
-
-
-def write_json(path, values: dict):
-    Path(path).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

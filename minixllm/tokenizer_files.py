@@ -1,10 +1,10 @@
 """What every tokenizer shares: the files of a model directory and the special tokens they choose."""
 
 import hashlib
-import json
 from pathlib import Path
 
-from minixllm.errors import UserError, atomic_write
+from minixllm.errors import UserError
+from minixllm.files import atomic_write, read_json, write_json
 
 # A tokenizer's files in a model directory, besides the one it is read from; `save` carries them along.
 COMPANIONS = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -57,24 +57,10 @@ class Tokenizer:
         directory = Path(directory)
         with atomic_write(directory / name, "wb") as file:
             file.write(self.model_bytes)
-        with atomic_write(directory / "tokenizer_config.json") as file:
-            json.dump(config, file, ensure_ascii=False, indent=2)
+        write_json(directory / "tokenizer_config.json", config)
         for companion in COMPANIONS:
             original = self.path.parent / companion
             if companion != name and original.exists():
                 content = original.read_bytes()  # before the write: the directory may be the original's
                 with atomic_write(directory / companion, "wb") as file:
                     file.write(content)
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file, {} where there is no file; UserError where it is damaged or no object."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: no valid JSON, perhaps cut short: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value

@@ -10,8 +10,9 @@ import re
 from pathlib import Path
 
 from minixllm.byte_bpe import ByteLevelBPE
-from minixllm.errors import UserError, atomic_write, check_text
-from minixllm.tokenizer_files import Tokenizer, read_json
+from minixllm.errors import UserError, check_text
+from minixllm.files import atomic_write, read_json
+from minixllm.tokenizer_files import Tokenizer
 
 
 class SentencePieceTokenizer(Tokenizer):

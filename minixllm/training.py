@@ -5,7 +5,6 @@ batch, known beforehand, so that any split of the batch over micro-batches and p
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -18,8 +17,10 @@ import torch
 from tqdm import tqdm
 
 from minixllm import plots, resume
+from minixllm.checkpoint import check_target
 from minixllm.datasets import in_order
-from minixllm.errors import UserError, atomic_write
+from minixllm.errors import UserError
+from minixllm.files import atomic_write, locked, write_json
 from minixllm.meter import Meter, announce
 from minixllm.parallel import World, explain_lost_peers, local
 from minixllm.settings import setting
@@ -30,8 +31,13 @@ LOST = "Nothing was saved since the last checkpoint; --resume continues from it"
 
 @dataclass
 class TrainingSettings:
-    """What every training run has; the scripts add their own."""
+    """What every training run has; the scripts add their own, and say what `training` it is."""
 
+    training = "any kind"
+
+    model: str | None = setting(None, "Hugging Face directory to start from (config.json, safetensors, tokenizer)")
+    data: list[str] = setting([], "files of records, or directories of them")
+    held_out: list[str] = setting([], "the same, for held-out measures")
     output: str = setting("runs/run", "directory of the run: checkpoints, metrics.jsonl and the trained model")
     resume: bool = setting(False, "continue from the latest checkpoint in --output, or start where there is none")
     epochs: float = setting(3.0, "passes over the data", above=0)
@@ -46,7 +52,7 @@ class TrainingSettings:
     weight_decay: float = setting(0.05, "decoupled weight decay; matrices only, no biases or norms", least=0, most=1)
     beta2: float = setting(0.999, "AdamW's decay of squared gradients (beta1 is 0.9)", least=0, most=0.99999)
     clip: float = setting(1.0, "largest global gradient norm", above=0)
-    seed: int = setting(0, "of initial weights, data order and dropout", least=0, most=2**32)
+    seed: int = setting(0, "of initial weights, data order and dropout", least=0, most=2**32 - 1)
     dtype: str = setting("auto", "what the forward and backward compute in; the trained weights are fp32; "
                                  "auto is bfloat16 where the processor has it", ("auto", "bfloat16", "float32"))
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward: less memory, a third more work")
@@ -55,12 +61,11 @@ class TrainingSettings:
     keep: int = setting(2, "checkpoints kept", least=1)
 
     def __post_init__(self):
-        model, data = getattr(self, "model", None), getattr(self, "data", None)
-        if bool(model) != bool(data):
-            given, lacking = ("--model", "--data") if model else ("--data", "--model")
+        if bool(self.model) != bool(self.data):
+            given, lacking = ("--model", "--data") if self.model else ("--data", "--model")
             raise UserError(f"{given} without {lacking}: expected both, or neither for the embedded default")
-        if getattr(self, "held_out", None) and not data:
-            raise UserError("held_out: found without data, expected both, or neither for the embedded default")
+        if self.held_out and not self.data:
+            raise UserError("--held-out without --data: expected both, or neither for the embedded default")
 
 
 def train(model, world: World, settings: TrainingSettings, stream, loss_fn, evaluate=None) -> bool:
@@ -82,18 +87,16 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
     steps = settings.steps or max(1, round(settings.epochs * stream.steps_per_epoch))
     tokens_per_step = stream.data.lengths[stream.records].sum() / stream.steps_per_epoch
     announce(model, world, settings, steps, tokens_per_step)
-    facts = asdict(settings) | {"tokenised_data": stream.data.key}
-    if getattr(settings, "model", None):
+    facts = asdict(settings) | {"training": settings.training, "tokenised_data": stream.data.key}
+    if settings.model:
         facts["weights_of_model"] = fingerprint(settings.model)
-    first = start_or_resume(output, model, optimizer, world, settings.resume, facts)
+    first = start_or_resume(output, model, optimizer, world, facts)
     if first >= steps and world.first:  # the model is saved anew all the same: one that is there may be of another step
         print(f"nothing is left to do: all {steps} steps were done before; the model of step {first} is saved anew")
     model.gradient_checkpointing = settings.gradient_checkpointing
     training = model.training  # whether there is dropout is the caller's choice
     meter, average = Meter(model, world, settings), None
     metrics = (output / "metrics.jsonl").open("a", encoding="utf-8") if world.first else None
-    if metrics:
-        _lock(metrics)
     bar = tqdm(total=steps, initial=first, unit="step", disable=not world.first, mininterval=0.5, dynamic_ncols=True)
     with bar, contextlib.closing(metrics) if metrics else contextlib.nullcontext(), stop_signals() as stopped:
         for step in range(first + 1, steps + 1):
@@ -109,7 +112,11 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
                 mfu = "unknown" if row["mfu"] is None else f"{row['mfu']:.1%}"
                 bar.set_postfix_str(f"loss {average:.3f}, {row['tokens_per_second']:,.0f} tokens/s, MFU {mfu}", False)
                 bar.update()
-                if evaluate and (step == steps or settings.eval_every and step % settings.eval_every == 0):
+                measured = evaluate and (step == steps or settings.eval_every and step % settings.eval_every == 0)
+                saved = stop or step == steps or step % settings.save_every == 0
+                if measured or saved:
+                    check_weights(trained, world, step, output)
+                if measured:
                     model.eval()
                     held_out = evaluate()
                     model.train(training)
@@ -119,7 +126,7 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
                         bar.write(f"step {step}: held-out {', '.join(told) or 'records: none'}")
                         plots.curves(output)
                     meter.restart()
-                if stop or step == steps or step % settings.save_every == 0:
+                if saved:
                     if metrics:
                         os.fsync(metrics.fileno())
                     resume.save(output / "checkpoints", model, optimizer, world, step, facts, settings.keep)
@@ -172,12 +179,22 @@ def report_not_finite(world, settings, step, loss, norm, stream, batch, losses):
     micro_batches = sum(world.gather(mine), [])
     path = Path(settings.output) / f"not-finite-step-{step}.json"
     if world.first:
-        with atomic_write(path) as file:
-            json.dump(micro_batches, file, indent=1)
+        write_json(path, micro_batches)
     bad = [m for m in micro_batches if not math.isfinite(m["loss"])] or micro_batches
     raise UserError(f"step {step}: loss {loss} and gradient norm {norm}, expected finite numbers; its records: "
-                    f"{first_few(sum((m['records'] for m in bad), []))} (all in {path}). Nothing was saved: "
-                    f"the last checkpoint is {resume.latest(Path(settings.output) / 'checkpoints') or 'none'}")
+                    f"{first_few(sum((m['records'] for m in bad), []))} (all in {path}). {_last(settings.output)}")
+
+
+def check_weights(trained, world, step: int, output) -> None:
+    """Raise UserError before anything is made of weights that the last update left not finite."""
+    norms = torch.stack(torch._foreach_norm([local(parameter.detach()) for parameter in trained]))
+    if world.sum((~norms.isfinite()).sum()).item():
+        raise UserError(f"step {step}: its update left weights that are not finite numbers: is the learning rate too "
+                        f"high? {_last(output)}")
+
+
+def _last(output) -> str:
+    return f"Nothing was saved: the last checkpoint is {resume.latest(Path(output) / 'checkpoints') or 'none'}"
 
 
 def where(stream, micro_batches) -> list[str]:
@@ -198,43 +215,40 @@ def learning_rate(step: int, steps: int, settings) -> float:
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def check_output(output, resuming: bool, model=None) -> None:
-    """Refuse to begin a run where there is one, to go on with one that is running, and to replace the model itself."""
-    output = Path(output)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output}: found a file, expected --output to name a directory")
-    if model and Path(model).resolve() == (output / "model").resolve():
-        raise UserError(f"{model}: is both --model and where --output {output} leaves the trained model, which would "
-                        "replace it; expected another --output")
-    metrics = output / "metrics.jsonl"
-    if not resuming and (resume.latest(output / "checkpoints") or metrics.exists()):
-        raise UserError(f"{output}: holds a run already, expected a new directory; "
-                        "--resume continues it, --output names another")
-    if metrics.exists():
-        with open(metrics) as file:
-            _lock(file, fcntl.LOCK_SH)
+@contextlib.contextmanager
+def claimed(settings, world: World):
+    """Hold the run's directory for this run alone, so that what it writes there neither mixes with another's nor
+    replaces anything unasked. Raises UserError on every process where that cannot be.
+    """
+    output = Path(settings.output)
+    model, metrics = output / "model", output / "metrics.jsonl"
+    with contextlib.ExitStack() as held:
+        with world.one_by_one():
+            if output.exists() and not output.is_dir():
+                raise UserError(f"{output}: found a file, expected --output to name a directory")
+            if settings.model and Path(settings.model).resolve() == model.resolve():
+                raise UserError(f"{settings.model}: is both --model and where --output {output} leaves the trained "
+                                "model, which would replace it; expected another --output")
+            if not settings.resume and world.first and (
+                    resume.latest(output / "checkpoints") or metrics.exists() and metrics.stat().st_size):
+                raise UserError(f"{output}: holds a run already, expected a new directory; "
+                                "--resume continues it, --output names another")
+            check_target(model)
+            if world.first:
+                held.enter_context(locked(output / ".lock", f"{output}: another run is writing there"))
+        yield
 
 
-def _lock(metrics, how=fcntl.LOCK_EX) -> None:
-    """A run holds its metrics locked as long as it lives."""
-    try:
-        fcntl.flock(metrics, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{metrics.name}: another run is writing there, expected it to have ended") from None
-
-
-def start_or_resume(output: Path, model, optimizer, world, resuming: bool, facts: dict) -> int:
+def start_or_resume(output: Path, model, optimizer, world, facts: dict) -> int:
     """The step to continue after: 0, or that of the latest checkpoint, past which metrics.jsonl is cut."""
-    check_output(output, resuming)
-    checkpoint, metrics = resume.latest(output / "checkpoints"), output / "metrics.jsonl"
-    step = 0
+    # as the first process sees the directory: another machine's view of it may be older
+    checkpoint = world.gather(resume.latest(output / "checkpoints"))[0]
+    metrics, step = output / "metrics.jsonl", 0
     if checkpoint:
         step, changed = resume.load(checkpoint, model, optimizer, facts)
         if world.first:
             print(f"resuming after step {step} from {checkpoint}" + (f" with {', '.join(changed)}" if changed else ""))
-    world.barrier()  # nobody writes before all have looked
     if world.first:
-        output.mkdir(parents=True, exist_ok=True)
         kept = []
         for line in metrics.read_text("utf-8", "replace").splitlines() if metrics.exists() else []:
             with contextlib.suppress(json.JSONDecodeError, TypeError, KeyError):  # the last may be half written

@@ -26,7 +26,8 @@ from pathlib import Path
 
 from minixllm import languages, prompts
 from minixllm.checkpoint import ARCHITECTURES
-from minixllm.errors import UserError, atomic_write
+from minixllm.errors import UserError
+from minixllm.files import write_json_lines
 from minixllm.languages import FEEDBACK_LANGUAGES, LANGUAGES
 from minixllm.tokenizers import train_sentencepiece
 
@@ -258,8 +259,7 @@ def build(directory, seed: int = 0, records_per_language: int = 600):
             for other in FEEDBACK_LANGUAGES:
                 records += [named(made, code) for made in _sample("language", other, name, NAMED, rng)]
         rng.shuffle(records)
-        with atomic_write(Path(directory) / f"{name}.jsonl") as file:
-            file.writelines(json.dumps(made, ensure_ascii=False) + "\n" for made in records)
+        write_json_lines(Path(directory) / f"{name}.jsonl", records)
     folder = Path(directory)
     train_sentencepiece(texts(folder / "train.jsonl"), folder / "tokenizer.model", VOCABULARY, **TOKENIZER)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from minixllm import languages
 from minixllm.build import demo
-from minixllm.errors import atomic_write
+from minixllm.files import atomic_write
 from minixllm.languages import FEEDBACK_LANGUAGES
 
 ITEMS = {"pawsx": 20, "xcopa": 20, "translation": 9, "xlsum": 12, "self-instruct": 21}  # a language

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from minixllm.build.demo import ASKED, KINDS, NAMES, draw, feedback_record, record, render, speaks, split
 from minixllm.datasets import encode_prompt
-from minixllm.errors import UserError, atomic_write
+from minixllm.errors import UserError
+from minixllm.files import write_json, write_json_lines
 from minixllm.generation import generate
 from minixllm.languages import FEEDBACK_LANGUAGES, LANGUAGES, find
 from minixllm.prompts import alpaca
@@ -54,8 +55,7 @@ def build(directory, feedback: str, seed: int = 0, pairs_each: int = 18):
                      for source, target in languages for _ in range(count)]
         records = [made if name == "test" else _pair(rng, made, content) for made, content in questions]
         rng.shuffle(records)
-        with atomic_write(Path(directory) / f"{name}.jsonl") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        write_json_lines(Path(directory) / f"{name}.jsonl", records)
 
 
 def _question(rng: random.Random, source: str, target: str, name: str) -> tuple[dict, tuple]:
@@ -146,8 +146,7 @@ def report(before: dict, after: dict, output, world):
     """Print the two measurements side by side with a few answers, and write them to output/before-after.json."""
     if not world.first:
         return
-    with atomic_write(Path(output) / "before-after.json") as file:
-        json.dump({"before": before, "after": after}, file, ensure_ascii=False, indent=1)
+    write_json(Path(output) / "before-after.json", {"before": before, "after": after})
     for old, new in list(zip(before["answers"], after["answers"]))[:8]:
         print(f"\n{old['instruction']} {old['input']}\n-> before: {old['answer']}\n-> after:  {new['answer']}"
               + ("" if new["answer"] == new["output"] else f"   (expected {new['output']})"))

@@ -21,7 +21,8 @@ from minixllm.build import services
 from minixllm.build.instructions import LOOP, REFUSALS, identifier
 from minixllm.build.runner import Estimate, LeftOut, Runner, RunnerSettings
 from minixllm.build.services import Prompt
-from minixllm.errors import UserError, atomic_write
+from minixllm.errors import UserError
+from minixllm.files import write_json
 from minixllm.languages import FEEDBACK_LANGUAGES, LANGUAGES
 from minixllm.records import Instruction, read_instructions, record_files
 from minixllm.settings import setting
@@ -94,8 +95,7 @@ def build(settings: FeedbackSettings) -> bool:
         if report is None:
             return runner.conclude("pairs.jsonl is not yet written", False)
         report |= {"comparisons": dict(sorted(comparisons.items())), "each": dict(sorted(each.items()))}
-        with atomic_write(runner.folder / "report.json") as file:
-            json.dump(report, file, ensure_ascii=False, indent=1)
+        write_json(runner.folder / "report.json", report)
         for reason, count in report["left_out"].items():
             print(f"no pair out of {count:,} instructions: {reason}")
         return runner.conclude(f"{report['records']:,} pairs out of {total:,} instructions", True)

@@ -22,7 +22,8 @@ from minixllm import languages, scorers
 from minixllm.build import services
 from minixllm.build.runner import Estimate, LeftOut, Missing, Runner, RunnerSettings
 from minixllm.build.services import Prompt, Translate
-from minixllm.errors import UserError, atomic_write
+from minixllm.errors import UserError
+from minixllm.files import atomic_write, write_json
 from minixllm.languages import LANGUAGES
 from minixllm.records import Instruction, read_instructions
 from minixllm.settings import setting
@@ -321,8 +322,7 @@ def earlier_report(folder: Path) -> dict:
 
 def write_report(folder: Path, report: dict, min_bleu: float) -> None:
     """report.json with all languages of the directory, and report.md."""
-    with atomic_write(folder / "report.json") as file:
-        json.dump(report, file, ensure_ascii=False, indent=1)
+    write_json(folder / "report.json", report)
     with atomic_write(folder / "report.md") as file:
         file.write(report_table(report, min_bleu))
 

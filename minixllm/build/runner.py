@@ -24,7 +24,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minixllm.build.services import Failure, Prompt, Translate
-from minixllm.errors import UserError, atomic_write
+from minixllm.errors import UserError
+from minixllm.files import atomic_write, write_json_lines
 from minixllm.languages import LANGUAGES
 from minixllm.settings import setting
 
@@ -49,7 +50,7 @@ class RunnerSettings:
     budget_tokens: int | None = setting(None, "tokens of chat models in this run, prompts and answers", least=1)
     budget_characters: int | None = setting(None, "characters sent to translators in this run", least=1)
     dry_run: bool = setting(False, "ask nothing: count the requests, characters and tokens, from a sample")
-    seed: int = setting(0, "draws samples and language pairs, and is passed to chat models", least=0, most=2**32)
+    seed: int = setting(0, "draws samples and language pairs, and is passed to chat models", least=0, most=2**32 - 1)
 
 
 class Missing(Exception):
@@ -112,8 +113,7 @@ class Runner:
         with self._lock:
             self._database.close()
         if self.failures or error is None:
-            with atomic_write(self.folder / "failures.jsonl") as file:
-                file.writelines(json.dumps(failure, ensure_ascii=False) + "\n" for failure in self.failures)
+            write_json_lines(self.folder / "failures.jsonl", self.failures)
 
     # -- stored answers
 

@@ -349,6 +349,7 @@ class Local:
 
     def __init__(self, directory: str):
         import torch
+
         from minixllm import adapters, parallel
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.tokenizer = adapters.load(directory, parallel.compute_dtype("auto", device), device)

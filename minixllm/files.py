@@ -1,0 +1,84 @@
+"""Files that appear whole or not at all, JSON in them, and locks."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+from minixllm.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode: str = "w"):
+    """Open a temporary file beside `path`; it takes that name when the block ends well, and is removed otherwise."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.umask(umask := os.umask(0))  # it can only be read by setting it
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno:
+            error.filename = error.filename or str(path)  # a full disk does not say where
+        raise
+
+
+def read_json(path) -> dict:
+    """The object in a JSON file, {} where there is no file; UserError where it is damaged or no object."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: no valid JSON, perhaps cut short: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def write_json(path, value) -> None:
+    with atomic_write(path) as file:
+        json.dump(value, file, ensure_ascii=False, indent=2)
+        file.write("\n")
+
+
+def write_json_lines(path, records) -> None:
+    with atomic_write(path) as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+@contextlib.contextmanager
+def locked(path, busy: str | None = None):
+    """Hold the lock of this name; the kernel drops it when its holder dies, so nobody waits for the dead.
+
+    busy: what a UserError says where another process holds it; None waits. Gives whether it is held: some network
+    file systems have no locks, and one goes on without.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{busy} ({file.read(200) or 'unknown'} holds {path})") from None
+        except OSError as error:
+            print(f"{path}: cannot be locked ({error.strerror}): see to it that nothing else writes there",
+                  file=sys.stderr)
+            yield False
+        else:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield True
