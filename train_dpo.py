@@ -102,7 +102,8 @@ def align(settings, world, embedded: bool):
     if settings.reference == "cached":
         make = functools.partial(dpo.cached, model, world, directory=settings.model, folder=settings.cache,
                                  dtype=str(parallel.compute_dtype(settings.dtype, world.device)), tokens=tokens)
-        reference, held_out_reference = make(data=data), make(data=held_out_data)
+        reference = make(data=data)
+        held_out_reference = reference if held_out_data is data else make(data=held_out_data)
     elif settings.lora_r:
         reference = held_out_reference = dpo.adapters_off
     else:

@@ -11,7 +11,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+BLOCK = 128  # of queries, or keys, in FlexAttention
 
 
 def alibi_slopes(num_heads: int, device="cpu") -> torch.Tensor:
@@ -114,13 +116,17 @@ class Packed:
     # FlexAttention: the same documents as a rule about pairs of tokens
 
     @functools.cached_property
+    def segments(self):
+        """The document of each token, and its branch, (N,) each; branch 0 is the trunk."""
+        segments = [(document, branch, length) for document, (trunk, branches) in enumerate(self.documents)
+                    for branch, length in enumerate((trunk, *branches))]
+        document, branch, lengths = torch.tensor(segments).unbind(1)
+        return document.repeat_interleave(lengths), branch.repeat_interleave(lengths)
+
+    @functools.cached_property
     def mask_mod(self):
         """Whether query q sees key k, as FlexAttention asks it."""
-        segments = [(document, branch, length) for document, (trunk, branches) in enumerate(self.documents)
-                    for branch, length in enumerate((trunk, *branches))]  # branch 0 is the trunk
-        lengths = torch.tensor([length for *_, length in segments])
-        document, branch = (torch.tensor(ids).repeat_interleave(lengths).to(self.device)
-                            for ids in ([d for d, *_ in segments], [b for _, b, _ in segments]))
+        document, branch = (ids.to(self.device) for ids in self.segments)
 
         def sees(b, h, q, k):
             return (q >= k) & (document[q] == document[k]) & ((branch[k] == 0) | (branch[k] == branch[q]))
@@ -128,9 +134,27 @@ class Packed:
         return sees
 
     @functools.cached_property
-    def block_mask(self):
-        N = len(self.position_ids)
-        return create_block_mask(self.mask_mod, None, None, N, N, device=self.device)
+    def block_mask(self) -> BlockMask:
+        """Which blocks of keys each block of queries looks at: those from its first document's beginning to itself.
+
+        Blocks of nothing but keys that all these queries see are told apart, and need no mask. PyTorch's own
+        `create_block_mask` would ask `mask_mod` about all N x N pairs.
+        """
+        document, branch = self.segments
+        N = len(document)
+        begins = torch.arange(0, N, BLOCK)
+        ends = torch.clamp(begins + BLOCK, max=N) - 1
+        earliest = torch.searchsorted(document, document[begins]) // BLOCK
+        q, k = torch.arange(len(begins))[:, None], torch.arange(len(begins))
+        seen = (earliest[:, None] <= k) & (k <= q)                                              # (blocks, blocks)
+        whole = (k < q) & (document[begins] == document[ends][:, None]) & (branch[ends] == 0)   # keys of one trunk
+
+        def ordered(blocks):  # how many each has, and these before the others
+            order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+            return (x[None, None].int().to(self.device) for x in (blocks.sum(-1), order))
+
+        return BlockMask.from_kv_blocks(*ordered(seen & ~whole), *ordered(seen & whole), BLOCK_SIZE=BLOCK,
+                                        mask_mod=self.mask_mod, seq_lengths=(N, N))
 
     def score_mod(self, slopes):
         """ALiBi as FlexAttention asks it: by position in the document, which in a branch is no place in the row."""

@@ -81,11 +81,13 @@ def cached(model, world, data, directory, folder, dtype: str, tokens: int):
     model was loaded from, and the types these are held and computed in. Only the first process reads and writes it: the
     others may be on machines that do not see it. `tokens`: about how many are computed at once.
     """
-    files = [Path(directory) / "config.json", *sorted(Path(directory).glob("*.safetensors"))]
-    inputs = [data.key, *map(file_digest, files), str(model.embedding.weight.dtype), dtype]
-    key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
-    path = Path(folder) / f"reference-{key}.npy"
-    table = world.gather(_stored(path, len(data)) if world.first else None)[0]
+    path = table = None
+    if world.first:
+        files = [Path(directory) / "config.json", *sorted(Path(directory).glob("*.safetensors"))]
+        inputs = [data.key, *map(file_digest, files), str(model.embedding.weight.dtype), dtype]
+        path = Path(folder) / f"reference-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]}.npy"
+        table = _stored(path, len(data))
+    table = world.gather(table)[0]
     if table is None:
         table = torch.zeros(len(data), 2, device=world.device)
         with tqdm(total=len(data), unit="pair", desc="reference", disable=not world.first, dynamic_ncols=True) as bar:

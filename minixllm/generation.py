@@ -24,6 +24,7 @@ from minixllm.parallel import gathered
 
 BATCH_TOKENS = 32768   # of the cache; 16 GB for a model of 7B in bf16 on a GPU, 1 GB for one of 60 M on a CPU
 PREFILL_TOKENS = 4096  # prompts join a forward up to this many tokens, which bounds its memory
+SMALLEST = 1e-30       # temperature: below, fp32 has nothing left to divide by, and the likeliest token is taken
 NUCLEUS = 128          # top_p looks among so many of the likeliest first: sorting a vocabulary takes as long as a step
 
 
@@ -54,37 +55,44 @@ class Sampling:
         return np.random.default_rng([self.seed, prompt]).random(tokens, dtype=np.float32).tolist()
 
     def choose(self, logits: torch.Tensor, uniform: list[float]) -> list[int]:
-        """logits (rows, V), a random number for each row -> a token for each row."""
-        if self.temperature == 0:
+        """logits (rows, V), a random number for each row -> a token for each row, whatever the other rows are."""
+        if self.temperature < SMALLEST:
             # numpy's argmax where it can be had: torch's is over ten times slower on a CPU
             return logits.float().numpy(force=True).argmax(-1).tolist() if logits.is_cpu else logits.argmax(-1).tolist()
+        uniform = torch.tensor(uniform, device=logits.device)
         if self.top_k is None and self.top_p is None:
             return _draw(self._scaled(logits, logits.amax(-1, keepdim=True)).softmax(-1), uniform).tolist()
         top, tokens = logits.topk(min(self.top_k or NUCLEUS, logits.shape[-1]))  # falling
         best = top[:, :1]
-        top = self._scaled(top, best)
-        total = (top if self.top_k else self._scaled(logits, best)).logsumexp(-1, keepdim=True)
-        if self.top_k is None and ((top - total).exp().sum(-1) < self.top_p).any():
+        total = self._scaled(top if self.top_k else logits, best).logsumexp(-1, keepdim=True)
+        probs = (self._scaled(top, best) - total).exp()
+        chosen = self._draw_among(tokens, probs, uniform)
+        if self.top_k is None and (wider := probs.sum(-1) < self.top_p).any():  # their nucleus has more than these
+            logits, best, total = logits[wider], best[wider], total[wider]
             # by numpy where it can be had, which takes a third of the time
             tokens = (torch.from_numpy((-logits.float()).numpy().argsort(-1)) if logits.is_cpu
                       else logits.argsort(-1, descending=True))
-            top = self._scaled(logits.gather(1, tokens), best)
-        probs = (top - total).exp()
-        if self.top_p is not None:
-            before = probs.cumsum(-1) - probs
-            probs = probs.masked_fill(before >= self.top_p, 0)
-        return tokens.gather(1, _draw(probs, uniform)[:, None]).squeeze(1).tolist()
+            probs = (self._scaled(logits.gather(1, tokens), best) - total).exp()
+            chosen[wider] = self._draw_among(tokens, probs, uniform[wider])
+        return chosen.tolist()
 
     def _scaled(self, logits: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
         """fp32 logits by temperature, below those of the likeliest token: none becomes infinite."""
         return (logits.float() - best.float()) / self.temperature
 
+    def _draw_among(self, tokens: torch.Tensor, probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        """One of each row's tokens, (rows, k) with their probabilities, falling; with top_p one of the nucleus."""
+        if self.top_p is not None:
+            before = probs.cumsum(-1) - probs
+            probs = probs.masked_fill(before >= self.top_p, 0)
+        return tokens.gather(1, _draw(probs, uniform)[:, None]).squeeze(1)
 
-def _draw(probs: torch.Tensor, uniform: list[float]) -> torch.Tensor:
+
+def _draw(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """The place where the cumulated probabilities (rows, V), of any sum, pass each row's share `uniform` of the sum."""
     cumulated = probs.cumsum(-1)
     # An fp32 number below 1 times the sum is below the sum, so that the place is never one of probability 0.
-    target = torch.tensor(uniform, device=probs.device)[:, None] * cumulated[:, -1:]
+    target = uniform[:, None] * cumulated[:, -1:]
     return torch.searchsorted(cumulated, target, right=True).squeeze(1)
 
 

@@ -121,8 +121,12 @@ def shard(model, world: World, dtype: torch.dtype):
     embedding = model.embedding
     if dtype != torch.float32 and world.device.type == "cpu" and embedding.weight.requires_grad:
         # A CPU sums the gradients of a token's rows in the table's type, and sums of bf16 stagnate: of those of 8,000
-        # equal tokens nine tenths are lost.
-        embedding.forward = lambda ids: F.embedding(ids, embedding.weight.float()).to(dtype)
+        # equal tokens nine tenths are lost. So they are summed in the rows that are looked up, held in fp32.
+        def look_up(ids):
+            rows, places = ids.unique(return_inverse=True)
+            return F.embedding(places, embedding.weight[rows].float()).to(dtype)
+
+        embedding.forward = look_up
     model.register_forward_hook(_reshard_without_backward)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # a loss never changes it in place
     return model

@@ -73,8 +73,8 @@ def parse(cls, argv=None, embedded: dict | None = None, needs=("model", "data"),
 
 def run(main) -> None:
     """Run a script's `main(argv)` and end the process: with the status that it returns, or 0; with 2 and one line on
-    stderr for what a user can mend (a UserError, a full disk, a file that may not be read, a lost process); with 130,
-    STOPPED, after Ctrl-C.
+    stderr for what a user can mend (a UserError, a full disk, a file that may not be read, too little memory, a lost
+    process); with 130, STOPPED, after Ctrl-C.
     """
     script, status = Path(sys.argv[0]).name, 0
     guard = contextlib.nullcontext()
@@ -87,9 +87,15 @@ def run(main) -> None:
         with guard:
             status = main(sys.argv[1:]) or 0
         sys.stdout.flush()
-    except (UserError, OSError) as error:
-        named = isinstance(error, OSError) and error.filename
-        said = f"{error.filename}: {error.strerror}" if named else str(error)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        said = str(error)
+        if isinstance(error, OSError) and error.filename:
+            said = f"{error.filename}: {error.strerror}"
+        elif isinstance(error, (MemoryError, RuntimeError)):
+            said = (f"not enough memory ({' '.join(said.split())[:150]}); smaller batches and shorter texts take less, "
+                    "--help lists the flags")
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         print(f"{script}: error: {said}", file=sys.stderr, flush=True)

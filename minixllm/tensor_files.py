@@ -94,13 +94,12 @@ def open_tensors(path):
 
 
 def fingerprint(directory) -> str:
-    """Tells the weights in a directory from others, by the first and last megabyte of each file (all take long)."""
+    """Tells the weights in a directory from others, by the middle row of each tensor: all would take long to read."""
     digest = hashlib.sha256()
-    for path in sorted(Path(directory).glob("*.safetensors")):
-        with open(path, "rb") as file:
-            digest.update(file.read(2**20))
-            file.seek(max(0, path.stat().st_size - 2**20))
-            digest.update(file.read())
+    for key, stored in sorted(find_tensors(directory).items()):
+        digest.update(repr((key, stored.shape)).encode())
+        middle = slice(stored.shape[0] // 2, stored.shape[0] // 2 + 1) if stored.shape else ...
+        digest.update(stored.read(middle).contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 

@@ -7,7 +7,6 @@ the settings), so it is rebuilt exactly when one of these changes.
 
 import concurrent.futures
 import contextlib
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -15,6 +14,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from minixllm import languages, prompts
 from minixllm.errors import UserError
+from minixllm.files import locked
 
 FORMAT = 2                  # part of every cache's key: to be raised when what is written changes
 CHUNK = 1000                # records a worker tokenises at a time
@@ -43,8 +44,7 @@ class TokenCache:
     how many belong to its prompt and its answers; languages (n,): indices into language_names; lines, files (n,): where
     the record was read; report: {language: a Counter of its records, of those in LEFT_OUT, of those truncated (kept,
     cut short), and of the answers' tokens and characters before any cut}; key: a hash of all this depends on.
-    Subclasses add lengths (n,): the tokens a record takes in a batch, supervised (n,): those of them that have a label,
-    data[i], data.document(i) and data.count(records).
+    Subclasses add lengths (n,): the tokens a record takes in a batch, data[i], data.document(i) and data.count(records).
     Raises UserError for records that cannot be read or encoded, when none is left, and where the cache cannot be kept.
     """
 
@@ -57,14 +57,15 @@ class TokenCache:
                   "files": [file_digest(path) for path in paths + wording]}
         self.key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
         directory = Path(cache_dir) / self.key
-        with _locked(directory.with_suffix(".lock")):    # one process builds, all others on this machine wait here
-            if not directory.exists():
-                _build(directory, paths, tokenizer, read, functools.partial(encode, tokenizer=tokenizer, **settings),
-                       workers)
+        if not directory.exists():
+            with _alone(directory):  # one process builds, all others on this machine wait here
+                if not directory.exists():
+                    _build(directory, paths, tokenizer, read,
+                           functools.partial(encode, tokenizer=tokenizer, **settings), workers)
         self.paths = paths
         try:
             self._map(directory)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{directory}: a damaged token cache ({error}); remove it to have it built anew") from None
 
     def _map(self, directory: Path):
@@ -113,14 +114,12 @@ def file_digest(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: Path):
-    """Hold the lock of this name. The kernel drops it when its holder dies, so nobody waits for the dead."""
+def _alone(directory: Path):
     with contextlib.ExitStack() as stack:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(stack.enter_context(open(path, "w")), fcntl.LOCK_EX)
+            stack.enter_context(locked(directory.with_suffix(".lock")))
         except OSError as error:
-            raise UserError(f"{path.parent}: no place for a token cache ({error.strerror})") from None
+            raise UserError(f"{directory.parent}: no place for a token cache ({error.strerror})") from None
         yield
 
 
@@ -153,6 +152,9 @@ def _build(directory: Path, paths, tokenizer, read, encode, workers):
             np.save(unfinished / f"{name}.npy", array)
         meta = {"dtype": dtype.name, "languages": list(languages), "counts": counts}
         (unfinished / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+        for path in unfinished.iterdir():  # or a power cut might leave files empty that have their names
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(unfinished, directory)
     except OSError as error:
         raise UserError(f"{directory}: the token cache cannot be written: {error.strerror or error}") from error
@@ -178,6 +180,8 @@ def _encoded(records, encode, size: int, workers: int | None):
             while waiting:
                 yield waiting.pop(0).result()
                 waiting += [pool.submit(_encode_chunk, chunk) for chunk in itertools.islice(chunks, 1)]
+        except concurrent.futures.BrokenExecutor:
+            raise UserError("a process that tokenised was killed, perhaps for lack of memory") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -185,6 +189,8 @@ def _encoded(records, encode, size: int, workers: int | None):
 def _start_worker(encode):
     global _encode
     _encode = encode
+    if parent := multiprocessing.parent_process():  # else, were it killed, this process would wait for work for ever
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _encode_chunk(chunk):

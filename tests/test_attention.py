@@ -1,8 +1,9 @@
 """Packed attention: isolation to the bit, branches, and the rule that FlexAttention would be given on a GPU."""
 
+import numpy as np
 import pytest
 import torch
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from minixllm.attention import Packed, alibi_slopes, causal_attention
 from minixllm.bloom import Bloom, BloomConfig
@@ -118,3 +119,34 @@ def test_gradients_are_those_of_one_masked_attention():
     expected = torch.autograd.grad(plain_attention(*inputs, sees, bias), inputs, upstream)
     for a, b in zip(found, expected):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_flex_attention_visits_the_blocks_that_matter(seed):
+    """Whatever a query sees is in a block that is visited; a block taken as whole is seen whole."""
+    rng = np.random.default_rng(seed)
+    documents = [int(rng.integers(1, 400)) if rng.random() < 0.6 else
+                 (int(rng.integers(0, 500)), rng.integers(1, 200, rng.integers(1, 4)).tolist())
+                 for _ in range(rng.integers(1, 8))]
+    packed = Packed(documents)
+    N, mask = len(packed.position_ids), packed.block_mask
+    q, k = torch.arange(N)[:, None], torch.arange(N)
+    sees = torch.zeros(2, -(-N // 128) * 128, -(-N // 128) * 128, dtype=torch.bool)  # any in a block; all, ends aside
+    sees[0, :N, :N] = sees[1, :N, :N] = packed.mask_mod(0, 0, q, k)
+    sees[1, N:] = sees[1, :, N:] = True
+    blocks = sees.unflatten(2, (-1, 128)).unflatten(1, (-1, 128))  # (2, blocks, 128, blocks, 128)
+    some, every = blocks[0].any(3).any(1), blocks[1].all(3).all(1)
+
+    def dense(counts, order):
+        visited = torch.zeros_like(some)
+        for row, (count, places) in enumerate(zip(counts[0, 0], order[0, 0])):
+            visited[row, places[:count].long()] = True
+        return visited
+
+    partial, whole = dense(mask.kv_num_blocks, mask.kv_indices), dense(mask.full_kv_num_blocks, mask.full_kv_indices)
+    assert not (partial & whole).any() and not (whole & ~every).any() and not (some & ~(partial | whole)).any()
+    theirs = create_block_mask(packed.mask_mod, None, None, N, N, device="cpu")
+    assert mask.seq_lengths == theirs.seq_lengths and mask.BLOCK_SIZE == theirs.BLOCK_SIZE
+    if all(isinstance(document, int) for document in documents):  # then no block is visited in vain, and none missed
+        assert torch.equal(partial | whole, some)
+        assert torch.equal(whole, dense(theirs.full_kv_num_blocks, theirs.full_kv_indices))

@@ -337,3 +337,14 @@ def test_command_names_mistakes(argv, message, directory, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=message):
         command.main([str(directory) if word == "DIR" else word for word in argv])
+
+
+@pytest.mark.parametrize("how", [{"top_p": 0.9}, {"top_k": 20}, {"top_k": 20, "top_p": 0.8}], ids=str)
+def test_a_draw_does_not_depend_on_the_other_rows(how):
+    """Among equal logits, of which bf16 has many, too; and where a row's nucleus is wider than its neighbour's."""
+    torch.manual_seed(0)
+    peaked, flat = (torch.randn(2000) * 3).round(), torch.randn(2000) / 4
+    rows = torch.stack([peaked, flat, peaked.flip(0), flat * 0]).bfloat16()
+    sampling = Sampling(temperature=0.9, **how)
+    for uniform in torch.rand(50, 4).tolist():
+        assert sampling.choose(rows, uniform) == [sampling.choose(row[None], [u])[0] for row, u in zip(rows, uniform)]

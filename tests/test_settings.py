@@ -124,6 +124,8 @@ def test_bad_recipes(tmp_path, text, said):
     ("raise UserError('x.json line 3: not JSON')", "x.json line 3: not JSON"),
     ("open('/dev/full', 'w').write('x' * 100_000)", "[Errno 28] No space left on device"),
     ("open('/nowhere/x', 'w')", "/nowhere/x: No such file or directory"),
+    ("import torch; torch.empty(2**50)", "not enough memory ("),
+    ("bytearray(2**55)", "not enough memory ()"),
 ])
 def test_a_mistake_is_one_line_and_exit_status_2(tmp_path, failure, said):
     script = tmp_path / "script.py"
@@ -133,4 +135,4 @@ def test_a_mistake_is_one_line_and_exit_status_2(tmp_path, failure, said):
     environment = {"PYTHONPATH": root, "WORLD_SIZE": "1"}
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
     assert done.returncode == 2
-    assert done.stderr == f"script.py: error: {said}\n"
+    assert done.stderr.startswith(f"script.py: error: {said}") and done.stderr.count("\n") == 1
