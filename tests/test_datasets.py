@@ -4,9 +4,11 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import time
 import unicodedata
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -210,6 +212,50 @@ def test_a_builder_that_was_killed_leaves_no_cache(tmp_path):
     child.join(60)
     assert len(SFTData(path, Bytes(), 400, tmp_path / "cache")) == 200
     assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == ["", ".lock"]
+
+
+def test_a_built_cache_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
+    data = one(tmp_path)
+    monkeypatch.setattr(tokencache, "locked", None)
+    assert len(one(tmp_path)) == len(data)
+
+
+@pytest.mark.parametrize("name", ["offsets.npy", "lines.npy", "meta.json"])
+def test_a_file_that_a_power_cut_left_empty_is_damage(tmp_path, name):
+    data = one(tmp_path)
+    (tmp_path / "cache" / data.key / name).write_bytes(b"")
+    with pytest.raises(UserError, match=f"{data.key}: a damaged token cache .*remove it"):
+        one(tmp_path)
+
+
+class Fatal(Bytes):
+    def encode(self, text, add_special_tokens=False):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_told(tmp_path):
+    with pytest.raises(UserError, match="a process that tokenised was killed, perhaps for lack of memory"):
+        SFTData(write(tmp_path / "a.jsonl", some_records(20)), Fatal(), 400, tmp_path / "cache", workers=2)
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    path = write(tmp_path / "a.jsonl", some_records(3000))
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=SFTData, args=(path, Slow(), 400, tmp_path / "cache"), kwargs={"workers": 2})
+    child.start()
+    while len(workers := children_of(child.pid)) < 2:
+        time.sleep(0.05)
+    child.kill()
+    child.join(60)
+    for _ in range(600):
+        if not any(Path(f"/proc/{pid}").exists() for pid in workers):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{workers} still run")
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_damage_and_a_full_disk_are_named(tmp_path, monkeypatch):

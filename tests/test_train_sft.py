@@ -1,7 +1,6 @@
 """train_sft.py as a user runs it: on a model directory and files of records, and what it says to mistakes."""
 
 import contextlib
-import fcntl
 import json
 import random
 import re
@@ -10,6 +9,7 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import train_sft
 from minixllm import training
@@ -17,9 +17,10 @@ from minixllm.checkpoint import build, initialise, load, save_model
 from minixllm.datasets import encode_prompt
 from minixllm.errors import UserError
 from minixllm.exact_match import describe, exact_match
+from minixllm.files import locked
 from minixllm.generation import generate
 from minixllm.llama import Llama, LlamaConfig
-from minixllm.records import Instruction
+from minixllm.records import Instruction, record_files
 from minixllm.tokenizers import train_sentencepiece
 
 ANSWERS = {"deu": "Das ist die Zahl {}.", "fra": "Voici le nombre {}."}
@@ -97,7 +98,8 @@ def test_adapters_and_a_handful_of_records(files, tmp_path, dtype, capsys):
     (["--model", "{files}/model"], "--model without --data"),
     (["--model", "{files}/model", "--data", "{files}"], "without .json or .jsonl files"),
     (["--model", "{files}/model", "--data", "/nowhere.json"], "/nowhere.json"),
-    (["--held-out", "x.json"], "held_out: found without data"),
+    (["--held-out", "x.json"], "--held-out without --data"),
+    (["--lr", "3"], "did you mean --learning-rate?"),
     (["--bach-size", "3"], "did you mean --batch-size?"),
 ])
 def test_mistakes(files, tmp_path, argv, said):
@@ -123,10 +125,11 @@ def test_what_a_run_does_not_replace_or_disturb(files, tmp_path):
     (tmp_path / "arrow/dataset_dict.json").write_text('{"splits": ["train"]}')
     (tmp_path / "arrow/train/data-00000-of-00001.arrow").touch()
     refused("found an Arrow data set.* expected JSON", "--output", tmp_path / "run", "--data", tmp_path / "arrow")
-    (tmp_path / "alive").mkdir()
-    with open(tmp_path / "alive/metrics.jsonl", "w") as metrics:
-        fcntl.flock(metrics, fcntl.LOCK_EX)
-        refused("metrics.jsonl: another run is writing there", "--output", tmp_path / "alive", "--resume")
+    with locked(tmp_path / "alive/.lock"):
+        refused("alive: another run is writing there", "--output", tmp_path / "alive", "--resume")
+    (tmp_path / "arrow/dataset_dict.json").unlink()
+    shutil.copy(files / "data/records.jsonl", tmp_path / "arrow")
+    assert record_files([tmp_path / "arrow"]) == [tmp_path / "arrow/records.jsonl"]  # a cache below it matters not
 
 
 def test_changed_weights_of_the_base_are_told(files, tmp_path, capsys):
@@ -134,10 +137,9 @@ def test_changed_weights_of_the_base_are_told(files, tmp_path, capsys):
     flags = ["--model", str(base), "--data", str(files / "data"), "--output", str(tmp_path / "run"), "--cache",
              str(tmp_path / "cache"), "--max-length", "256", "--batch-size", "4", "--lora-r", "2"]
     train_sft.main([*flags, "--steps", "1"])
-    path = base / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"] += 0.01  # as merged adapters change it, neither first nor last
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
     train_sft.main([*flags, "--steps", "2", "--resume"])
     assert re.search(r"resuming after step 1 .* weights_of_model [0-9a-f]{16} -> ", capsys.readouterr().out)
 

@@ -6,6 +6,8 @@ Run by torchrun this file is a tiny training run of its own (see `main`).
 import contextlib
 import copy
 import dataclasses
+import errno
+import fcntl
 import json
 import math
 import os
@@ -32,11 +34,13 @@ from minixllm.bloom import Bloom, BloomConfig
 from minixllm.checkpoint import build, initialise
 from minixllm.datasets import Stream
 from minixllm.errors import UserError
+from minixllm.files import locked
 from minixllm.llama import Llama, LlamaConfig
 from minixllm.lora import full_tensor
 from minixllm.meter import Meter, attending_pairs, memory_needed, peak_flops
 from minixllm.settings import parse, run, setting
-from minixllm.training import TrainingSettings, held_out_loss, learning_rate, log, sft_loss, train, train_step
+from minixllm.training import (TrainingSettings, claimed, held_out_loss, learning_rate, log, sft_loss,
+                               start_or_resume, train, train_step)
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -100,6 +104,11 @@ TIMINGS = ("seconds", "tokens_per_second", "mfu")  # the fields of metrics.jsonl
 def main(argv):
     settings = parse(Settings, argv)
     torch.set_num_threads(1)
+    with claimed(settings, parallel.setup("cpu")):
+        run_of(settings)
+
+
+def run_of(settings):
     world, model = setup(settings)
     stream = make_stream(settings, world)
     if settings.gradients:
@@ -481,15 +490,69 @@ def test_a_checkpoint_of_a_larger_model_is_refused(reference, tmp_path, monkeypa
 def test_refusals(reference, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds a run already.*--resume"):
         run_here(reference)
-    for flag, value in (("batch_size", 0), ("seed", 10**30), ("max_length", 10**12), ("learning_rate", "nan")):
-        with pytest.raises(UserError, match=f"{flag}: found {value}, expected"):
-            run_here(tmp_path, f"--{flag.replace('_', '-')}", value)
+    for flag, value in (("--clip", 0), ("--seed", 10**400), ("--keep", 0), ("--beta2", "nan"), ("--epochs", "inf")):
+        with pytest.raises(UserError, match=f"{flag} is {value}.*, expected a number"):
+            run_here(tmp_path, flag, value)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="0.0 MB free on its disk, expected .* for 2"):
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
         run_here(tmp_path)
     (tmp_path / "checkpoints/step-00000007").mkdir(parents=True)
     with pytest.raises(UserError, match="step-00000007: not a whole checkpoint"):
         run_here(tmp_path, "--resume")
+
+
+def test_nothing_is_made_of_weights_that_the_last_update_broke(tmp_path):
+    with pytest.raises(UserError, match="step 1: its update left weights that are not finite.*checkpoint is none"):
+        run_here(tmp_path, "--learning-rate", 1e39, "--steps", 1)
+    assert not (tmp_path / "weights.pt").exists() and "nan" not in (tmp_path / "metrics.jsonl").read_text().lower()
+
+
+def test_one_run_at_a_time(reference, tmp_path):
+    """From before the first look at the directory until the end; what an earlier process left is no obstacle."""
+    shutil.copytree(reference, tmp_path / "run")
+    with locked(tmp_path / "run/.lock"), pytest.raises(UserError, match=f"another run is.*process {os.getpid()} on "):
+        run_here(tmp_path / "run", "--resume", "--steps", 13)
+    with claimed(Settings(output=str(tmp_path / "new")), parallel.setup("cpu")):
+        with pytest.raises(UserError, match="another run is writing there"):
+            run_here(tmp_path / "new")
+    run_here(tmp_path / "run", "--resume", "--steps", 13)
+    (tmp_path / "new/metrics.jsonl").touch()  # of a run that failed before its first step
+    run_here(tmp_path / "new", "--steps", 1)
+
+
+def test_where_the_file_system_has_no_locks_there_are_none(tmp_path, monkeypatch, capsys):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    run_here(tmp_path, "--steps", 1)
+    assert f"{tmp_path}/.lock: cannot be locked (No locks available): see to it" in capsys.readouterr().err
+
+
+def test_a_run_of_another_kind_is_not_resumed(reference, tmp_path, monkeypatch):
+    shutil.copytree(reference, tmp_path / "run")
+    monkeypatch.setattr(Settings, "training", "something else")
+    with pytest.raises(UserError, match="step-00000012: found a run of any kind, expected one of something else"):
+        run_here(tmp_path / "run", "--resume")
+
+
+def test_a_copy_of_a_checkpoint_is_the_users(reference, tmp_path):
+    checkpoints = shutil.copytree(reference, tmp_path / "run") / "checkpoints"
+    shutil.copytree(checkpoints / "step-00000012", checkpoints / "step-00000012-good")
+    run_here(tmp_path / "run", "--resume", "--steps", 14, "--save-every", 1)
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "step-00000012-good", "step-00000013", "step-00000014"]
+
+
+def test_all_processes_resume_from_the_checkpoint_that_the_first_sees(reference, tmp_path, monkeypatch):
+    """Another machine's view of a shared directory may be older."""
+    latest = resume.latest
+    shutil.copytree(reference, tmp_path / "run")
+    world = SimpleNamespace(first=False, gather=lambda value: [latest(tmp_path / "run/checkpoints"), value])
+    monkeypatch.setattr(resume, "latest", lambda folder: None)
+    loaded = []
+    monkeypatch.setattr(resume, "load", lambda path, *rest: loaded.append(path.name) or (12, []))
+    assert start_or_resume(tmp_path / "run", None, None, world, {}) == 12 and loaded == ["step-00000012"]
 
 
 def test_resuming_a_finished_run_says_so(reference, tmp_path, capsys):
