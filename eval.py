@@ -149,9 +149,10 @@ def name_models(directories: list[str], names: list[str]) -> dict[str, str]:
         checkpoint.read_config(adapters.base_directory(directory))  # before anything is computed
     paths = [Path(directory).resolve() for directory in directories]
     names = names or [path.parent.name if path.name == "model" else path.name for path in paths]
-    if len(set(names)) < len(names) or any(not name.strip() or "/" in name or name.startswith(".") for name in names):
-        raise UserError(f"the models are called {', '.join(map(repr, names))}: expected different names, not empty and "
-                        "without '/'; give --names")
+    if len(set(names)) < len(names) or any(not name.strip() or "/" in name or name.startswith(".") or
+                                           Path(name).suffix in (".json", ".md", ".png") for name in names):
+        raise UserError(f"the models are called {', '.join(map(repr, names))}: expected different names, not empty, "
+                        "without '/' and not those of files (.json, .md, .png); give --names")
     return dict(zip(names, directories))
 
 
