@@ -64,7 +64,7 @@ def main(argv=None) -> None:
     if not settings.model:
         notes += [f"{directory} is not there" for directory in DEFAULT_MODELS if directory not in models.values()]
     items = read_items(settings, world, notes)
-    report.check_output(settings.output, models, {item.column for item in items})
+    report.check_output(settings.output, models, items, dataclasses.asdict(settings))
     if world.first:
         print(f"{len(items)} items of {', '.join(dict.fromkeys(item.column for item in items))}, {settings.mode} mode")
         print("\n".join(f"  {note}" for note in notes))
