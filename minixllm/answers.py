@@ -8,7 +8,8 @@ yes / no (the words of the instruction's language, the item's, and English)
   2. the answer begins with a word for yes or for no: that one ("No, because ...", "**Yes.**", "是的", "不是改写");
   3. words for one of the two occur as whole words, with no letter on either side in any script, for the other do not:
      that one ("I would say yes").
-  A word that begins other sentences too ("si", "네", "是", ...) counts only before punctuation or the end of a line.
+  A word that begins or fills other sentences too ("no", "si", "네", "是", ...) counts only before punctuation, the end
+  of a line or "because"; "no" at the start also before what goes on with an answer ("no it", "no es", not "no hay").
 
 options A, B with their texts; a letter is a capital, as the question has it ("a" is a word), and one that begins an
 option's text ("A dog barked") is no letter; what stands behind "than", "over", "instead of" or "not" is not chosen
@@ -28,8 +29,11 @@ import unicodedata
 
 # scripts written without spaces: a word for yes or no at the start has no boundary after it to ask for
 _UNSPACED = re.compile("[\u3040-\u30ff\u4e00-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
-_ORDINARY = {"si", "네", "예", "是", "否"}       # also "if", "four" or "your", "example", "is", "not" (of a prefix)
-_ENDED = r"(?=[ \t]*(?:[^\w\s]|(?m:$)))"
+# also "no difference", "not only", "if", "four" or "your", "example", "is", "not" (of a prefix)
+_ORDINARY = {"no", "non", "si", "네", "예", "是", "否"}
+_ENDED = r"(?=[ \t]*(?:(?!-\w|\.\s*\d)(?:[^\w\s]|_)|(?m:$)|(?:because|porque|parce|car)\b))"
+_GOES_ON = (r"non?(?=\s+(?:no|is|it|they|this|these|the|sentences?|es|son|lo es|ce|il|elles?|oración|phrase|"
+            r"par[aá](?:ph|f)ras\w*)(?![^\W\d_]))")
 _OPENING = r"""^[\s\-–—*_#>"'“”„«»‘’`(\[「『【:.]*"""
 _NAMED = re.compile(r"""\b(?i:answer|option|choice|choose|pick|select)(?i:\s+is)?(?i:\s+option)?[\s:\-]*[("'*\[]*"""
                     r"([AB])\b(?!\s*(?:and|or|/|&)\s*-?[AB]\b)"
@@ -61,8 +65,8 @@ def yes_no(answer: str, words: tuple[tuple[str, ...], tuple[str, ...]]) -> int |
     word = "|".join(re.escape(word) + _ENDED if word in _ORDINARY else _whole(word) for word in longest_first)
     yes, no = ("|".join(_whole(word) for word in longest_first if meaning[word] == choice) for choice in (0, 1))
     answer = re.sub(f"(?:{yes}){_OR}(?:{no})|(?:{no}){_OR}(?:{yes})|是否|{_UNKNOWING}", " ", answer)
-    if first := re.match(f"{_OPENING}({word})", answer):
-        return meaning[first[1]]
+    if first := re.match(f"{_OPENING}({word}|{_GOES_ON})", answer):
+        return meaning.get(first[1])
     said = {meaning[found[1]] for found in re.finditer(rf"(?<!\w)({word})(?!\w)", answer)}
     return said.pop() if len(said) == 1 else None
 

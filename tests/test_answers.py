@@ -43,7 +43,7 @@ YES_NO = [
     ("zho_simpl", "是否相同？", UNCLEAR),
     ("zho_simpl", "答案：是", YES), ("zho_simpl", "yes", YES), ("zho_simpl", "不知道", UNCLEAR),
     ("spa", "Si.", YES), ("spa", "Si, son iguales", YES), ("spa", "La respuesta es si", YES),
-    ("spa", "Si la oración 1 cambia el orden, no es paráfrasis.", NO), ("spa", "Depende: si cambia", UNCLEAR),
+    ("spa", "Si la oración 1 cambia el orden, no es paráfrasis.", UNCLEAR), ("spa", "Depende: si cambia", UNCLEAR),
     ("jpn", "同じではいけない", UNCLEAR), ("jpn", "はいそうです", YES), ("jpn", "答えは「はい」です。", YES),
     ("kor", "네 문장은 다릅니다", UNCLEAR), ("kor", "네\n맞습니다", YES), ("kor", "예 하나", UNCLEAR), ("kor", "답: 네!", YES),
     ("zho_simpl", "两个句子的意思是不一样的。", UNCLEAR), ("zho_simpl", "句子1并非是句子2的改写。", UNCLEAR),
@@ -51,6 +51,15 @@ YES_NO = [
     ("zho_simpl", "是，意思相同", YES), ("zho_simpl", "不是改写", NO), ("zho_simpl", "答案是：否。", NO),
     ("eng", "Yes and nothing differs.", YES), ("deu", "Ja und noch eine Anmerkung: gleich.", YES),
     ("fra", "Oui et notez que le sens est le même.", YES), ("spa", "Sí y nosotros lo confirmamos.", YES),
+    ("eng", "There is no difference in meaning between the two sentences.", UNCLEAR),
+    ("eng", "No difference in meaning.", UNCLEAR), ("eng", "Not", UNCLEAR), ("eng", "No. 10 Downing Street", UNCLEAR),
+    ("eng", "Both sentences have the same meaning; no information is lost.", UNCLEAR),
+    ("eng", "The answer is yes, no doubt about it.", YES), ("eng", "A no-brainer.", UNCLEAR),
+    ("eng", "No Sentence1 does not paraphrase Sentence2", NO), ("eng", "No it does not", NO), ("eng", "no no no", NO),
+    ("eng", "The answer is no because the dates differ", NO), ("eng", "So I say no", NO),
+    ("spa", "No hay diferencia de significado.", UNCLEAR), ("spa", "No es una paráfrasis.", NO), ("spa", "Que no", NO),
+    ("spa", "Es lo mismo, no cambia nada.", UNCLEAR), ("spa", "No lo es", NO), ("spa", "No, no hay paráfrasis", NO),
+    ("fra", "Non ce n'est pas le cas", NO), ("fra", "Non seulement", UNCLEAR),
     ("eng", "No or yes", UNCLEAR), ("eng", "no/yes", UNCLEAR), ("deu", "nein oder ja", UNCLEAR),
     ("fra", "non ou oui", UNCLEAR), ("eng", "_Yes_", YES), ("eng", "__No__", NO), ("eng", "### Answer: No", NO),
 ]
@@ -106,6 +115,13 @@ OPTIONS = [
 @pytest.mark.parametrize("code, raw, said", YES_NO)
 def test_yes_no(code, raw, said):
     assert answers.yes_no(answers.clean(raw), words(code)) == said
+
+
+@pytest.mark.parametrize("code", ["eng", "deu", "spa", "fra", "jpn", "kor", "zho_simpl"])
+def test_news_says_neither(data, code):
+    sentences = (data / f"ntrex/{code}.txt").read_text(encoding="utf-8").splitlines()
+    read = [text for text in sentences if answers.yes_no(answers.clean(text), words(code)) is not None]
+    assert len(sentences) >= 500 and len(read) <= 5, read
 
 
 @pytest.mark.parametrize("choices, raw, said", OPTIONS)
