@@ -64,7 +64,7 @@ def main(argv=None) -> None:
     if not settings.model:
         notes += [f"{directory} is not there" for directory in DEFAULT_MODELS if directory not in models.values()]
     items = read_items(settings, world, notes)
-    report.check_output(settings.output, models, {item.column for item in items})
+    report.check_output(settings.output, models, items, dataclasses.asdict(settings))
     if world.first:
         print(f"{len(items)} items of {', '.join(dict.fromkeys(item.column for item in items))}, {settings.mode} mode")
         print("\n".join(f"  {note}" for note in notes))
@@ -149,9 +149,10 @@ def name_models(directories: list[str], names: list[str]) -> dict[str, str]:
         checkpoint.read_config(adapters.base_directory(directory))  # before anything is computed
     paths = [Path(directory).resolve() for directory in directories]
     names = names or [path.parent.name if path.name == "model" else path.name for path in paths]
-    if len(set(names)) < len(names) or any(not name.strip() or "/" in name or name.startswith(".") for name in names):
-        raise UserError(f"the models are called {', '.join(map(repr, names))}: expected different names, not empty and "
-                        "without '/'; give --names")
+    if len(set(names)) < len(names) or any(not name.strip() or "/" in name or name.startswith(".") or
+                                           Path(name).suffix in (".json", ".md", ".png") for name in names):
+        raise UserError(f"the models are called {', '.join(map(repr, names))}: expected different names, not empty, "
+                        "without '/' and not those of files (.json, .md, .png); give --names")
     return dict(zip(names, directories))
 
 

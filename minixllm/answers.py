@@ -8,12 +8,15 @@ yes / no (the words of the instruction's language, the item's, and English)
   2. the answer begins with a word for yes or for no: that one ("No, because ...", "**Yes.**", "是的", "不是改写");
   3. words for one of the two occur as whole words, with no letter on either side in any script, for the other do not:
      that one ("I would say yes").
-  A word that begins other sentences too ("si", "네", "是", ...) counts only before punctuation or the end of a line.
+  A word that begins or fills other sentences too ("no", "si", "네", "是", ...) counts only before punctuation, the end
+  of a line or "because"; "no" at the start also before what goes on with an answer ("no it", "no es", not "no hay").
 
 options A, B with their texts; a letter is a capital, as the question has it ("a" is a word), and one that begins an
-option's text ("A dog barked") is no letter; what stands behind "than", "over", "instead of" or "not" is not chosen
+option's text ("A dog barked") is no letter; what stands behind "than", "over", "instead of" or "not", or before "is
+wrong", "is less", "makes no", is not chosen, nor are both options as the question has them; in XCOPA's languages, too
   1. "A and B", "A or B", "both", "neither" at the start: cannot tell;
-  2. "answer is B", "option B", "choose B", "B is more plausible", naming one letter: that one; both: cannot tell;
+  2. "answer is B", "option B", "choose B", "B is more plausible", "选项B", naming one letter: that one; both: cannot
+     tell;
   3. the texts of both options occur: cannot tell (the options were repeated);
   4. the answer is one letter, or begins with one followed by punctuation or its option's text ("-B:", "(A)", "B. He");
   5. one letter occurs between brackets, before a colon or full stop, or after a colon at the end ("... is plausible:
@@ -27,20 +30,41 @@ import re
 import unicodedata
 
 # scripts written without spaces: a word for yes or no at the start has no boundary after it to ask for
-_UNSPACED = re.compile("[\u3040-\u30ff\u4e00-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
-_ORDINARY = {"si", "네", "예", "是", "否"}       # also "if", "four" or "your", "example", "is", "not" (of a prefix)
-_ENDED = r"(?=[ \t]*(?:[^\w\s]|(?m:$)))"
+_SCRIPTS = "\u3040-\u30ff\u4e00-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+_UNSPACED = re.compile(f"[{_SCRIPTS}]")
+# also "no difference", "not only", "if", "four" or "your", "example", "is", "not" (of a prefix)
+_ORDINARY = {"no", "non", "si", "네", "예", "是", "否"}
+_ENDED = r"(?=[ \t]*(?:(?!-\w|\.\s*\d)(?:[^\w\s]|_)|(?m:$)|(?:because|porque|parce|car)\b))"
+_GOES_ON = (r"non?(?=\s+(?:no|is|it|they|this|these|the|sentences?|es|son|lo es|ce|il|elles?|oración|phrase|"
+            r"par[aá](?:ph|f)ras\w*)(?![^\W\d_]))")
 _OPENING = r"""^[\s\-–—*_#>"'“”„«»‘’`(\[「『【:.]*"""
-_NAMED = re.compile(r"""\b(?i:answer|option|choice|choose|pick|select)(?i:\s+is)?(?i:\s+option)?[\s:\-]*[("'*\[]*"""
-                    r"([AB])\b(?!\s*(?:and|or|/|&)\s*-?[AB]\b)"
-                    r"|\b([AB])\s+is\s+(?:the\s+)?(?:better|best|correct|right|(?:more|most)\s+(?:plausible|likely))\b")
-_PASSED_OVER = re.compile(r"\b(?i:than|over|instead of|not)\s+(?i:option\s+)?[(\"'*]*[AB]\b")
+_QUOTES = r"""[("'*\[]*"""
+# no letter on that side, or one of a script that parts no words: 选项B更合理
+_BEFORE, _AFTER = rf"(?<![^\W{_SCRIPTS}])", rf"(?![^\W{_SCRIPTS}])"
+# "option", "answer", "choose" in XCOPA's languages; in NFKC, as the answer is: it takes Thai's sara am apart
+_OPTION = unicodedata.normalize("NFKC", (
+    r"(?:\b(?i:answer|option|choice|choose|pick|select|variant|valik|vastus|opsyon|repons|opsi|pilihan|jawaban(?:nya)?|"
+    r"memilih|opzione|risposta|scelta|scelgo|chaguo|jibu|seçenek|cevap|yanıt|chọn|phương án|đáp án|câu trả lời)|"
+    r"விருப்பம்|பதில்|விடை|ตัวเลือก|เลือก|คำตอบ|ข้อ|选项|选择?|答案)"))
+_AND = r"\s*(?i:and|or|[/&、,]|või|ja|oswa|ak|atau|dan|o|e|au|na|veya|ve|ya da|hoặc|hay|và|அல்லது|หรือ|和|或者?|还是)\s*-?"
+_NAMED = re.compile(
+    rf"{_OPTION}(?i:\s+(?:is|on|se|adalah|è|ni|là)|\s*(?:คือ|是|为))?[\s:\-]*{_QUOTES}([AB]){_AFTER}"
+    rf"(?!{_AND}[AB]{_AFTER})"
+    r"|\b([AB])\s+(?:seçeneği|is\s+(?:the\s+)?(?:better|best|correct|right|(?:more|most)\s+(?:plausible|likely))\b)")
+_PASSED_OVER = re.compile(
+    rf"(?:(?:\b(?i:than|over|instead of|daripada|kuliko|hơn)|(?:n't|\b(?i:not|non|bukan|tidak|không|ei))(?:\s+\w+)?)\s|"
+    rf"\bdell['’]|不(?:是|会|应该?)?|比|而非|ไม่(?:ใช่)?|กว่า)\s*(?:{_OPTION}\s*)?{_QUOTES}[AB]{_AFTER}"
+    rf"|(?:{_OPTION}\s*)?{_QUOTES}{_BEFORE}[AB]{_AFTER}[)\]\"'*]*\s*(?i:(?:is|was|seems|looks|does|do|would|can|could|"
+    r"on|adalah|è|là|是)?\s*(?:the\s+)?(?:not|n't|wrong|incorrect|false|less|least|unlikely|implausible|makes? no|"
+    r"ei|vähem|(?<=on )vale|tidak|kurang|salah|non|meno|sbagliat|yanlış|daha az|không|ít|sai|ไม่|ผิด|[不没错])"
+    rf"(?!\s+(?:{_OPTION}\s*)?[AB]{_AFTER}))")
 _TURN = re.compile(r"(?:^|\n)### (?:Instruction|Input|Response):")
 _BOTH = re.compile(_OPENING + r"(?:(?i:both|neither)\b|A\s*(?:and|or|[/&,])\s*-?B\b|B\s*(?:and|or|[/&,])\s*-?A\b)")
 _OR = (r"""["'“”„«»「」]*\s*(?:/|\b(?:or|oder|ou|o|and|und|et|y)\b|또는|または|か|或者|或|그리고|と|和)\s*"""
        r"""["'“”„«»「」]*""")
 _UNKNOWING = r"\bno (?:(?:lo )?sé|estoy segur[oa]|idea)\b"
-_MARKED = re.compile(r"""(?<!\w)(?:\(([AB])\)|\[([AB])\]|([AB])(?=\s*[:.)])|(?<=:)[\s\-"'*]*([AB])(?=\W*$))""")
+_MARKED = re.compile(
+    _BEFORE + r"""(?:\(([AB])\)|\[([AB])\]|([AB])(?=\s*[:.)。])|(?<=:)[\s\-"'*]*([AB])(?=\W*$))""")
 
 
 def clean(raw: str, prompt: str = "") -> str:
@@ -61,8 +85,8 @@ def yes_no(answer: str, words: tuple[tuple[str, ...], tuple[str, ...]]) -> int |
     word = "|".join(re.escape(word) + _ENDED if word in _ORDINARY else _whole(word) for word in longest_first)
     yes, no = ("|".join(_whole(word) for word in longest_first if meaning[word] == choice) for choice in (0, 1))
     answer = re.sub(f"(?:{yes}){_OR}(?:{no})|(?:{no}){_OR}(?:{yes})|是否|{_UNKNOWING}", " ", answer)
-    if first := re.match(f"{_OPENING}({word})", answer):
-        return meaning[first[1]]
+    if first := re.match(f"{_OPENING}({word}|{_GOES_ON})", answer):
+        return meaning.get(first[1])
     said = {meaning[found[1]] for found in re.finditer(rf"(?<!\w)({word})(?!\w)", answer)}
     return said.pop() if len(said) == 1 else None
 
@@ -72,7 +96,8 @@ def option(answer: str, choices: tuple[str, str]) -> int | None:
     answer = unicodedata.normalize("NFKC", answer)
     if _BOTH.match(answer):
         return None
-    chosen = _PASSED_OVER.sub(" ", answer)
+    repeated = r"\W*B\W*".join(re.escape(unicodedata.normalize("NFKC", choice)) for choice in choices)
+    chosen = _PASSED_OVER.sub(" ", re.sub(rf"A\W*{repeated}", " ", answer))
     plain = _plain(answer)
     first, second = (_plain(choice) for choice in choices)
     named = {found[found.lastindex] for found in _NAMED.finditer(chosen)
@@ -87,13 +112,13 @@ def option(answer: str, choices: tuple[str, str]) -> int | None:
         occurs = {text: text in plain for text in (first, second)}
     if occurs[first] and occurs[second]:
         return None
-    if begins := re.match(_OPENING + r"([AB])(?:[\W_]*$|\s*[*_]*[.:)\],\-–*。、]|\s)", answer):
+    if begins := re.match(_OPENING + r"([AB])(?![^\W_])", answer):
         letter = "AB".index(begins[1])
         rest = answer[begins.end(1):]
         if re.match(r"[\W_]*$|\s*[*_]*[.:)\],\-–*。、\n]", rest) or _plain(rest).startswith((first, second)[letter]):
             return letter
     if marked := {"".join(groups) for groups in _MARKED.findall(chosen)}:
-        alone = marked | set(re.findall(r"(?<!\w)[AB](?!\w)", chosen))
+        alone = marked | set(re.findall(f"{_BEFORE}[AB]{_AFTER}", chosen))
         return "AB".index(marked.pop()) if len(alone) == 1 else None
     return 0 if occurs[first] else 1 if occurs[second] else None
 

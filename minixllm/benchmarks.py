@@ -94,26 +94,44 @@ def detect(path) -> str:
         raise UserError(f"{path}: {found}; expected a directory of a benchmark's files")
     own, where = _held(path), {}
     for folder in [*sorted(path.glob("*/")), *sorted(path.glob("*/*/"))]:
-        with contextlib.suppress(UserError, OSError):  # of a file that may well be none of a benchmark
-            where |= {name: folder for name in _held(folder) if name not in where}
-    where = dict.fromkeys(own, path) | where
+        with contextlib.suppress(OSError):
+            for name in _held(folder, below=True):
+                if not {*folder.parents} & {*where.setdefault(name, [])}:
+                    where[name].append(folder)
+    where = {name: [path] for name in own} | where
     if len(where) == len(own) == 1:
         return own[0]
+    if len(where) == 1:
+        [(name, folders)] = where.items()
+        raise UserError(f"{path}: holds {TITLES[name]} below, expected one of: {', '.join(map(str, folders[:5]))}"
+                        + ", ..." * (len(folders) > 5))
     if where:
-        held = ", ".join(f"{TITLES[name]} in {where[name]}" for name in TITLES if name in where)
+        held = ", ".join(f"{TITLES[name]} in {where[name][0]}" for name in TITLES if name in where)
         raise UserError(f"{path}: holds {held}: expected each benchmark by itself")
     found = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
     raise UserError(f"{path}: none of the five benchmarks: found {found}; expected */test_2k.tsv (PAWS-X), "
-                    "test.*.jsonl (XCOPA), *_test.jsonl (XL-Sum), *.jsonl with instances (Self-Instruct), "
-                    "or texts named by language, such as fra.devtest (translation)")
+                    "test.*.jsonl (XCOPA), *_test.jsonl (XL-Sum), *.jsonl with instances from its first line on "
+                    "(Self-Instruct), or texts named by language, such as fra.devtest (translation)")
 
 
-def _held(folder: Path) -> list[str]:
-    """The benchmarks of which a directory has files where their readers look for them."""
+def _held(folder: Path, below: bool = False) -> list[str]:
+    """The benchmarks of which a directory has files where their readers look for them.
+
+    below: it is a folder in the directory given; two languages there may well be those of docs/fr.md or locale/fr.po.
+    """
+    texts = {_language_of_file(file) for file in folder.iterdir() if file.is_file()
+             and (not below or file.suffix in (".dev", ".devtest", ".txt", ""))} - {None}
     held = {"pawsx": any(folder.glob("*/test_2k.tsv")), "xcopa": any(_xcopa_files(folder)),
-            "xlsum": any(folder.glob("*_test.jsonl")), "translation": len(_aligned_files(folder)) >= 2,
-            "self-instruct": any("instances" in next(read_objects(file))[1] for file in sorted(folder.glob("*.jsonl")))}
+            "xlsum": any(folder.glob("*_test.jsonl")), "translation": len(texts) >= 2,
+            "self-instruct": any(map(_has_instances, sorted(folder.glob("*.jsonl"))))}
     return [name for name, found in held.items() if found]
+
+
+def _has_instances(file: Path) -> bool:
+    try:
+        return "instances" in next(read_objects(file))[1]
+    except UserError:                                  # empty or damaged, it may be anything's
+        return False
 
 
 # ---- the five formats -----------------------------------------------------------------------------------------------
@@ -133,21 +151,28 @@ class _Reader:
     def limit(self) -> int | None:
         return self.wanted.limit if self.wanted.limit is not None else LIMITS.get(self.benchmark)
 
-    def choose(self, paths, name) -> dict[str, Path]:
-        """{language code: file} of the wanted languages that can be asked, by name(file); the others are noted."""
-        files = {}
-        for path in sorted(paths):
-            try:
-                code = languages.find(OTHER_NAMES.get(name(path), name(path))).code
-            except UserError as error:
-                self.note(f"{path} left out: {error}")
-                continue
-            if files.setdefault(code, path) != path:
-                self.note(f"{path} left out: {files[code]} is of the same language")
-        asked = [languages.find(text).code for text in self.wanted.languages]
-        if missing := [code for code in asked if code not in files]:
+    @property
+    def asked(self) -> list[str]:
+        return [languages.find(text).code for text in self.wanted.languages]
+
+    def files(self, paths, code_of) -> dict[str, Path]:
+        """{language code: file}, by code_of(file); what is left out, and languages asked without a file, are noted."""
+        codes = {path: code_of(path) for path in sorted(paths)}
+        files = {code: path for path, code in codes.items() if code}  # the last: fra.devtest, not fra.dev
+        left_out = {f"{path.relative_to(self.path)}": code for path, code in codes.items() if files.get(code) != path}
+        second = [f"{name} is a second file of {languages.find(code).name} ({code})"
+                  for name, code in left_out.items() if code]
+        for what, some in ((" of no known language", [name for name in left_out if not left_out[name]]), ("", second)):
+            if some:
+                self.note(f"{len(some)} files{what} left out: {', '.join(some[:5])}" + ", ..." * (len(some) > 5))
+        if missing := [code for code in self.asked if code not in files]:
             self.note(f"no file for {', '.join(missing)} in {self.path}")
-        chosen = {code: file for code, file in sorted(files.items()) if not asked or code in asked}
+        return files
+
+    def choose(self, paths, name) -> dict[str, Path]:
+        """The files of the wanted languages that can be asked, by name(file); languages without are noted."""
+        files = self.files(paths, lambda path: _code(name(path)))
+        chosen = {code: file for code, file in sorted(files.items()) if not self.asked or code in self.asked}
         if self.wanted.mode == "understanding" and self.benchmark in FIELDS:
             if without := [code for code in chosen if (self.benchmark, code) not in self.templates]:
                 self.note(f"no instruction in the language itself for {', '.join(without)}: left out")
@@ -184,12 +209,12 @@ def _pawsx(reader: _Reader) -> list[Item]:
         words = tuple(tuple(dict.fromkeys([*template[k], *own[k], *english[k]])) for k in ("yes", "no"))
         choices, skipped, count = (template["yes"][0], template["no"][0]), 0, 0
         for number, line in enumerate(_lines(file), 1):
+            if not line.strip() or number == 1 and line.lower().startswith("id\t"):
+                continue
             row = line.split("\t")
             if len(row) != 4:
                 raise UserError(f"{file}, line {number}: {len(row)} columns, "
                                 "expected 4: id, sentence1, sentence2, label")
-            if number == 1 and row[0] == "id":
-                continue
             id, first, second, label = row
             if "NS" in (first.strip(), second.strip()):
                 skipped += 1
@@ -227,7 +252,7 @@ def _xcopa(reader: _Reader) -> list[Item]:
             choices = texts["choice1"], texts["choice2"]
             fields = {**texts, "question": template[texts["question"]], "language": _name(code, asked_in)}
             items.append(reader.item(code, _id(file, line, entry, "idx", count), template, fields,
-                                     choices[label], choices=choices, words=(("A",), ("B",))))
+                                     choices[label], choices=choices))
     return items
 
 
@@ -261,18 +286,8 @@ def _self_instruct(reader: _Reader) -> list[Item]:
 
 
 def _translation(reader: _Reader) -> list[Item]:
-    files = _aligned_files(reader.path)
-    left_out = {f.name: _language_of_file(f) for f in sorted(reader.path.iterdir())
-                if f.is_file() and f not in files.values()}
-    second = [f"{name} is a second file of {languages.find(code).name} ({code})"
-              for name, code in left_out.items() if code]
-    for what, some in ((" of no known language", [name for name, code in left_out.items() if not code]), ("", second)):
-        if some:
-            reader.note(f"{len(some)} files{what} left out: {', '.join(some[:5])}" + ", ..." * (len(some) > 5))
-    asked = {languages.find(text).code for text in reader.wanted.languages}
-    if missing := sorted(asked - set(files)):
-        reader.note(f"no file for {', '.join(missing)} in {reader.path}")
-    codes = [code for code in files if not asked or code in asked or code == "eng"]
+    files = reader.files(filter(Path.is_file, reader.path.iterdir()), _language_of_file)
+    codes = [code for code in files if not reader.asked or code in [*reader.asked, "eng"]]
     lines = functools.cache(lambda code: _lines(files[code]))
     title = _translation_set(files.values())
     items = []
@@ -337,9 +352,12 @@ OTHER_NAMES = {
     "user_oriented_instructions": "eng"}
 
 
-def _aligned_files(path: Path) -> dict[str, Path]:
-    """{language code: file} of the texts of a translation directory."""
-    return {code: file for file in sorted(path.iterdir()) if file.is_file() and (code := _language_of_file(file))}
+def _code(name: str) -> str | None:
+    """The language of this name, tag or code, those of OTHER_NAMES too; None for any other text."""
+    try:
+        return languages.find(OTHER_NAMES.get(name, name)).code
+    except UserError:
+        return None
 
 
 def _language_of_file(file: Path) -> str | None:
@@ -348,14 +366,12 @@ def _language_of_file(file: Path) -> str | None:
     if file.suffix in (".json", ".jsonl", ".tsv"):
         return None
     name = re.sub(r"^newstest\d+-(src|ref)\.", "", file.name).split(".")[0].replace("-", "_")
-    code, _, script = name.partition("_")
-    try:
-        if name in OTHER_NAMES or not script:
-            return languages.find(OTHER_NAMES.get(name, name)).code
-        language = languages.find(OTHER_NAMES.get(code, code))
-        return language.code if script in (language.script, "Hang" if language.script == "Kore" else "") else None
-    except UserError:
-        return name if name in languages.LANGUAGES | languages.BENCHMARK_ONLY else None
+    first, _, script = name.partition("_")
+    whole, code = _code(name), _code(first)
+    if whole or not code:
+        return whole
+    known = languages.find(code).script
+    return code if script in (known, "Hang" if known == "Kore" else "") else None
 
 
 def _translation_set(files) -> str:

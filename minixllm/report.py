@@ -1,5 +1,6 @@
 """From predictions to the paper's tables: scores by language and tier, off-target rate, democratization, tests."""
 
+import collections
 import functools
 from pathlib import Path
 
@@ -110,14 +111,28 @@ def word_segmenter(code: str) -> tuple:
 
 # ---- what is written ------------------------------------------------------------------------------------------------
 
-def check_output(folder, names, columns) -> None:
-    """Refuse to replace a report by one that lacks a model or a benchmark of it; stand-ins may go."""
+def check_output(folder, names, items, settings: dict) -> None:
+    """Refuse to replace a report by one that lacks a model, benchmark, language or items of it, or asked otherwise;
+    stand-ins may go."""
     path = Path(folder) / "results.json"
-    models = read_json(path).get("models", {})
-    found = {column for table in models.values() for column in table if not column.endswith("stand-in")}
-    if lost := [*sorted(models.keys() - set(names)), *sorted(found - set(columns))]:
-        raise UserError(f"{path}: found results of {', '.join(lost)}, which would be lost; expected another --output, "
-                        "or these among the models (--model, --names) and --benchmarks")
+    if not (found := read_json(path)):
+        return
+    now = collections.Counter((item.column, item.group) for item in items)
+    try:
+        before = {(column, group): entry["items"] for table in found["models"].values()
+                  for column, of in table.items() if not column.endswith("stand-in")
+                  for group, entry in of["groups"].items()}
+        lost = sorted(found["models"].keys() - set(names))
+        lost += sorted({column for column, _ in before} - {column for column, _ in now})
+        lost += [f"{count} items of {column} {group} (now {now[column, group]})"
+                 for (column, group), count in before.items() if now[column, group] < count and column not in lost]
+        lost += [f"--{key} {found['settings'][key]!r}" for key in ("mode", "templates")
+                 if before and found["settings"][key] != settings[key]]
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{path}: found no results of eval.py in it, expected another --output") from None
+    if lost:
+        raise UserError(f"{path}: found results of {', '.join(lost[:5])}{', ...' * (len(lost) > 5)}, which would be "
+                        "lost; expected another --output, or settings that keep them")
 
 
 def write(folder, models: dict[str, dict], predictions: dict[str, list[dict]], settings: dict, notes: list[str]) -> str:
@@ -143,20 +158,21 @@ def write(folder, models: dict[str, dict], predictions: dict[str, list[dict]], s
 def markdown(models: dict[str, dict], notes: list[str]) -> str:
     """The paper's table (models side by side, low / mid / high), the analyses, then every language."""
     columns = list(dict.fromkeys(column for table in models.values() for column in table))
-    scored, placed = ([column for column in columns
-                       if all(column in table and metric in table[column]["tiers"] for table in models.values())]
-                      for metric in ("acc", "off_target"))
+
+    def having(metric):
+        return [column for column in columns
+                if all(column in table and metric in table[column]["tiers"] for table in models.values())]
+
     parts = ["\n".join(f"- {note}" for note in notes)] if notes else []
     parts += ["## Scores by resource tier", _tier_table(models, columns, lambda entry: entry["main"])]
-    if scored:
+    if scored := having("acc"):
         parts += ["## Likelihood of the given choices: acc / acc_char / acc_byte, all languages",
-                  _table(["", *models], [[c, *(" / ".join(f"{table[c]['tiers'][metric]['all']:.2f}" for metric in
-                                                          ("acc", "acc_char", "acc_byte"))
-                                               for table in models.values())] for c in scored])]
-    if placed:
+                  _model_table(models, [(column,) for column in scored], lambda entry: " / ".join(
+                      f"{entry['tiers'][metric]['all']:.2f}" for metric in ("acc", "acc_char", "acc_byte")))]
+    if placed := having("off_target"):
         parts += ["## Off-target rate (%, less is better)", _tier_table(models, placed, lambda entry: "off_target")]
-    parts += ["## Language democratization", _table(["", *models], [
-        [column, *(f"{table[column]['democratization']:.2f}" for table in models.values())] for column in columns])]
+    parts += ["## Language democratization",
+              _model_table(models, [(column,) for column in columns], lambda entry: f"{entry['democratization']:.2f}")]
     parts += [_languages(models, column) for column in columns]
     parts += ["## How it was scored", "\n".join(f"- {line}" for line in _signatures(models))]
     return "\n\n".join(parts) + "\n"
@@ -170,14 +186,19 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in padded)
 
 
+def _model_table(models, rows, cell) -> str:
+    """A column a model: of these there are few, and a terminal is narrow. rows: (benchmark, what else `cell` takes)."""
+    return _table(["", *models], [[" ".join(row), *(cell(table[row[0]], *row[1:]) for table in models.values())]
+                                  for row in rows])
+
+
 def _tier_table(models, columns, metric) -> str:
-    """A row for each benchmark and tier it has, a column a model: of these there are few, and a terminal is narrow."""
+    """A row for each benchmark and tier it has."""
     first = next(iter(models.values()))
     heads = [(column, tier) for column in columns for tier in (*TIERS, "all")
              if tier in first[column]["tiers"][metric(first[column])]
              and (tier != "all" or len(first[column]["tiers"][metric(first[column])]) > 2)]
-    return _table(["", *models], [[f"{c} {tier}", *(f"{table[c]['tiers'][metric(table[c])][tier]:.2f}"
-                                                    for table in models.values())] for c, tier in heads])
+    return _model_table(models, heads, lambda entry, tier: f"{entry['tiers'][metric(entry)][tier]:.2f}")
 
 
 def _languages(models, column) -> str:

@@ -30,7 +30,10 @@ def read_templates(path: Path | None = None) -> dict[tuple[str, str], dict]:
             where = f"{path}: [{benchmark}.{tag}]"
             if not isinstance(template, dict):
                 raise UserError(f"{where}: expected a table with an instruction")
-            code = languages.find(tag).code
+            try:
+                code = languages.find(tag).code
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
             template = {**templates.get((benchmark, code), {"input": ""}), **template}
             for key, kind in _template_keys(benchmark).items():
                 value = template.get(key)

@@ -43,7 +43,7 @@ YES_NO = [
     ("zho_simpl", "是否相同？", UNCLEAR),
     ("zho_simpl", "答案：是", YES), ("zho_simpl", "yes", YES), ("zho_simpl", "不知道", UNCLEAR),
     ("spa", "Si.", YES), ("spa", "Si, son iguales", YES), ("spa", "La respuesta es si", YES),
-    ("spa", "Si la oración 1 cambia el orden, no es paráfrasis.", NO), ("spa", "Depende: si cambia", UNCLEAR),
+    ("spa", "Si la oración 1 cambia el orden, no es paráfrasis.", UNCLEAR), ("spa", "Depende: si cambia", UNCLEAR),
     ("jpn", "同じではいけない", UNCLEAR), ("jpn", "はいそうです", YES), ("jpn", "答えは「はい」です。", YES),
     ("kor", "네 문장은 다릅니다", UNCLEAR), ("kor", "네\n맞습니다", YES), ("kor", "예 하나", UNCLEAR), ("kor", "답: 네!", YES),
     ("zho_simpl", "两个句子的意思是不一样的。", UNCLEAR), ("zho_simpl", "句子1并非是句子2的改写。", UNCLEAR),
@@ -51,6 +51,15 @@ YES_NO = [
     ("zho_simpl", "是，意思相同", YES), ("zho_simpl", "不是改写", NO), ("zho_simpl", "答案是：否。", NO),
     ("eng", "Yes and nothing differs.", YES), ("deu", "Ja und noch eine Anmerkung: gleich.", YES),
     ("fra", "Oui et notez que le sens est le même.", YES), ("spa", "Sí y nosotros lo confirmamos.", YES),
+    ("eng", "There is no difference in meaning between the two sentences.", UNCLEAR),
+    ("eng", "No difference in meaning.", UNCLEAR), ("eng", "Not", UNCLEAR), ("eng", "No. 10 Downing Street", UNCLEAR),
+    ("eng", "Both sentences have the same meaning; no information is lost.", UNCLEAR),
+    ("eng", "The answer is yes, no doubt about it.", YES), ("eng", "A no-brainer.", UNCLEAR),
+    ("eng", "No Sentence1 does not paraphrase Sentence2", NO), ("eng", "No it does not", NO), ("eng", "no no no", NO),
+    ("eng", "The answer is no because the dates differ", NO), ("eng", "So I say no", NO),
+    ("spa", "No hay diferencia de significado.", UNCLEAR), ("spa", "No es una paráfrasis.", NO), ("spa", "Que no", NO),
+    ("spa", "Es lo mismo, no cambia nada.", UNCLEAR), ("spa", "No lo es", NO), ("spa", "No, no hay paráfrasis", NO),
+    ("fra", "Non ce n'est pas le cas", NO), ("fra", "Non seulement", UNCLEAR),
     ("eng", "No or yes", UNCLEAR), ("eng", "no/yes", UNCLEAR), ("deu", "nein oder ja", UNCLEAR),
     ("fra", "non ou oui", UNCLEAR), ("eng", "_Yes_", YES), ("eng", "__No__", NO), ("eng", "### Answer: No", NO),
 ]
@@ -90,7 +99,7 @@ OPTIONS = [
     (ARTICLES, "A dog barked", B),
     (ITALIAN, "Era delicato", A), (ITALIAN, "-B: Era piccolo", B), (ITALIAN, "B. Era piccolo", B),
     (ITALIAN, "A causa del vetro", UNCLEAR),
-    (CHINESE, "它很易碎", A), (CHINESE, "B：它很小。", B), (CHINESE, "选A。", UNCLEAR), (CHINESE, "-A: 它很易碎。，-B: 它很小。", UNCLEAR),
+    (CHINESE, "它很易碎", A), (CHINESE, "B：它很小。", B), (CHINESE, "选A。", A), (CHINESE, "-A: 它很易碎。，-B: 它很小。", UNCLEAR),
     (CHINESE, "(A)", A),
     (PAIR, "Option A is more plausible than option B.", A), (PAIR, "B is more likely than A.", B),
     (PAIR, "I would choose option A over option B.", A), (PAIR, "Option B, not option A.", B),
@@ -99,6 +108,26 @@ OPTIONS = [
     (PAIR, "Option A and option B are alike.", UNCLEAR), (PAIR, "It is (A) or (B).", UNCLEAR),
     (PAIR, '"A"', A), (PAIR, "‘B’", B), (PAIR, "`A`", A), (PAIR, "_B_", B), (PAIR, "A!", A), (PAIR, "A;", A),
     (CHINESE, "A。", A), (CHINESE, "B、它很小", B),
+    (PAIR, "Help me pick the more plausible option: -A: It was fragile., -B: It was small..", UNCLEAR),
+    (PAIR, "Option A is wrong.", UNCLEAR), (PAIR, "Option A is incorrect.", UNCLEAR),
+    (PAIR, "Option A is less plausible.", UNCLEAR), (PAIR, "Option A makes no sense, so B.", B),
+    (PAIR, "I would not choose A. B.", B), (PAIR, "I would not choose option A", UNCLEAR),
+    (PAIR, "I wouldn't pick A.", UNCLEAR), (PAIR, "Option A isn't plausible. Option B is.", B),
+    (PAIR, "The answer is B because A is less likely.", B), (PAIR, "I choose A not B", A),
+    (PAIR, "Option A does not fit, option B does.", B), (PAIR, "Option A, as B is wrong", A),
+    (CHINESE, "选项B更合理", B), (CHINESE, "答案是B", B), (CHINESE, "选择B。", B), (CHINESE, "答案是选项A，因为它易碎", A),
+    (CHINESE, "选项A不合理", UNCLEAR), (CHINESE, "不选A，选B", B), (CHINESE, "选项A比B更合理。", A), (CHINESE, "选择A或B", UNCLEAR),
+    (CHINESE, "更合理的选项：-A: 它很易碎。，-B: 它很小。", UNCLEAR), (CHINESE, "选A还是B", UNCLEAR),
+    (CHINESE, "更合理的选项：-A: 它很易碎。，-B: 它很小。答案是B", B), (CHINESE, "选项A是错的", UNCLEAR),
+    (PAIR, "Lựa chọn B", B), (PAIR, "Đáp án là A.", A), (PAIR, "Phương án A không hợp lý", UNCLEAR),
+    (PAIR, "Opsi B lebih masuk akal", B), (PAIR, "Jawabannya adalah A", A), (PAIR, "Opsi A kurang masuk akal", UNCLEAR),
+    (PAIR, "Opsi A lebih masuk akal daripada opsi B", A), (PAIR, "ตัวเลือก B", B), (PAIR, "คำตอบคือ B", B),
+    (PAIR, "ข้อ Bเป็นไปได้", B), (PAIR, "ไม่เลือก A", UNCLEAR), (PAIR, "ตัวเลือก A หรือ B", UNCLEAR),
+    (PAIR, "Vastus on B", B), (PAIR, "Variant A on vale", UNCLEAR), (PAIR, "Opsyon B", B), (PAIR, "Jibu ni B", B),
+    (PAIR, "Chaguo A", A), (PAIR, "B seçeneği daha mantıklı", B), (PAIR, "Cevap: A", A),
+    (PAIR, "Seçenek A veya B", UNCLEAR), (PAIR, "விருப்பம் B", B), (PAIR, "பதில்: A", A),
+    (ITALIAN, "Opzione B", B), (ITALIAN, "La risposta è A", A),
+    (ITALIAN, "Opzione A non è plausibile", UNCLEAR), (ITALIAN, "B è più plausibile dell'opzione A", UNCLEAR),
     (NESTED, "He ran away.", B), (NESTED, "He ran.", A), (NESTED, "He ran. He ran away.", UNCLEAR),
 ]
 
@@ -106,6 +135,13 @@ OPTIONS = [
 @pytest.mark.parametrize("code, raw, said", YES_NO)
 def test_yes_no(code, raw, said):
     assert answers.yes_no(answers.clean(raw), words(code)) == said
+
+
+@pytest.mark.parametrize("code", ["eng", "deu", "spa", "fra", "jpn", "kor", "zho_simpl"])
+def test_news_says_neither(data, code):
+    sentences = (data / f"ntrex/{code}.txt").read_text(encoding="utf-8").splitlines()
+    read = [text for text in sentences if answers.yes_no(answers.clean(text), words(code)) is not None]
+    assert len(sentences) >= 500 and len(read) <= 5, read
 
 
 @pytest.mark.parametrize("choices, raw, said", OPTIONS)

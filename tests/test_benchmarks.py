@@ -63,7 +63,7 @@ def test_pawsx(pawsx):
 def test_a_second_file_of_a_language_is_told(xcopa):
     lines(xcopa / "it" / "test.it.jsonl", XCOPA_ROWS)
     _, notes = read(xcopa, Wanted(languages=("it",)))
-    assert f"XCOPA: {xcopa / 'test.it.jsonl'} left out: {xcopa / 'it/test.it.jsonl'} is of the same language" in notes
+    assert "XCOPA: 1 files left out: it/test.it.jsonl is a second file of Italian (ita)" in notes
 
 
 def test_xcopa(xcopa):
@@ -204,7 +204,8 @@ def test_a_template_that_cannot_be_filled_in_is_named(xcopa, tmp_path):
     ("[xcopa.ita]\ninstruction = '{premise'", "premise"),
     ("[pawsx.fin]\ninstruction = 'x'", "yes: found None, expected a list"),
     ("[xcopa.ita]\ninstrution = 'x'", "unknown key 'instrution'"),
-    ("[xcopa.italien]\ninstruction = 'x'", "did you mean italian"), ("[xcopa", "expected a TOML file"),
+    ("[xcopa.italien]\ninstruction = 'x'", r"\[xcopa.italien\]: unknown language 'italien'.*did you mean italian"),
+    ("[xcopa", "expected a TOML file"),
     ("pawsx = 3", "expected one of")])
 def test_wrong_templates(tmp_path, text, said):
     (tmp_path / "t.toml").write_text(text)
@@ -283,7 +284,8 @@ def test_a_directory_of_several_benchmarks(tmp_path, pawsx, xcopa, flores):
     # as published: PAWS-X in a folder more, XCOPA in one for each language
     both = tmp_path / "both"
     lines(both / "PAWS-X/x-final/de/test_2k.tsv", PAWSX_ROWS)
-    refused(both, f"PAWS-X in {both / 'PAWS-X/x-final'}")
+    with pytest.raises(UserError, match="both: holds PAWS-X below, expected one of: .*/both/PAWS-X/x-final$"):
+        read(both, Wanted())
     lines(both / "xcopa/test.it.jsonl", XCOPA_ROWS)
     refused(both, f"PAWS-X in {both / 'PAWS-X/x-final'}, XCOPA in {both / 'xcopa'}")
     published = tmp_path / "published"
@@ -293,6 +295,27 @@ def test_a_directory_of_several_benchmarks(tmp_path, pawsx, xcopa, flores):
     assert {item.group for item in read(published, Wanted())[0]} == {"ita", "est"}
     lines(xcopa / "welsh_test.jsonl", [{"id": "1", "summary": "s", "text": "t"}])
     refused(xcopa, f"XCOPA in {xcopa}, XL-Sum in {xcopa}")
+
+
+def test_what_else_stands_in_a_benchmarks_directory(xcopa, flores, tmp_path):
+    for name in ("log.jsonl", "val.et.jsonl", "docs/en.md", "docs/fr.md", "lib/locale/de.po", "lib/locale/fr.po"):
+        lines(xcopa / name, ["{bro"] if name == "val.et.jsonl" else [])
+    assert benchmarks.detect(xcopa) == "xcopa"
+    lines(xcopa / "more/deu.txt", ["Eins."])
+    lines(xcopa / "more/fra", ["Un."])
+    with pytest.raises(UserError, match="holds XCOPA in .*xcopa, Translation in .*xcopa/more: expected each"):
+        benchmarks.detect(xcopa)
+    for folder, suffix in (("a/dev", "dev"), ("a/devtest", "devtest")):
+        for code in ("eng", "fra"):
+            lines(tmp_path / f"root/{folder}/{code}.{suffix}", ["x"])
+    lines(tmp_path / "root/log.jsonl", [])
+    with pytest.raises(UserError, match="holds Translation below, expected one of: .*/root/a/dev, .*/root/a/devtest$"):
+        benchmarks.detect(tmp_path / "root")
+
+
+def test_blank_lines_and_a_header_in_capitals(tmp_path):
+    lines(tmp_path / "de/test_2k.tsv", [PAWSX_ROWS[0].upper(), *PAWSX_ROWS[1:], "", ""])
+    assert [item.id for item in read(tmp_path, Wanted())[0]] == ["1", "3"]
 
 
 def test_line_separators_inside_a_sentence_do_not_shift_the_file(flores):

@@ -271,19 +271,40 @@ def test_tables_of_five_benchmarks_and_two_models(model_directory, five, tmp_pat
 
 
 def test_a_report_is_not_replaced_by_one_of_other_models_or_benchmarks(model_directory, five, tmp_path):
-    def evaluate(*names, benchmarks=five[:1]):
+    def evaluate(*names, benchmarks=five[:1], more=()):
         script.main(["--model", *[str(model_directory)] * len(names), "--names", *names, "--benchmarks", *benchmarks,
-                     "--max-new-tokens", "2", "--output", str(tmp_path)])
+                     "--max-new-tokens", "2", "--output", str(tmp_path), *more])
         return set(json.loads((tmp_path / "results.json").read_text())["models"])
 
     assert evaluate("base") == {"base"}
     written = (tmp_path / "report.md").read_text()
     with pytest.raises(UserError, match="found results of base, which would be lost; expected another --output"):
         evaluate("SFT")
-    with pytest.raises(UserError, match=r"found results of PAWS-X, which would be lost; .* and --benchmarks"):
+    with pytest.raises(UserError, match="found results of PAWS-X, which would be lost; expected another --output"):
         evaluate("base", benchmarks=five[3:])
+    with pytest.raises(UserError, match=r"found results of 2 items of PAWS-X deu \(now 0\), which would be lost"):
+        evaluate("base", more=["--languages", "zh"])
+    with pytest.raises(UserError, match=r"of 2 items of PAWS-X deu \(now 1\), 2 items of PAWS-X zho_simpl \(now 1\),"):
+        evaluate("base", more=["--limit", "1"])
+    (tmp_path / "mine.toml").write_text("")
+    with pytest.raises(UserError, match="found results of --mode 'generating', --templates '', which would be lost"):
+        evaluate("base", more=["--mode", "understanding", "--templates", str(tmp_path / "mine.toml")])
     assert (tmp_path / "report.md").read_text() == written
     assert evaluate("base", "SFT") == evaluate("SFT", "base", benchmarks=[five[0], five[4]]) == {"base", "SFT"}
+
+
+@pytest.mark.parametrize("found", [{"models": []}, {"models": None}, {"models": ["m1"]}, {"models": {"m": []}},
+                                   {"a": 1}, {"models": {"m": {"XCOPA": {"groups": {"ita": {"items": "x"}}}}}, "settings": {}}])
+def test_results_of_something_else_are_not_replaced(five, tmp_path, found):
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match="results.json: found no results of eval.py in it, expected another --output"):
+        report.check_output(tmp_path, {"m": ""}, items_of(five[1:2]), {"mode": "generating", "templates": ""})
+
+
+def test_stand_ins_may_go(five, tmp_path):
+    entry = {"m": {"PAWS-X stand-in": {"groups": {"deu": {"items": 20}}}}}
+    (tmp_path / "results.json").write_text(json.dumps({"models": entry, "settings": {"mode": "x", "templates": "t"}}))
+    report.check_output(tmp_path, {"m": ""}, items_of(five[1:2]), {"mode": "generating", "templates": ""})
 
 
 def test_a_benchmark_with_nothing_left_is_named_and_the_rest_run(model_directory, five, tmp_path, capsys):
@@ -368,6 +389,8 @@ def test_other_weights_do_not_continue_a_partial_evaluation(model_directory, fiv
 @pytest.mark.parametrize("argv, said", [
     (["--benchmarks", "/nowhere"], "/nowhere: no such directory"), (["--names", "a", "b"], "2 names for 1 models"),
     (["--names", "a/b"], "without '/'"), (["--names", ""], "called '': expected different names, not empty"),
+    *[(["--names", name], f"called '{name}': .* not those of files") for name in ("results.json", "report.md",
+                                                                                 "scores.png")],
     (["--limit", "-5"], "--limit is -5, expected a number at least 1"), (["--batch-tokens", "0"], "--batch-tokens is 0"),
     (["--max-new-tokens", "0"], "--max-new-tokens is 0"), (["--max-length", "0"], "--max-length is 0"),
     (["--max-length", "2"], "--max-length is 2, expected more than --max-new-tokens, 2"),

@@ -33,7 +33,8 @@ def test_columns_agree_with_cldr():
         if language.tag in likely:
             assert likely[language.tag].split("_")[1] == language.script, language.code
             checked += 1
-        assert locale.display_name.lower() in language.own_name.lower() or language.code == "tgl", language.code
+        ours, theirs = language.own_name.lower(), locale.display_name.lower()  # in newer CLDR "Asụsụ Igbo"
+        assert theirs in ours or (ours and ours in theirs.split()) or language.code == "tgl", language.code
     assert checked > 90
 
 

@@ -24,6 +24,15 @@ def test_english_requests_name_every_language():
     assert len({prompts.request(code) for code in LANGUAGES}) == 100
 
 
+# names that other versions of CLDR than ours, babel 2.16 to 2.19, write differently
+OTHER_NAMES = """
+zho_simpl kir 吉尔吉斯语|tam jpn ஜாப்பனீஸ்|vie ita Tiếng Ý|hin ben बांग्ला|por hin hindi|ben kor কোরীয়|ben ita ইতালীয়
+ben tur তুর্কি|ben kir কিরগিজ|ben mon মোঙ্গোলীয়|ben por পর্তুগিজ|ben fas ফারসি|amh pol ፖሊሽኛ|kor tur 터키어|ind est Esti
+ind ces Cheska|yor ara Èdè Árábìkì|yor hye Èdè Ile Armenia|amh hin ሒንዱኛ|amh hye አርመናዊ|amh fin ፊኒሽ
+yor zho_simpl Edè Ṣáínà
+""".strip().replace("\n", "|").split("|")         # the last has lost an accent
+
+
 def test_all_870_pairs_are_distinct_and_in_the_instructions_language():
     babel = pytest.importorskip("babel")
     for source in FEEDBACK_LANGUAGES:
@@ -31,8 +40,8 @@ def test_all_870_pairs_are_distinct_and_in_the_instructions_language():
         requests = {target: prompts.request(target, source) for target in ["eng", *FEEDBACK_LANGUAGES]}
         assert len(set(requests.values())) == 31
         for target, request in requests.items():
-            if (source, target) != ("yor", "zho_simpl"):      # where CLDR has lost an accent
-                assert names[find(target).tag].casefold() in request.casefold()
+            name = names[find(target).tag]
+            assert name.casefold() in request.casefold() or f"{source} {target} {name}" in OTHER_NAMES
             assert "{" not in request and request == request.strip()
 
 
