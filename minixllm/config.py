@@ -15,7 +15,9 @@ def refuse(config: dict, expected: dict) -> None:
     """Raises UserError for a key of `expected` that `config` sets to another value."""
     for key, value in {**COMMON, **expected}.items():
         if config.get(key, value) != value:
-            raise UserError(f"{key}: found {config[key]!r}, expected {value!r} (nothing else is supported)")
+            found = repr(config[key])  # of a quantised model, a page
+            raise UserError(f"{key}: found {found[:60] + '...' * (len(found) > 60)}, expected "
+                            f"{'none' if value is None else repr(value)} (nothing else is supported)")
 
 
 def read_settings(cls, config: dict):

@@ -110,7 +110,7 @@ def what_kind(path, otherwise: str = "a truncated or corrupt one") -> str:
     known = {b"GGUF": "a GGUF file", b"PK\x03\x04": "a PyTorch pickle", b"\x80": "a pickle",
              b"version https://git-lfs": "a Git LFS pointer whose content was not downloaded"}
     kind = next((kind for magic, kind in known.items() if start.startswith(magic)), otherwise)
-    return kind if start else "an empty one"
+    return kind if start else "an empty file"
 
 
 def what_instead(directory) -> str:

@@ -127,8 +127,7 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
                         plots.curves(output)
                     meter.restart()
                 if saved:
-                    if metrics:
-                        os.fsync(metrics.fileno())
+                    log(metrics, synced=True)
                     resume.save(output / "checkpoints", model, optimizer, world, step, facts, settings.keep)
                     meter.restart()
             if stop and step < steps:
@@ -259,11 +258,14 @@ def start_or_resume(output: Path, model, optimizer, world, facts: dict) -> int:
     return step
 
 
-def log(metrics, row: dict) -> None:
+def log(metrics, *rows: dict, synced: bool = False) -> None:
+    """Write rows to metrics.jsonl, where this process has it open; synced: all of it to the disk itself."""
     if metrics:
         try:
-            metrics.write(json.dumps(row) + "\n")
+            metrics.writelines(json.dumps(row) + "\n" for row in rows)
             metrics.flush()
+            if synced:
+                os.fsync(metrics.fileno())
         except OSError as error:
             with contextlib.suppress(OSError):  # closing it writes once more, and is done once
                 metrics.close()

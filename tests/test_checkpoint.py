@@ -223,7 +223,7 @@ WEIGHTS = {
                      "model.safetensors: expected a safetensors file, found a GGUF file"),
     "renamed pickle": (lambda d: torch.save({}, d / "model.safetensors"), "found a PyTorch pickle"),
     "lfs": (lambda d: (d / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"), "Git LFS"),
-    "empty": (lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors: .* an empty one"),
+    "empty": (lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors: .* an empty file"),
     "truncated": (lambda d: shorten(d / "model.safetensors"), "model.safetensors: .* truncated or corrupt"),
     "corrupt": (lambda d: (d / "model.safetensors").write_bytes(bytes([9]) * 9999), "truncated or corrupt"),
     "no directory": (lambda d: d.rename(d.with_name("moved")), "found nothing there, expected a Hugging Face"),
