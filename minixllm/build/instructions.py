@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import random
 import re
 import unicodedata
@@ -226,7 +227,8 @@ VERBATIM = re.compile(r"(?:https?://|www\.)(?a:[\w./?=&%#~:+@!$,;*-]*[\w/])|```.
 PUNCTUATION = re.compile(r"[\s!-/:-@\[-`{-~\u00a1-\u00bf\u060c\u061b\u061f\u06d4\u0964\u0965"
                          r"\u2000-\u206f\u3000-\u303f]+")
 NUMBER = re.compile(r"\d+(?:[.,'’\u00a0\u202f\u066b\u066c]\d+)*")
-MYRIADS = re.compile(r"\d\s?[千百万萬만亿億억천백]")
+UNITS = {unit: 10**power for power, units in ((2, "百백"), (3, "千천"), (4, "万萬만"), (8, "亿億억")) for unit in units}
+MYRIADS = re.compile(rf"(?:\d[\d,.]{{0,20}}\s?[{''.join(UNITS)}]{{1,3}}\s?)+(?:\d,?\d{{0,3}})?")
 # one word eight times, or one piece of up to twelve characters, with a letter in it, ten times
 LOOP = re.compile(r"(?<!\S)(?=\S{0,39}[^\W\d_])(\S{1,40})(?:\s+\1){7}(?!\S)|([^\W\d_]\S{0,11}?)\2{9}")
 
@@ -244,10 +246,9 @@ def fault(record: Instruction, made: tuple[str, str, str], generated: bool) -> s
     for source, target in translated:
         if copied(source, target):
             return "untranslated"
-        if not set(VERBATIM.findall(source)) <= set(VERBATIM.findall(target)):
+        if not verbatim(source) <= verbatim(target):
             return "lost placeholder, URL or code"
-        zeros = "0" if MYRIADS.search(target) else ""  # 50,000 is 5万, 2.4 million 240万
-        if not {n.rstrip(zeros) for n in numbers(source)} <= {n.rstrip(zeros) for n in possible_numbers(target)}:
+        if not kept_numbers(source, target):
             return "lost number"
         if len(source) >= 20 and not 0.15 <= len(target) / len(source) <= 5:
             return "length ratio"
@@ -262,8 +263,23 @@ def words(text: str) -> list[str]:
     return re.findall(r"[^\W\d_]+", text)
 
 
+def verbatim(text: str) -> set[str]:
+    return set(VERBATIM.findall(re.sub("_{3,}", "___", text)))  # blanks to fill in may change in length
+
+
 def copied(source: str, target: str) -> bool:
-    return len(words(VERBATIM.sub(" ", source))) >= 5 and normal(source) == normal(target)
+    """Whether English was not translated; names, where most words begin in capitals, rightly stay the same."""
+    small = [word[0].islower() for word in words(VERBATIM.sub(" ", source))]
+    return len(small) >= 5 and 2 * sum(small) >= len(small) and normal(source) == normal(target)
+
+
+def kept_numbers(source: str, target: str) -> bool:
+    """Whether all numbers are there, but for what good translations write otherwise: centuries in Roman figures, the
+    1980s as the 80s, 50,000 as 5万, 15,300 as 1万5300 and 2.4 million as 240万, where zeros at the end tell nothing."""
+    source = re.sub(r"(?i)\b\d+(?:st|nd|rd|th)\b(?=[^.!?\n]{0,25}\bcentur)|\b19(?=[1-9]0['’]?s\b)", "", source)
+    found, zeros = possible_numbers(target), "0" if MYRIADS.search(target) else ""
+    found |= {number[2:] for number in found if re.fullmatch("19[1-9]0", number)}
+    return {number.rstrip(zeros) for number in numbers(source)} <= {number.rstrip(zeros) for number in found}
 
 
 def numbers(text: str) -> set[str]:
@@ -275,7 +291,11 @@ def numbers(text: str) -> set[str]:
 def possible_numbers(text: str) -> set[str]:
     """All that may be meant: what one language writes 1,000 is 1 000 or 1.000 in others, or two numbers."""
     runs = (re.findall(r"\d+", run) for run in re.findall(r"\d+(?:\W{1,2}\d+)*", text))
-    return {digits("".join(run[i:i + count])) for run in runs for i in range(len(run)) for count in range(1, 6)}
+    found = {digits("".join(run[i:i + count])) for run in runs for i in range(len(run)) for count in range(1, 6)}
+    for number in MYRIADS.findall(text):  # 1万5300 is 15300, 2억 5천만 250000000
+        parts = re.findall(rf"(\d+(?:\.\d+)?)([{''.join(UNITS)}]*)", re.sub(r"[\s,]", "", number))
+        found.add(str(round(sum(float(figures) * math.prod(map(UNITS.get, units)) for figures, units in parts))))
+    return found
 
 
 def digits(text: str) -> str:
