@@ -731,7 +731,9 @@ GOOD = ("Nenne 25 nahe Orte, siehe https://a.org/x und {name}.", "", "Hier sind 
         ({2: "sehr " * 12}, True, "loop"),
         ({2: "かな" * 12}, True, "loop"),
         ({2: "Ja. " + "-" * 80}, True, None),
-        ({2: GOOD[0]}, True, "answer repeats the question"),
+        ({2: GOOD[0].replace(" ", "\n")}, True, "answer repeats the question"),
+        ({2: GOOD[0].upper()}, True, None),   # as it may have been asked to
+        ({2: GOOD[0].replace(",", "")}, True, None),
     ],
 )
 def test_filters(changed, generated, reason):
@@ -799,6 +801,7 @@ def test_what_a_translation_keeps():
     assert instructions.numbers("1,234.50 or 1.234,50 or 1 7 and १२३") == {"123450", "123"}
     assert instructions.VERBATIM.findall("a %s b <br> `x = 1` ```py\nprint()\n``` {0} ____ www.a.org") == [
         "%s", "<br>", "`x = 1`", "```py\nprint()\n```", "{0}", "____", "www.a.org"]
+    assert instructions.spaced("x  <\ny") == "x < y" != instructions.spaced("x > y")
     start = time.perf_counter()   # no text takes the patterns long
     for text in ("a" * 100_000, "ab " * 50_000, "```" * 30_000, "{" * 100_000, "1," * 50_000):
         instructions.fault(Instruction("x" * 9, "", "1,000"), ("x", "", text), False)
@@ -842,13 +845,15 @@ def test_a_translator_that_gives_back_what_it_got_is_no_good_one(tmp_path, monke
 
 
 def test_left_out_records_are_counted_with_examples(tmp_path):
-    records = [{"instruction": "Name a town by the river.", "input": "", "output": "Ok."}] * 2 + [
+    records = [{"instruction": "What is 2  + 3?", "input": "", "output": "Ok."},
+               {"instruction": "What is 2 +\n3?", "input": "", "output": "Ok."},
+               {"instruction": "What is 2 - 3?", "input": "", "output": "Ok."}] + [
         {
             "instruction": f"Name town {i} of the long river valley.",
             "input": "",
             "output": "As an AI model, no." if i == 50 else "Fine.",
         }
-        for i in range(48, 52)
+        for i in range(49, 52)
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
     with Server() as server:

@@ -173,7 +173,7 @@ def finish(ask, item, plan: Plan, scores: dict, wrong_language, is_new) -> dict:
     made = make(ask, record, plan)
     reason = (fault(record, made, plan.generator is not None)
               or wrong_language(made[2], plan.code) or wrong_language(made[0], plan.code)
-              or (None if is_new(f"{plan.code} {normal(made[0])}|{normal(made[1])}") else "duplicate"))
+              or (None if is_new("\n".join((plan.code, *map(spaced, made[:2])))) else "duplicate"))
     if reason:
         raise LeftOut(reason, *made)
     return {**dict(zip(("instruction", "input", "output"), made)), "language": plan.code,
@@ -254,7 +254,8 @@ def fault(record: Instruction, made: tuple[str, str, str], generated: bool) -> s
             return "length ratio"
     if any(LOOP.search(target) and not LOOP.search(source) for source, target in (*translated, ("", output))):
         return "loop"
-    if generated and len(words(output)) >= 5 and normal(output) in (normal(instruction), normal(input)):
+    # exactly: it may have been asked for capitals or for commas
+    if generated and len(words(output)) >= 5 and output.split() in (instruction.split(), input.split()):
         return "answer repeats the question"
     return None
 
@@ -305,6 +306,11 @@ def digits(text: str) -> str:
 def normal(text: str) -> str:
     """The text for comparisons: case, width, punctuation and white space aside."""
     return PUNCTUATION.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
+
+
+def spaced(text: str) -> str:
+    """The text for comparisons where signs count, as in 2 + 3 and 2 - 3: only width and white space aside."""
+    return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
 def identifier():
