@@ -786,7 +786,9 @@ def test_what_scripts_write_differently(source, target, reason):
 @pytest.mark.parametrize("text, refuses", [
     ("I'm sorry, but I can't help with that.", True), ("Sorry, I cannot do that.", True),
     ("I apologize, but I am unable to say.", True), ("As an AI language model, I have no taste.", True),
-    ("As an AI, I have none.", True), ("I cannot assist you there.", True), ("I'm not able to see it.", True),
+    ("As an AI, I have none.", True), ("I cannot assist you there.", True), ("I'm not able to provide it.", True),
+    ("As an AI language model I don't have one.", True), ("I can not help with that.", True),
+    ("I'm sorry, but as an AI I have none.", True), ("I am unable to attend the meeting tomorrow.", False),
     ("I'm sorry if I snapped at you.", False), ("I'm sorry it is raining, stay in.", False),
     ("I'm sorry I'm late.", False), ("Sorry, I am busy.", False), ("I can't help falling in love with you.", False),
     ("As an AI engineer, I design networks.", False), ("I apologize, but it was late.", False),
@@ -803,7 +805,7 @@ def test_what_a_translation_keeps():
         "%s", "<br>", "`x = 1`", "```py\nprint()\n```", "{0}", "____", "www.a.org"]
     assert instructions.spaced("x  <\ny") == "x < y" != instructions.spaced("x > y")
     start = time.perf_counter()   # no text takes the patterns long
-    for text in ("a" * 100_000, "ab " * 50_000, "```" * 30_000, "{" * 100_000, "1," * 50_000):
+    for text in ("a" * 100_000, "ab " * 50_000, "```" * 30_000, "{" * 100_000, "1," * 50_000, "5" + "万" * 50_000):
         instructions.fault(Instruction("x" * 9, "", "1,000"), ("x", "", text), False)
     assert time.perf_counter() - start < 3
 

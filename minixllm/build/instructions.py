@@ -216,10 +216,12 @@ def quality(runner: Runner, paths, sample: set[int], plan: Plan, label: str) -> 
 
 # -- filters --------------------------------------------------------------------------------------------------------
 
-REFUSALS = re.compile(r"\W*(?:as an ai(?: (?:language )?(?:model|assistant))?\s*,|as a(?: large)? language model|"
+CANNOT, UNABLE = "i can(?: ?not|['’]t)", "i(?: am|['’]m) (?:unable|not able)"
+REFUSALS = re.compile(r"\W*(?:as an ai(?:\s*,| (?:language )?(?:model|assistant)\b)|as a(?: large)? language model|"
                       r"(?:(?:i['’]?m |i am )?sorry|i apologi[sz]e),? (?:but )?"
-                      r"(?:i can(?:not|['’]t)|i(?: am|['’]m) (?:unable|not able))|i(?: am|['’]m) (?:unable|not able) to|"
-                      r"i can(?:not|['’]t) (?:help (?:you|with)|assist|fulfil|provide))", re.IGNORECASE)
+                      rf"(?:{CANNOT}|{UNABLE}|as an ai\b)|{CANNOT} (?:help (?:you|with)|assist|fulfil|provide)|"
+                      rf"{UNABLE} to (?:answer|assist|complete|comply|create|fulfil|generate|help|perform|provide))",
+                      re.IGNORECASE)
 # what a translation must keep as it is; addresses are ASCII, for some scripts go on behind them without a space
 VERBATIM = re.compile(r"(?:https?://|www\.)(?a:[\w./?=&%#~:+@!$,;*-]*[\w/])|```.*?```|`[^`\n]+`|\{\{?\w*\}?\}|"
                       r"%[sd](?![A-Za-z])|</?[A-Za-z_][\w-]*>|_{3,}", re.DOTALL)
