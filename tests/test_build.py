@@ -351,8 +351,20 @@ def test_a_budget_too_small_for_one_request(tmp_path):
     """However often the same command is given, it cannot go on."""
     said = "the budget of 10 tokens is too small: one request may need up to 1,032 tokens"
     with Server() as server, pytest.raises(UserError, match=said):
-        build(server, tmp_path, "--pairs-each", "1", "--budget-tokens", "10", kind="feedback", data=spoken(tmp_path, 30))
+        build(server, tmp_path, "--pairs-each", "1", "--budget-tokens", "10", kind="feedback",
+              data=spoken(tmp_path, 30))
     assert server.number == 0
+
+
+def test_a_record_too_long_for_the_budget_fails_alone(tmp_path):
+    stub, long = Stub(), range(runner.FAILURES_IN_A_ROW + 5)
+    stub.cost = lambda request: {"requests": 1, "characters": len(request.text)}
+    with runner.Runner(runner.RunnerSettings(output=str(tmp_path), budget_characters=99, concurrency=1)) as run:
+        run.work(lambda ask, item: ask(stub, services.Prompt(item)), [*(f"{i:100}" for i in long), "short"], 46, "long",
+                 lambda item: {"id": item})
+    assert stub.asked == ["short"] and len(run.failures) == len(long) and run.why_stopped is None
+    assert run.failures[0]["reason"] == ("the budget of 99 characters is too small: one request may need up to 100 "
+                                         "characters")
 
 
 def test_a_service_that_dies_stops_the_build(tmp_path, undisturbed, capsys, monkeypatch):
