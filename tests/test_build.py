@@ -657,6 +657,17 @@ def test_a_judge_that_cannot_be_read_is_given_up(tmp_path):
         assert 80 <= talker.number < 200 and server.number < 200   # not all 870 instructions
 
 
+def test_a_judge_that_cannot_be_read_in_one_language_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(feedback, "UNREADABLE", 10)
+    monkeypatch.setattr(feedback, "FEEDBACK_LANGUAGES", ("amh", "ara", "ben"))   # first is the one it cannot do
+    with Server(lambda number, body: "talk" if "] instruction\namh " in body["messages"][-1]["content"] else None
+                ) as server:
+        out = build(server, tmp_path, "--pairs-each", "10", "--candidates", "2", kind="feedback",
+                    data=spoken(tmp_path, 20))
+    pairs = list(read_preferences(out / "pairs.jsonl"))
+    assert len(pairs) > 30 and {pair.language for pair in pairs} == {"ara", "ben"}
+
+
 def verdict(tag, first, second) -> str:
     return json.dumps(
         {
