@@ -59,6 +59,10 @@ def test_texts_are_cut_into_sentences_without_loss():
         "Two!",
         "Three 1.5",
     ]
+    listed = "1. Eat well. 2. Sleep.\n  3. See Mr. A. Smith, e.g. today. It was in 1990. Then came \"Dr. No\"."
+    assert services.sentences(listed)[::2] == [
+        "1. Eat well.", "2. Sleep.", "3. See Mr. A. Smith, e.g. today.", "It was in 1990.", 'Then came "Dr. No".']
+    assert "".join(services.sentences(listed)) == listed
 
 
 def test_a_chat_model_translates(monkeypatch):

@@ -85,9 +85,20 @@ def service(word: str, timeout: float = 120.0):
                     "as chat:gpt-4o-mini@https://api.openai.com/v1")
 
 
+# what a sentence does not end with: a number in a list, an abbreviation, an initial, as in e.g. and U.S.
+UNFINISHED = re.compile(r"(?:^\d{1,3}|\b(?:Mrs?|Ms|Dr|Prof|St|vs|etc|[^\W\d_]))\.$")
+
+
 def sentences(text: str) -> list[str]:
     """The text in pieces that together are the text: sentences and lines, and the white space between them."""
-    return re.split(r"(\s*\n\s*|(?<=[.!?])\s+|(?<=[。！？।]))", text)
+    parts = re.split(r"(\s*\n\s*|(?<=[.!?])\s+|(?<=[。！？।]))", text)
+    pieces = parts[:1]
+    for before, space, part in zip(parts[::2], parts[1::2], parts[2::2]):
+        if "\n" not in space and UNFINISHED.search(before):
+            pieces[-1] += space + part
+        else:
+            pieces += space, part
+    return pieces
 
 
 # -- over HTTP ------------------------------------------------------------------------------------------------------
