@@ -65,6 +65,11 @@ def test_texts_are_cut_into_sentences_without_loss():
     assert "".join(services.sentences(listed)) == listed
 
 
+def test_a_long_text_is_translated_within_a_models_limit():
+    chat = services.service("chat:m@http://127.0.0.1:9/v1")
+    assert chat.cost(Translate("x" * 10_000, "eng", "zul"))["tokens"] < 10_000 + 2_000 + services.LONGEST_TRANSLATION
+
+
 def test_a_chat_model_translates(monkeypatch):
     monkeypatch.setenv("SOME_KEY", "0123456789")
     with Server() as server:
