@@ -81,7 +81,8 @@ def test_instructions(tmp_path, undisturbed):
     assert len(mri) == len(nya) == 30 and mri[4].language == "mri"
     assert mri[4].instruction == "ebircseD eht 104th nwot ni a wef sdrow." and mri[4].input.startswith("tI seil")
     assert mri[4].output.startswith("Ondoka ") and mri[4].extra["generator"].startswith("chat:model@127")
-    assert mri[4].extra["id"] == "4" and mri[4].extra["translator"] == "google" and mri[4].extra["bleu"] == 100
+    assert mri[4].extra["id"] == "4" and mri[4].extra["bleu"] == 100
+    assert mri[4].extra["translator"].startswith("google@127")
     assert nya[4].output == "tI sah 204 dlo sesuoh." and nya[4].extra["generator"] is None and nya[4].extra["bleu"] < 30
     report = files["build/report.md"].decode()
     assert "| 90 to 100 | 1 | mri |" in report and "| 0 to 10 | 1 | nya |" in report
@@ -921,7 +922,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     fails("no translator for ast, ful, kea, kam, luo, oci, umb, wol: expected --translator google nllb:DIR, or "
           "--languages without these", "--translator", "google", "--dry-run")
     fails(
-        "google cannot be asked: 127.0.0.1:9: .*refused",
+        "google@127.0.0.1:9 cannot be asked: 127.0.0.1:9: .*refused",
         "--translator",
         "google@http://127.0.0.1:9",
         "--languages",
@@ -1008,7 +1009,7 @@ def test_a_dry_run_asks_nothing_and_counts_right(tmp_path, undisturbed, capsys, 
         assert not server.asked and not (tmp_path / "out").exists()
         # two languages: 45 texts and 10 back each, then 30 answers each, translated or generated
         assert (
-            "google: 110 to 170 requests" in printed
+            f"google@127.0.0.1:{server.port}/v1: 110 to 170 requests" in printed
             and f"chat:model@127.0.0.1:{server.port}/v1: 0 to 60 requests" in printed
         )
         build(server, tmp_path, "--dry-run", "--pairs-each", "1", kind="feedback", data=spoken(tmp_path, 30))

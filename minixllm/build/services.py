@@ -73,7 +73,7 @@ def service(word: str, timeout: float = 120.0):
     """The service that `word` names (see above), opened but not yet asked anything. Raises UserError."""
     kind, _, rest = word.partition(":")
     if word == "google" or word.startswith("google@"):
-        return Google(word.partition("@")[2] or "https://translation.googleapis.com/language/translate/v2", timeout)
+        return Google(word.partition("@")[2] or Google.URL, timeout)
     if kind == "nllb" and rest:
         return Nllb(rest)
     if kind == "local" and rest:
@@ -204,11 +204,12 @@ def _seconds(retry_after: str) -> float | None:
 class Google:
     """Cloud Translation, basic edition: cloud.google.com/translate/docs/reference/rest/v2/translate."""
 
-    name = "google"
+    URL = "https://translation.googleapis.com/language/translate/v2"
 
     def __init__(self, url: str, timeout: float):
         # the key is in a header, not in the address, for addresses get logged
         self.endpoint = _Endpoint(url, "X-goog-api-key", "GOOGLE_API_KEY", timeout)
+        self.name = "google" if url == self.URL else f"google@{self.endpoint.host}{self.endpoint.path}"
 
     def does(self, request) -> bool:
         return isinstance(request, Translate) and all(map(languages.google_code, (request.source, request.target)))
