@@ -6,7 +6,6 @@ the language and back and scoring it against the original. What is visibly broke
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -91,30 +90,38 @@ def build(settings: InstructionSettings) -> bool:
             runner.reach(service)
         for number, plan in enumerate(plans, start=1):
             label = f"{plan.code} {number}/{len(plans)}"
-            if (scores := quality(runner, settings.data, sample, plan, label)) is None:
+            if (entry := build_language(runner, settings, plan, sample, total, label, wrong_language)) is None:
                 break
-            if scores["bleu"] < settings.min_bleu:
-                plan = dataclasses.replace(plan, generator=None)
-
-            def name(item):
-                return {"language": plan.code, "id": identity(*item)}
-
-            runner.work(lambda ask, item: make(ask, item[1], plan), sources(settings.data), total, label, name)
-            task = functools.partial(finish, plan=plan, scores=scores, wrong_language=wrong_language,
-                                     is_new=runner.is_new)
-            path = Path(settings.output) / f"{plan.code}.jsonl"
-            if (counts := runner.write(path, task, sources(settings.data), name)) is None:
-                break
-            if not counts["records"]:
-                path.unlink()  # trainings, and the build of feedback, refuse files without records
-            report[plan.code] = {**scores, "translator": plan.translator.name,
-                                 "answers": plan.generator.name if plan.generator else "translated", **counts}
+            report[plan.code] = entry
             report = {code: report[code] for code in LANGUAGES if code in report}
             write_report(runner.folder, report, settings.min_bleu)
             finished += 1
-            print(f"{label}: {counts['records']:,} records, {sum(counts['left_out'].values()):,} left out, "
-                  f"{counts['failed']:,} failed" + ", so no file" * (not counts["records"]), flush=True)
+            print(f"{label}: {entry['records']:,} records, {sum(entry['left_out'].values()):,} left out, "
+                  f"{entry['failed']:,} failed" + ", so no file" * (not entry["records"]), flush=True)
         return runner.conclude(f"{finished} of {len(plans)} languages are finished", finished == len(plans))
+
+
+def build_language(runner: Runner, settings, plan: Plan, sample: set[int], total: int, label: str,
+                   wrong_language) -> dict | None:
+    """Write the language's file; its entry in the report, None if the run stopped meanwhile."""
+    if (scores := quality(runner, settings.data, sample, plan, label)) is None:
+        return None
+    if scores["bleu"] < settings.min_bleu:
+        plan = dataclasses.replace(plan, generator=None)
+
+    def name(item):
+        return {"language": plan.code, "id": identity(*item)}
+
+    runner.work(lambda ask, item: make(ask, item[1], plan), sources(settings.data), total, label, name)
+    path = Path(settings.output) / f"{plan.code}.jsonl"
+    counts = runner.write(path, lambda recall, item: finish(recall, item, plan, scores, wrong_language, runner.is_new),
+                          sources(settings.data), name)
+    if counts is None:
+        return None
+    if not counts["records"]:
+        path.unlink()  # trainings, and the build of feedback, refuse files without records
+    return {**scores, "translator": plan.translator.name,
+            "answers": plan.generator.name if plan.generator else "translated", **counts}
 
 
 def chosen_languages(words: list[str]) -> list[str]:
