@@ -826,7 +826,7 @@ def test_what_a_translation_keeps():
     assert instructions.normal("की") != instructions.normal("का")   # they differ in a vowel sign
     assert instructions.numbers("1,234.50 or 1.234,50 or 1 7 and १२३") == {"123450", "123"}
     assert instructions.VERBATIM.findall("a %s b <br> `x = 1` ```py\nprint()\n``` {0} ____ www.a.org") == [
-        "%s", "<br>", "`x = 1`", "```py\nprint()\n```", "{0}", "____", "www.a.org"]
+        "%s", "<br>", "`x = 1`", "```py\nprint()\n```", "{0}", "___", "www.a.org"]
     assert instructions.spaced("x  <\ny") == "x < y" != instructions.spaced("x > y")
     start = time.perf_counter()   # no text takes the patterns long
     for text in ("a" * 100_000, "ab " * 50_000, "```" * 30_000, "{" * 100_000, "1," * 50_000, "5" + "万" * 50_000):

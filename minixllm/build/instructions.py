@@ -229,9 +229,10 @@ REFUSALS = re.compile(r"\W*(?:as an ai(?:\s*,| (?:language )?(?:model|assistant)
                       rf"(?:{CANNOT}|{UNABLE}|as an ai\b)|{CANNOT} (?:help (?:you|with)|assist|fulfil|provide)|"
                       rf"{UNABLE} to (?:answer|assist|complete|comply|create|fulfil|generate|help|perform|provide))",
                       re.IGNORECASE)
-# what a translation must keep as it is; addresses are ASCII, for some scripts go on behind them without a space
+# what a translation must keep as it is; addresses are ASCII, for some scripts go on behind them without a space; of a
+# blank to fill in only the end, for its length may change
 VERBATIM = re.compile(r"(?:https?://|www\.)(?a:[\w./?=&%#~:+@!$,;*-]*[\w/])|```.*?```|`[^`\n]+`|\{\{?\w*\}?\}|"
-                      r"%[sd](?![A-Za-z])|</?[A-Za-z_][\w-]*>|_{3,}", re.DOTALL)
+                      r"%[sd](?![A-Za-z])|</?[A-Za-z_][\w-]*>|_{3}(?!_)", re.DOTALL)
 # not all that is no \w: the vowel signs of Indic scripts are not, either
 PUNCTUATION = re.compile(r"[\s!-/:-@\[-`{-~\u00a1-\u00bf\u060c\u061b\u061f\u06d4\u0964\u0965"
                          r"\u2000-\u206f\u3000-\u303f]+")
@@ -255,7 +256,7 @@ def fault(record: Instruction, made: tuple[str, str, str], generated: bool) -> s
     for source, target in translated:
         if copied(source, target):
             return "untranslated"
-        if not verbatim(source) <= verbatim(target):
+        if not set(VERBATIM.findall(source)) <= set(VERBATIM.findall(target)):
             return "lost placeholder, URL or code"
         if not kept_numbers(source, target):
             return "lost number"
@@ -271,10 +272,6 @@ def fault(record: Instruction, made: tuple[str, str, str], generated: bool) -> s
 
 def words(text: str) -> list[str]:
     return re.findall(r"[^\W\d_]+", text)
-
-
-def verbatim(text: str) -> set[str]:
-    return set(VERBATIM.findall(re.sub("_{3,}", "___", text)))  # blanks to fill in may change in length
 
 
 def copied(source: str, target: str) -> bool:
