@@ -81,7 +81,8 @@ def test_instructions(tmp_path, undisturbed):
     assert len(mri) == len(nya) == 30 and mri[4].language == "mri"
     assert mri[4].instruction == "ebircseD eht 104th nwot ni a wef sdrow." and mri[4].input.startswith("tI seil")
     assert mri[4].output.startswith("Ondoka ") and mri[4].extra["generator"].startswith("chat:model@127")
-    assert mri[4].extra["id"] == "4" and mri[4].extra["translator"] == "google" and mri[4].extra["bleu"] == 100
+    assert mri[4].extra["id"] == "4" and mri[4].extra["bleu"] == 100
+    assert mri[4].extra["translator"].startswith("google@127")
     assert nya[4].output == "tI sah 204 dlo sesuoh." and nya[4].extra["generator"] is None and nya[4].extra["bleu"] < 30
     report = files["build/report.md"].decode()
     assert "| 90 to 100 | 1 | mri |" in report and "| 0 to 10 | 1 | nya |" in report
@@ -351,8 +352,20 @@ def test_a_budget_too_small_for_one_request(tmp_path):
     """However often the same command is given, it cannot go on."""
     said = "the budget of 10 tokens is too small: one request may need up to 1,032 tokens"
     with Server() as server, pytest.raises(UserError, match=said):
-        build(server, tmp_path, "--pairs-each", "1", "--budget-tokens", "10", kind="feedback", data=spoken(tmp_path, 30))
+        build(server, tmp_path, "--pairs-each", "1", "--budget-tokens", "10", kind="feedback",
+              data=spoken(tmp_path, 30))
     assert server.number == 0
+
+
+def test_a_record_too_long_for_the_budget_fails_alone(tmp_path):
+    stub, long = Stub(), range(runner.FAILURES_IN_A_ROW + 5)
+    stub.cost = lambda request: {"requests": 1, "characters": len(request.text)}
+    with runner.Runner(runner.RunnerSettings(output=str(tmp_path), budget_characters=99, concurrency=1)) as run:
+        run.work(lambda ask, item: ask(stub, services.Prompt(item)), [*(f"{i:100}" for i in long), "short"], 46, "long",
+                 lambda item: {"id": item})
+    assert stub.asked == ["short"] and len(run.failures) == len(long) and run.why_stopped is None
+    assert run.failures[0]["reason"] == ("the budget of 99 characters is too small: one request may need up to 100 "
+                                         "characters")
 
 
 def test_a_service_that_dies_stops_the_build(tmp_path, undisturbed, capsys, monkeypatch):
@@ -645,6 +658,17 @@ def test_a_judge_that_cannot_be_read_is_given_up(tmp_path):
         assert 80 <= talker.number < 200 and server.number < 200   # not all 870 instructions
 
 
+def test_a_judge_that_cannot_be_read_in_one_language_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(feedback, "UNREADABLE", 10)
+    monkeypatch.setattr(feedback, "FEEDBACK_LANGUAGES", ("amh", "ara", "ben"))   # first is the one it cannot do
+    with Server(lambda number, body: "talk" if "] instruction\namh " in body["messages"][-1]["content"] else None
+                ) as server:
+        out = build(server, tmp_path, "--pairs-each", "10", "--candidates", "2", kind="feedback",
+                    data=spoken(tmp_path, 20))
+    pairs = list(read_preferences(out / "pairs.jsonl"))
+    assert len(pairs) > 30 and {pair.language for pair in pairs} == {"ara", "ben"}
+
+
 def verdict(tag, first, second) -> str:
     return json.dumps(
         {
@@ -731,7 +755,9 @@ GOOD = ("Nenne 25 nahe Orte, siehe https://a.org/x und {name}.", "", "Hier sind 
         ({2: "sehr " * 12}, True, "loop"),
         ({2: "かな" * 12}, True, "loop"),
         ({2: "Ja. " + "-" * 80}, True, None),
-        ({2: GOOD[0]}, True, "answer repeats the question"),
+        ({2: GOOD[0].replace(" ", "\n")}, True, "answer repeats the question"),
+        ({2: GOOD[0].upper()}, True, None),   # as it may have been asked to
+        ({2: GOOD[0].replace(",", "")}, True, None),
     ],
 )
 def test_filters(changed, generated, reason):
@@ -759,6 +785,21 @@ def test_filters(changed, generated, reason):
     ("It has 100,000 people and 2.4 million cars.", "有10万人和240万辆汽车。", None),
     ("It costs 50,000 yen.", "6万円かかります。", "lost number"),
     ("It costs 50,000 yen.", "Es kostet 5 Yen.", "lost number"),
+    ("It has 15,300 people and 125,000 trees.", "人口は1万5300人、木は12万5000本です。", None),
+    ("It has 15,300 people.", "人口は1万5200人です。", "lost number"),
+    ("It earned 150 million dollars in 5 days.", "그 회사는 5일에 1억 5000만 달러를 벌었다.", None),
+    ("It earned 50,000,000 won.", "5천만 원을 벌었다.", None),
+    ("It earned 53,000,000 won.", "5천만 원을 벌었다.", "lost number"),
+    ("Name a 20th-century painter.", "Nombra un pintor del siglo XX.", None),
+    ("Compare the 18th and the 19th century.", "Compara los siglos XVIII y XIX.", None),
+    ("Name the 20th president.", "Nombra al presidente.", "lost number"),
+    ("Name a song of the 1980s.", "Citez une chanson des années 80.", None),
+    ("Name a song of the 80s.", "1980年代の歌を一つ挙げてください。", None),
+    ("Name a song of the 1980s.", "Citez une chanson des années 90.", "lost number"),
+    ("Fill in: the sky is ____.", "Fülle aus: Der Himmel ist _____.", None),
+    ("Fill in: the sky is ____.", "Fülle aus: Der Himmel ist blau.", "lost placeholder, URL or code"),
+    ("Apple, Google, Microsoft, Amazon, Toyota", "Apple, Google, Microsoft, Amazon, Toyota", None),
+    ("Who wrote the book Pride and Prejudice?", "Who wrote the book Pride and Prejudice?", "untranslated"),
     ("Take 10, 20 or 30.", "取10,20或30", None),
     ("Take 10,20,30 away.", "Nimm 10, 20, 30 weg.", None),
 ])
@@ -769,7 +810,9 @@ def test_what_scripts_write_differently(source, target, reason):
 @pytest.mark.parametrize("text, refuses", [
     ("I'm sorry, but I can't help with that.", True), ("Sorry, I cannot do that.", True),
     ("I apologize, but I am unable to say.", True), ("As an AI language model, I have no taste.", True),
-    ("As an AI, I have none.", True), ("I cannot assist you there.", True), ("I'm not able to see it.", True),
+    ("As an AI, I have none.", True), ("I cannot assist you there.", True), ("I'm not able to provide it.", True),
+    ("As an AI language model I don't have one.", True), ("I can not help with that.", True),
+    ("I'm sorry, but as an AI I have none.", True), ("I am unable to attend the meeting tomorrow.", False),
     ("I'm sorry if I snapped at you.", False), ("I'm sorry it is raining, stay in.", False),
     ("I'm sorry I'm late.", False), ("Sorry, I am busy.", False), ("I can't help falling in love with you.", False),
     ("As an AI engineer, I design networks.", False), ("I apologize, but it was late.", False),
@@ -783,9 +826,10 @@ def test_what_a_translation_keeps():
     assert instructions.normal("की") != instructions.normal("का")   # they differ in a vowel sign
     assert instructions.numbers("1,234.50 or 1.234,50 or 1 7 and १२३") == {"123450", "123"}
     assert instructions.VERBATIM.findall("a %s b <br> `x = 1` ```py\nprint()\n``` {0} ____ www.a.org") == [
-        "%s", "<br>", "`x = 1`", "```py\nprint()\n```", "{0}", "____", "www.a.org"]
+        "%s", "<br>", "`x = 1`", "```py\nprint()\n```", "{0}", "___", "www.a.org"]
+    assert instructions.spaced("x  <\ny") == "x < y" != instructions.spaced("x > y")
     start = time.perf_counter()   # no text takes the patterns long
-    for text in ("a" * 100_000, "ab " * 50_000, "```" * 30_000, "{" * 100_000, "1," * 50_000):
+    for text in ("a" * 100_000, "ab " * 50_000, "```" * 30_000, "{" * 100_000, "1," * 50_000, "5" + "万" * 50_000):
         instructions.fault(Instruction("x" * 9, "", "1,000"), ("x", "", text), False)
     assert time.perf_counter() - start < 3
 
@@ -827,13 +871,15 @@ def test_a_translator_that_gives_back_what_it_got_is_no_good_one(tmp_path, monke
 
 
 def test_left_out_records_are_counted_with_examples(tmp_path):
-    records = [{"instruction": "Name a town by the river.", "input": "", "output": "Ok."}] * 2 + [
+    records = [{"instruction": "What is 2  + 3?", "input": "", "output": "Ok."},
+               {"instruction": "What is 2 +\n3?", "input": "", "output": "Ok."},
+               {"instruction": "What is 2 - 3?", "input": "", "output": "Ok."}] + [
         {
             "instruction": f"Name town {i} of the long river valley.",
             "input": "",
             "output": "As an AI model, no." if i == 50 else "Fine.",
         }
-        for i in range(48, 52)
+        for i in range(49, 52)
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
     with Server() as server:
@@ -876,7 +922,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     fails("no translator for ast, ful, kea, kam, luo, oci, umb, wol: expected --translator google nllb:DIR, or "
           "--languages without these", "--translator", "google", "--dry-run")
     fails(
-        "google cannot be asked: 127.0.0.1:9: .*refused",
+        "google@127.0.0.1:9 cannot be asked: 127.0.0.1:9: .*refused",
         "--translator",
         "google@http://127.0.0.1:9",
         "--languages",
@@ -963,7 +1009,7 @@ def test_a_dry_run_asks_nothing_and_counts_right(tmp_path, undisturbed, capsys, 
         assert not server.asked and not (tmp_path / "out").exists()
         # two languages: 45 texts and 10 back each, then 30 answers each, translated or generated
         assert (
-            "google: 110 to 170 requests" in printed
+            f"google@127.0.0.1:{server.port}/v1: 110 to 170 requests" in printed
             and f"chat:model@127.0.0.1:{server.port}/v1: 0 to 60 requests" in printed
         )
         build(server, tmp_path, "--dry-run", "--pairs-each", "1", kind="feedback", data=spoken(tmp_path, 30))

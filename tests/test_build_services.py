@@ -59,6 +59,20 @@ def test_texts_are_cut_into_sentences_without_loss():
         "Two!",
         "Three 1.5",
     ]
+    listed = "1. Eat well. 2. Sleep.\n  3. See Mr. A. Smith, e.g. today. It was in 1990. Then came \"Dr. No\"."
+    assert services.sentences(listed)[::2] == [
+        "1. Eat well.", "2. Sleep.", "3. See Mr. A. Smith, e.g. today.", "It was in 1990.", 'Then came "Dr. No".']
+    assert "".join(services.sentences(listed)) == listed
+
+
+def test_answers_of_another_google_are_its_own():
+    assert services.service("google").name == "google" == services.service(f"google@{services.Google.URL}").name
+    assert services.service("google@http://127.0.0.1:9/v1").name == "google@127.0.0.1:9/v1"
+
+
+def test_a_long_text_is_translated_within_a_models_limit():
+    chat = services.service("chat:m@http://127.0.0.1:9/v1")
+    assert chat.cost(Translate("x" * 10_000, "eng", "zul"))["tokens"] < 10_000 + 2_000 + services.LONGEST_TRANSLATION
 
 
 def test_a_chat_model_translates(monkeypatch):
@@ -222,7 +236,7 @@ def test_nllb_in_ctranslate2(tmp_path, monkeypatch):
         )
     report = json.loads((tmp_path / "out/build/report.json").read_text())
     assert (
-        report["mri"]["translator"] == "google"
+        report["mri"]["translator"].startswith("google@127")
         and report["umb"]["translator"] == nllb.name
         and report["umb"]["answers"] == "translated"
     )

@@ -76,10 +76,13 @@ def build(settings: FeedbackSettings) -> bool:
     def compared(ask, item):
         *made, outcomes = compare(ask, item, generators, judge, settings)
         comparisons.update(outcomes)
+        return made
+
+    def work(ask, item):
+        compared(ask, item)
         if comparisons["not readable"] == comparisons.total() >= UNREADABLE:
             raise UserError(f"{judge.name}: the first {UNREADABLE} comparisons and more gave no verdict that can be "
                             "read, expected a judge that answers with the JSON it is asked for")
-        return made
 
     def finish(ask, item):
         made = pair(item, judge, settings.min_margin, wrong_language, *compared(ask, item))
@@ -89,7 +92,10 @@ def build(settings: FeedbackSettings) -> bool:
     with Runner(settings) as runner:
         for service in opened.values():
             runner.reach(service)
-        runner.work(compared, instructions(settings.data, drawn), total, settings.feedback, named)
+        # in a random order: a judge that nobody can read in the first language alone is not given up
+        shuffled = list(instructions(settings.data, drawn))
+        random.Random(settings.seed).shuffle(shuffled)
+        runner.work(work, shuffled, total, settings.feedback, named)
         comparisons.clear()  # counted again as they are written
         report = runner.write(Path(settings.output) / "pairs.jsonl", finish, instructions(settings.data, drawn), named)
         if report is None:

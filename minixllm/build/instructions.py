@@ -6,9 +6,9 @@ the language and back and scoring it against the original. What is visibly broke
 """
 
 import dataclasses
-import functools
 import itertools
 import json
+import math
 import random
 import re
 import unicodedata
@@ -90,30 +90,38 @@ def build(settings: InstructionSettings) -> bool:
             runner.reach(service)
         for number, plan in enumerate(plans, start=1):
             label = f"{plan.code} {number}/{len(plans)}"
-            if (scores := quality(runner, settings.data, sample, plan, label)) is None:
+            if (entry := build_language(runner, settings, plan, sample, total, label, wrong_language)) is None:
                 break
-            if scores["bleu"] < settings.min_bleu:
-                plan = dataclasses.replace(plan, generator=None)
-
-            def name(item):
-                return {"language": plan.code, "id": identity(*item)}
-
-            runner.work(lambda ask, item: make(ask, item[1], plan), sources(settings.data), total, label, name)
-            task = functools.partial(finish, plan=plan, scores=scores, wrong_language=wrong_language,
-                                     is_new=runner.is_new)
-            path = Path(settings.output) / f"{plan.code}.jsonl"
-            if (counts := runner.write(path, task, sources(settings.data), name)) is None:
-                break
-            if not counts["records"]:
-                path.unlink()  # trainings, and the build of feedback, refuse files without records
-            report[plan.code] = {**scores, "translator": plan.translator.name,
-                                 "answers": plan.generator.name if plan.generator else "translated", **counts}
+            report[plan.code] = entry
             report = {code: report[code] for code in LANGUAGES if code in report}
             write_report(runner.folder, report, settings.min_bleu)
             finished += 1
-            print(f"{label}: {counts['records']:,} records, {sum(counts['left_out'].values()):,} left out, "
-                  f"{counts['failed']:,} failed" + ", so no file" * (not counts["records"]), flush=True)
+            print(f"{label}: {entry['records']:,} records, {sum(entry['left_out'].values()):,} left out, "
+                  f"{entry['failed']:,} failed" + ", so no file" * (not entry["records"]), flush=True)
         return runner.conclude(f"{finished} of {len(plans)} languages are finished", finished == len(plans))
+
+
+def build_language(runner: Runner, settings, plan: Plan, sample: set[int], total: int, label: str,
+                   wrong_language) -> dict | None:
+    """Write the language's file; its entry in the report, None if the run stopped meanwhile."""
+    if (scores := quality(runner, settings.data, sample, plan, label)) is None:
+        return None
+    if scores["bleu"] < settings.min_bleu:
+        plan = dataclasses.replace(plan, generator=None)
+
+    def name(item):
+        return {"language": plan.code, "id": identity(*item)}
+
+    runner.work(lambda ask, item: make(ask, item[1], plan), sources(settings.data), total, label, name)
+    path = Path(settings.output) / f"{plan.code}.jsonl"
+    counts = runner.write(path, lambda recall, item: finish(recall, item, plan, scores, wrong_language, runner.is_new),
+                          sources(settings.data), name)
+    if counts is None:
+        return None
+    if not counts["records"]:
+        path.unlink()  # trainings, and the build of feedback, refuse files without records
+    return {**scores, "translator": plan.translator.name,
+            "answers": plan.generator.name if plan.generator else "translated", **counts}
 
 
 def chosen_languages(words: list[str]) -> list[str]:
@@ -172,7 +180,7 @@ def finish(ask, item, plan: Plan, scores: dict, wrong_language, is_new) -> dict:
     made = make(ask, record, plan)
     reason = (fault(record, made, plan.generator is not None)
               or wrong_language(made[2], plan.code) or wrong_language(made[0], plan.code)
-              or (None if is_new(f"{plan.code} {normal(made[0])}|{normal(made[1])}") else "duplicate"))
+              or (None if is_new("\n".join((plan.code, *map(spaced, made[:2])))) else "duplicate"))
     if reason:
         raise LeftOut(reason, *made)
     return {**dict(zip(("instruction", "input", "output"), made)), "language": plan.code,
@@ -215,18 +223,22 @@ def quality(runner: Runner, paths, sample: set[int], plan: Plan, label: str) -> 
 
 # -- filters --------------------------------------------------------------------------------------------------------
 
-REFUSALS = re.compile(r"\W*(?:as an ai(?: (?:language )?(?:model|assistant))?\s*,|as a(?: large)? language model|"
+CANNOT, UNABLE = "i can(?: ?not|['’]t)", "i(?: am|['’]m) (?:unable|not able)"
+REFUSALS = re.compile(r"\W*(?:as an ai(?:\s*,| (?:language )?(?:model|assistant)\b)|as a(?: large)? language model|"
                       r"(?:(?:i['’]?m |i am )?sorry|i apologi[sz]e),? (?:but )?"
-                      r"(?:i can(?:not|['’]t)|i(?: am|['’]m) (?:unable|not able))|i(?: am|['’]m) (?:unable|not able) to|"
-                      r"i can(?:not|['’]t) (?:help (?:you|with)|assist|fulfil|provide))", re.IGNORECASE)
-# what a translation must keep as it is; addresses are ASCII, for some scripts go on behind them without a space
+                      rf"(?:{CANNOT}|{UNABLE}|as an ai\b)|{CANNOT} (?:help (?:you|with)|assist|fulfil|provide)|"
+                      rf"{UNABLE} to (?:answer|assist|complete|comply|create|fulfil|generate|help|perform|provide))",
+                      re.IGNORECASE)
+# what a translation must keep as it is; addresses are ASCII, for some scripts go on behind them without a space; of a
+# blank to fill in only the end, for its length may change
 VERBATIM = re.compile(r"(?:https?://|www\.)(?a:[\w./?=&%#~:+@!$,;*-]*[\w/])|```.*?```|`[^`\n]+`|\{\{?\w*\}?\}|"
-                      r"%[sd](?![A-Za-z])|</?[A-Za-z_][\w-]*>|_{3,}", re.DOTALL)
+                      r"%[sd](?![A-Za-z])|</?[A-Za-z_][\w-]*>|_{3}(?!_)", re.DOTALL)
 # not all that is no \w: the vowel signs of Indic scripts are not, either
 PUNCTUATION = re.compile(r"[\s!-/:-@\[-`{-~\u00a1-\u00bf\u060c\u061b\u061f\u06d4\u0964\u0965"
                          r"\u2000-\u206f\u3000-\u303f]+")
 NUMBER = re.compile(r"\d+(?:[.,'’\u00a0\u202f\u066b\u066c]\d+)*")
-MYRIADS = re.compile(r"\d\s?[千百万萬만亿億억천백]")
+UNITS = {unit: 10**power for power, units in ((2, "百백"), (3, "千천"), (4, "万萬만"), (8, "亿億억")) for unit in units}
+MYRIADS = re.compile(rf"(?:\d[\d,.]{{0,20}}\s?[{''.join(UNITS)}]{{1,3}}\s?)+(?:\d,?\d{{0,3}})?")
 # one word eight times, or one piece of up to twelve characters, with a letter in it, ten times
 LOOP = re.compile(r"(?<!\S)(?=\S{0,39}[^\W\d_])(\S{1,40})(?:\s+\1){7}(?!\S)|([^\W\d_]\S{0,11}?)\2{9}")
 
@@ -246,14 +258,14 @@ def fault(record: Instruction, made: tuple[str, str, str], generated: bool) -> s
             return "untranslated"
         if not set(VERBATIM.findall(source)) <= set(VERBATIM.findall(target)):
             return "lost placeholder, URL or code"
-        zeros = "0" if MYRIADS.search(target) else ""  # 50,000 is 5万, 2.4 million 240万
-        if not {n.rstrip(zeros) for n in numbers(source)} <= {n.rstrip(zeros) for n in possible_numbers(target)}:
+        if not kept_numbers(source, target):
             return "lost number"
         if len(source) >= 20 and not 0.15 <= len(target) / len(source) <= 5:
             return "length ratio"
     if any(LOOP.search(target) and not LOOP.search(source) for source, target in (*translated, ("", output))):
         return "loop"
-    if generated and len(words(output)) >= 5 and normal(output) in (normal(instruction), normal(input)):
+    # exactly: it may have been asked for capitals or for commas
+    if generated and len(words(output)) >= 5 and output.split() in (instruction.split(), input.split()):
         return "answer repeats the question"
     return None
 
@@ -263,7 +275,18 @@ def words(text: str) -> list[str]:
 
 
 def copied(source: str, target: str) -> bool:
-    return len(words(VERBATIM.sub(" ", source))) >= 5 and normal(source) == normal(target)
+    """Whether English was not translated; names, where most words begin in capitals, rightly stay the same."""
+    small = [word[0].islower() for word in words(VERBATIM.sub(" ", source))]
+    return len(small) >= 5 and 2 * sum(small) >= len(small) and normal(source) == normal(target)
+
+
+def kept_numbers(source: str, target: str) -> bool:
+    """Whether all numbers are there, but for what good translations write otherwise: centuries in Roman figures, the
+    1980s as the 80s, 50,000 as 5万, 15,300 as 1万5300 and 2.4 million as 240万, where zeros at the end tell nothing."""
+    source = re.sub(r"(?i)\b\d+(?:st|nd|rd|th)\b(?=[^.!?\n]{0,25}\bcentur)|\b19(?=[1-9]0['’]?s\b)", "", source)
+    found, zeros = possible_numbers(target), "0" if MYRIADS.search(target) else ""
+    found |= {number[2:] for number in found if re.fullmatch("19[1-9]0", number)}
+    return {number.rstrip(zeros) for number in numbers(source)} <= {number.rstrip(zeros) for number in found}
 
 
 def numbers(text: str) -> set[str]:
@@ -275,7 +298,11 @@ def numbers(text: str) -> set[str]:
 def possible_numbers(text: str) -> set[str]:
     """All that may be meant: what one language writes 1,000 is 1 000 or 1.000 in others, or two numbers."""
     runs = (re.findall(r"\d+", run) for run in re.findall(r"\d+(?:\W{1,2}\d+)*", text))
-    return {digits("".join(run[i:i + count])) for run in runs for i in range(len(run)) for count in range(1, 6)}
+    found = {digits("".join(run[i:i + count])) for run in runs for i in range(len(run)) for count in range(1, 6)}
+    for number in MYRIADS.findall(text):  # 1万5300 is 15300, 2억 5천만 250000000
+        parts = re.findall(rf"(\d+(?:\.\d+)?)([{''.join(UNITS)}]*)", re.sub(r"[\s,]", "", number))
+        found.add(str(round(sum(float(figures) * math.prod(map(UNITS.get, units)) for figures, units in parts))))
+    return found
 
 
 def digits(text: str) -> str:
@@ -285,6 +312,11 @@ def digits(text: str) -> str:
 def normal(text: str) -> str:
     """The text for comparisons: case, width, punctuation and white space aside."""
     return PUNCTUATION.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
+
+
+def spaced(text: str) -> str:
+    """The text for comparisons where signs count, as in 2 + 3 and 2 - 3: only width and white space aside."""
+    return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
 def identifier():

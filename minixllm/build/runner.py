@@ -68,6 +68,10 @@ class LeftOut(Exception):
         self.reason, self.example = reason, [text[:200] for text in example]
 
 
+class TooLarge(Failure):
+    """A request that the budget cannot hold: it was not asked."""
+
+
 class Stopped(Exception):
     """The run is ending: nothing more is asked."""
 
@@ -164,7 +168,7 @@ class Runner:
                 answer = self._insist(service, request, ATTEMPTS)
             except Failure as failure:
                 self._reasons[key] = str(failure)
-                self._failed_in_a_row += 1
+                self._failed_in_a_row += not isinstance(failure, TooLarge)
                 if self._failed_in_a_row >= FAILURES_IN_A_ROW:
                     self.stop(f"{FAILURES_IN_A_ROW} requests in a row failed, the last with: {failure}")
                 raise
@@ -213,8 +217,8 @@ class Runner:
     def _reserve(self, cost: dict) -> None:
         """Take a request's highest cost out of the budget; wait while only what is on its way stands against it."""
         if above := {unit: amount for unit, amount in cost.items() if amount > self.limits.get(unit, math.inf)}:
-            raise UserError(f"the budget of {_amounts(self.limits)} is too small: one request may need up to "
-                            f"{_amounts(above)}")
+            raise TooLarge(f"the budget of {_amounts(self.limits)} is too small: one request may need up to "
+                           f"{_amounts(above)}", again=False)
         with self._settled:
             while any(self.spent[unit] + self._reserved[unit] + amount > self.limits.get(unit, math.inf)
                       for unit, amount in cost.items()):
