@@ -29,35 +29,44 @@ A longer answer in words is read only so far as these rules go; the share that n
 import re
 import unicodedata
 
-# scripts written without spaces: a word for yes or no at the start has no boundary after it to ask for
+# scripts written without spaces: next to their letters a word has no boundary to ask for
 _SCRIPTS = "\u3040-\u30ff\u4e00-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
 _UNSPACED = re.compile(f"[{_SCRIPTS}]")
+_BEFORE, _AFTER = rf"(?<![^\W{_SCRIPTS}])", rf"(?![^\W{_SCRIPTS}])"
+
+
+def _any(words: str) -> str:
+    """The pattern of any of these words, parted by commas, in any case; whole, where its script parts words."""
+    words = sorted(unicodedata.normalize("NFKC", words).split(", "), key=len, reverse=True)
+    return f"(?i:{'|'.join(w if _UNSPACED.search(w) else f'{_BEFORE}{w}{_AFTER}' for w in words)})"
+
+
 # also "no difference", "not only", "if", "four" or "your", "example", "is", "not" (of a prefix)
 _ORDINARY = {"no", "non", "si", "네", "예", "是", "否"}
 _ENDED = r"(?=[ \t]*(?:(?!-\w|\.\s*\d)(?:[^\w\s]|_)|(?m:$)|(?:because|porque|parce|car)\b))"
-_GOES_ON = (r"non?(?=\s+(?:no|is|it|they|this|these|the|sentences?|es|son|lo es|ce|il|elles?|oración|phrase|"
-            r"par[aá](?:ph|f)ras\w*)(?![^\W\d_]))")
+_GOES_ON = r"non?(?=\s+" + _any("no, is, it, they, this, these, the, sentences?\\d?, es, son, lo es, ce, il, elles?, "
+                                "oración, phrase, par[aá]ph?f?ras\\w*") + ")"
 _OPENING = r"""^[\s\-–—*_#>"'“”„«»‘’`(\[「『【:.]*"""
 _QUOTES = r"""[("'*\[]*"""
-# no letter on that side, or one of a script that parts no words: 选项B更合理
-_BEFORE, _AFTER = rf"(?<![^\W{_SCRIPTS}])", rf"(?![^\W{_SCRIPTS}])"
-# "option", "answer", "choose" in XCOPA's languages; in NFKC, as the answer is: it takes Thai's sara am apart
-_OPTION = unicodedata.normalize("NFKC", (
-    r"(?:\b(?i:answer|option|choice|choose|pick|select|variant|valik|vastus|opsyon|repons|opsi|pilihan|jawaban(?:nya)?|"
-    r"memilih|opzione|risposta|scelta|scelgo|chaguo|jibu|seçenek|cevap|yanıt|chọn|phương án|đáp án|câu trả lời)|"
-    r"விருப்பம்|பதில்|விடை|ตัวเลือก|เลือก|คำตอบ|ข้อ|选项|选择?|答案)"))
-_AND = r"\s*(?i:and|or|[/&、,]|või|ja|oswa|ak|atau|dan|o|e|au|na|veya|ve|ya da|hoặc|hay|và|அல்லது|หรือ|和|或者?|还是)\s*-?"
+
+# of XCOPA's languages: en, et, ht, id, it, sw, tr, vi, ta, th, zh
+_OPTION = _any("answer, option, choice, choose, pick, select, variant, valik, vastus, opsyon, repons, opsi, pilihan, "
+               "jawaban(?:nya)?, memilih, opzione, risposta, scelta, scelgo, chaguo, jibu, seçenek, cevap, yanıt, chọn, "
+               "phương án, đáp án, câu trả lời, விருப்பம், பதில், விடை, ตัวเลือก, เลือก, คำตอบ, ข้อ, 选项, 选择?, 答案")
+_IS = _any("is, was, seems, looks, does, do, would, can, could, on, se, adalah, è, ni, là, คือ, 是, 为")
+_AND = "(?:[/&、,]|" + _any("and, or, või, ja, oswa, ak, atau, dan, o, e, au, na, veya, ve, ya da, hoặc, hay, và, "
+                           "அல்லது, หรือ, 和, 或者?, 还是") + ")"
+_THAN = _any("than, over, instead of, daripada, kuliko, hơn, กว่า, 比, 而非, dell")
+_NOT = _any(r"\w*n't, not, non, bukan, tidak, không, ei, ไม่(?:ใช่)?, 不(?:是|会)?, 没")
+_POOR = _any("wrong, incorrect, false, less, least, unlikely, implausible, makes? no, vale, vähem, kurang, salah, meno, "
+             "sbagliat[ao], yanlış, daha az, ít, sai, ผิด, 错")
 _NAMED = re.compile(
-    rf"{_OPTION}(?i:\s+(?:is|on|se|adalah|è|ni|là)|\s*(?:คือ|是|为))?[\s:\-]*{_QUOTES}([AB]){_AFTER}"
-    rf"(?!{_AND}[AB]{_AFTER})"
+    rf"{_OPTION}\s*(?:{_IS}\s*)?(?:{_OPTION}\s*)?[\s:\-]*{_QUOTES}([AB]){_AFTER}(?!\s*{_AND}\s*-?[AB]{_AFTER})"
     r"|\b([AB])\s+(?:seçeneği|is\s+(?:the\s+)?(?:better|best|correct|right|(?:more|most)\s+(?:plausible|likely))\b)")
 _PASSED_OVER = re.compile(
-    rf"(?:(?:\b(?i:than|over|instead of|daripada|kuliko|hơn)|(?:n't|\b(?i:not|non|bukan|tidak|không|ei))(?:\s+\w+)?)\s|"
-    rf"\bdell['’]|不(?:是|会|应该?)?|比|而非|ไม่(?:ใช่)?|กว่า)\s*(?:{_OPTION}\s*)?{_QUOTES}[AB]{_AFTER}"
-    rf"|(?:{_OPTION}\s*)?{_QUOTES}{_BEFORE}[AB]{_AFTER}[)\]\"'*]*\s*(?i:(?:is|was|seems|looks|does|do|would|can|could|"
-    r"on|adalah|è|là|是)?\s*(?:the\s+)?(?:not|n't|wrong|incorrect|false|less|least|unlikely|implausible|makes? no|"
-    r"ei|vähem|(?<=on )vale|tidak|kurang|salah|non|meno|sbagliat|yanlış|daha az|không|ít|sai|ไม่|ผิด|[不没错])"
-    rf"(?!\s+(?:{_OPTION}\s*)?[AB]{_AFTER}))")
+    rf"(?:{_THAN}['’]?|{_NOT}(?:\s+\w+)?)\s*(?:{_OPTION}\s*)?{_QUOTES}[AB]{_AFTER}"              # not A
+    rf"|(?:{_OPTION}\s*)?{_QUOTES}{_BEFORE}[AB]{_AFTER}[)\]\"'*]*\s*(?:{_IS}\s*)?(?:the\s+)?(?:{_NOT}|{_POOR})"
+    rf"(?!\s*(?:{_OPTION}\s*)?[AB]{_AFTER})")                                                # A is wrong
 _TURN = re.compile(r"(?:^|\n)### (?:Instruction|Input|Response):")
 _BOTH = re.compile(_OPENING + r"(?:(?i:both|neither)\b|A\s*(?:and|or|[/&,])\s*-?B\b|B\s*(?:and|or|[/&,])\s*-?A\b)")
 _OR = (r"""["'“”„«»「」]*\s*(?:/|\b(?:or|oder|ou|o|and|und|et|y)\b|또는|または|か|或者|或|그리고|と|和)\s*"""

@@ -84,6 +84,13 @@ def build(settings: FeedbackSettings) -> bool:
             raise UserError(f"{judge.name}: the first {UNREADABLE} comparisons and more gave no verdict that can be "
                             "read, expected a judge that answers with the JSON it is asked for")
 
+    def varied():
+        """One instruction of each language, then the rest: a judge unreadable in one language alone is not given up."""
+        for rest in (False, True):
+            for number, item in enumerate(instructions(settings.data, drawn)):
+                if (number % (total // len(drawn)) > 0) == rest:
+                    yield item
+
     def finish(ask, item):
         made = pair(item, judge, settings.min_margin, wrong_language, *compared(ask, item))
         each[f"{item[1]}>{item[2]}"] += 1
@@ -92,10 +99,7 @@ def build(settings: FeedbackSettings) -> bool:
     with Runner(settings) as runner:
         for service in opened.values():
             runner.reach(service)
-        # in a random order: a judge that nobody can read in the first language alone is not given up
-        shuffled = list(instructions(settings.data, drawn))
-        random.Random(settings.seed).shuffle(shuffled)
-        runner.work(work, shuffled, total, settings.feedback, named)
+        runner.work(work, varied(), total, settings.feedback, named)
         comparisons.clear()  # counted again as they are written
         report = runner.write(Path(settings.output) / "pairs.jsonl", finish, instructions(settings.data, drawn), named)
         if report is None:
