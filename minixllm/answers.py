@@ -51,15 +51,15 @@ _QUOTES = r"""[("'*\[]*"""
 
 # of XCOPA's languages: en, et, ht, id, it, sw, tr, vi, ta, th, zh
 _OPTION = _any("answer, option, choice, choose, pick, select, variant, valik, vastus, opsyon, repons, opsi, pilihan, "
-               "jawaban(?:nya)?, memilih, opzione, risposta, scelta, scelgo, chaguo, jibu, seçenek, cevap, yanıt, chọn, "
-               "phương án, đáp án, câu trả lời, விருப்பம், பதில், விடை, ตัวเลือก, เลือก, คำตอบ, ข้อ, 选项, 选择?, 答案")
+               "jawaban(?:nya)?, memilih, opzione, risposta, scelta, scelgo, chaguo, jibu, seçenek, cevap, yanıt, "
+               "chọn, phương án, đáp án, câu trả lời, விருப்பம், பதில், விடை, ตัวเลือก, เลือก, คำตอบ, ข้อ, 选项, 选择?, 答案")
 _IS = _any("is, was, seems, looks, does, do, would, can, could, on, se, adalah, è, ni, là, คือ, 是, 为")
 _AND = "(?:[/&、,]|" + _any("and, or, või, ja, oswa, ak, atau, dan, o, e, au, na, veya, ve, ya da, hoặc, hay, và, "
                            "அல்லது, หรือ, 和, 或者?, 还是") + ")"
 _THAN = _any("than, over, instead of, daripada, kuliko, hơn, กว่า, 比, 而非, dell")
 _NOT = _any(r"\w*n't, not, non, bukan, tidak, không, ei, ไม่(?:ใช่)?, 不(?:是|会)?, 没")
-_POOR = _any("wrong, incorrect, false, less, least, unlikely, implausible, makes? no, vale, vähem, kurang, salah, meno, "
-             "sbagliat[ao], yanlış, daha az, ít, sai, ผิด, 错")
+_POOR = _any("wrong, incorrect, false, less, least, unlikely, implausible, makes? no, vale, vähem, kurang, salah, "
+             "meno, sbagliat[ao], yanlış, daha az, ít, sai, ผิด, 错")
 _NAMED = re.compile(
     rf"{_OPTION}\s*(?:{_IS}\s*)?(?:{_OPTION}\s*)?[\s:\-]*{_QUOTES}([AB]){_AFTER}(?!\s*{_AND}\s*-?[AB]{_AFTER})"
     r"|\b([AB])\s+(?:seçeneği|is\s+(?:the\s+)?(?:better|best|correct|right|(?:more|most)\s+(?:plausible|likely))\b)")

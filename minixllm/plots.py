@@ -8,9 +8,9 @@ import numpy as np
 
 
 def curves(folder) -> None:
-    """Draw a run's metrics.jsonl into curves.png beside it: the loss, and all else that is measured of held-out records.
+    """Draw a run's metrics.jsonl into curves.png beside it: the loss, and what else is measured of held-out records.
 
-    A training row is the mean of a batch; the curve is a running mean of them.
+    A training row is the mean of a batch; its curve is a running mean of them.
     """
     folder = Path(folder)
     with open(folder / "metrics.jsonl", encoding="utf-8") as file:

@@ -44,7 +44,7 @@ class TokenCache:
     how many belong to its prompt and its answers; languages (n,): indices into language_names; lines, files (n,): where
     the record was read; report: {language: a Counter of its records, of those in LEFT_OUT, of those truncated (kept,
     cut short), and of the answers' tokens and characters before any cut}; key: a hash of all this depends on.
-    Subclasses add lengths (n,): the tokens a record takes in a batch, data[i], data.document(i) and data.count(records).
+    Subclasses add lengths (n,), the tokens a record takes in a batch, data[i], data.document(i), data.count(records).
     Raises UserError for records that cannot be read or encoded, when none is left, and where the cache cannot be kept.
     """
 

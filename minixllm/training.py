@@ -75,8 +75,9 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
     loss_fn(model, micro_batch) -> (summed loss, {name: summed quantity}); both are logged divided by the count.
     evaluate() -> {name: value} is logged every `eval_every` steps and at the end.
 
-    Writes metrics.jsonl, with matplotlib curves.png, and checkpoints below settings.output. After SIGTERM or Ctrl-C saves at the next step boundary
-    and returns. Raises UserError on a loss or gradient that is not finite, a full disk, a lost process.
+    Writes metrics.jsonl, with matplotlib curves.png, and checkpoints below settings.output. After SIGTERM or Ctrl-C
+    saves at the next step boundary and returns. Raises UserError on a loss, gradient or weight that is not finite, a
+    full disk, a lost process.
     """
     output = Path(settings.output)
     trained = [p for p in model.parameters() if p.requires_grad]
