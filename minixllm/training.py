@@ -229,13 +229,13 @@ def claimed(settings, world: World):
             if settings.model and Path(settings.model).resolve() == model.resolve():
                 raise UserError(f"{settings.model}: is both --model and where --output {output} leaves the trained "
                                 "model, which would replace it; expected another --output")
-            if not settings.resume and world.first and (
+            if world.first:
+                held.enter_context(locked(output / ".lock", f"{output}: another run is writing there"))
+            if not settings.resume and (
                     resume.latest(output / "checkpoints") or metrics.exists() and metrics.stat().st_size):
                 raise UserError(f"{output}: holds a run already, expected a new directory; "
                                 "--resume continues it, --output names another")
             check_target(model)
-            if world.first:
-                held.enter_context(locked(output / ".lock", f"{output}: another run is writing there"))
         yield
 
 
