@@ -33,7 +33,7 @@ from minixllm.training import TrainingSettings, claimed, held_out_loss, sft_loss
 class Settings(LoraSettings, TrainingSettings):
     training = "instruction tuning"
 
-    output: str = setting("runs/sft", TrainingSettings.__dataclass_fields__["output"].metadata["help"])
+    output: str = setting("runs/sft", "directory of the run: checkpoints, metrics.jsonl and the trained model")
     arch: str = setting("llama", "architecture of the embedded default's model", choices=sorted(ARCHITECTURES))
     data: list[str] = setting([], "files of records (JSON or JSONL: instruction, input, output, and optionally "
                                   "language), or directories of them")

@@ -16,7 +16,7 @@ import fake_services
 import pytest
 from fake_services import Server
 
-from minixllm import languages, prompts
+from minixllm import filters, languages, prompts
 from minixllm.build import __main__ as command
 from minixllm.build import feedback, instructions, runner, services
 from minixllm.errors import UserError
@@ -410,8 +410,9 @@ def test_ctrl_c_does_not_wait_for_answers(tmp_path):
 
 CHILD = """
 import os, random, signal, sys, time
+from minixllm import filters
 from minixllm.build import __main__ as command, feedback, instructions, services, runner
-instructions.identifier()           # what takes long to import, once
+filters.identifier()           # what takes long to import, once
 kills, *argv = sys.argv[1:]
 rng = random.Random(1)
 for left in range(int(kills), -1, -1):
@@ -617,7 +618,7 @@ def test_a_winner_that_refuses_loops_or_is_off_target_is_vetoed():
     item = Instruction("Name", "", ""), "spa", "deu"
     for unfit in (french, "I'm sorry, but I can't.", "Apfel " * 9):
         def made(least, answers):
-            return feedback.pair(item, Stub(), least, instructions.identifier(), "Name", dict.fromkeys(answers, "a"),
+            return feedback.pair(item, Stub(), least, filters.identifier(), "Name", dict.fromkeys(answers, "a"),
                                  {(0, 1): 4.0, (0, 2): 6.0, (1, 2): 2.0})
 
         pair = made(1.0, (unfit, german, "Apfel"))
@@ -763,7 +764,7 @@ GOOD = ("Nenne 25 nahe Orte, siehe https://a.org/x und {name}.", "", "Hier sind 
 def test_filters(changed, generated, reason):
     record = Instruction("List 25 near places, see https://a.org/x and {name}.", "", "Here are 25 places nearby.")
     made = tuple(changed.get(i, text) for i, text in enumerate(GOOD))
-    assert instructions.fault(record, made, generated) == reason
+    assert filters.fault(record, made, generated) == reason
 
 
 @pytest.mark.parametrize("source, target, reason", [
@@ -804,7 +805,7 @@ def test_filters(changed, generated, reason):
     ("Take 10,20,30 away.", "Nimm 10, 20, 30 weg.", None),
 ])
 def test_what_scripts_write_differently(source, target, reason):
-    assert instructions.fault(Instruction(source, "", "y"), (target, "", "y"), True) == reason
+    assert filters.fault(Instruction(source, "", "y"), (target, "", "y"), True) == reason
 
 
 @pytest.mark.parametrize("text, refuses", [
@@ -818,24 +819,24 @@ def test_what_scripts_write_differently(source, target, reason):
     ("As an AI engineer, I design networks.", False), ("I apologize, but it was late.", False),
 ])
 def test_refusals_are_not_ordinary_regrets(text, refuses):
-    assert bool(instructions.REFUSALS.match(text)) == refuses
+    assert bool(filters.REFUSALS.match(text)) == refuses
 
 
 def test_what_a_translation_keeps():
-    assert instructions.normal("  Ｗhat?\n «Ja», 1.") == instructions.normal("what ja 1") == "what ja 1"
-    assert instructions.normal("की") != instructions.normal("का")   # they differ in a vowel sign
-    assert instructions.numbers("1,234.50 or 1.234,50 or 1 7 and १२३") == {"123450", "123"}
-    assert instructions.VERBATIM.findall("a %s b <br> `x = 1` ```py\nprint()\n``` {0} ____ www.a.org") == [
+    assert filters.normal("  Ｗhat?\n «Ja», 1.") == filters.normal("what ja 1") == "what ja 1"
+    assert filters.normal("की") != filters.normal("का")   # they differ in a vowel sign
+    assert filters.numbers("1,234.50 or 1.234,50 or 1 7 and १२३") == {"123450", "123"}
+    assert filters.VERBATIM.findall("a %s b <br> `x = 1` ```py\nprint()\n``` {0} ____ www.a.org") == [
         "%s", "<br>", "`x = 1`", "```py\nprint()\n```", "{0}", "___", "www.a.org"]
-    assert instructions.spaced("x  <\ny") == "x < y" != instructions.spaced("x > y")
+    assert filters.spaced("x  <\ny") == "x < y" != filters.spaced("x > y")
     start = time.perf_counter()   # no text takes the patterns long
     for text in ("a" * 100_000, "ab " * 50_000, "```" * 30_000, "{" * 100_000, "1," * 50_000, "5" + "万" * 50_000):
-        instructions.fault(Instruction("x" * 9, "", "1,000"), ("x", "", text), False)
+        filters.fault(Instruction("x" * 9, "", "1,000"), ("x", "", text), False)
     assert time.perf_counter() - start < 3
 
 
 def test_wrong_language():
-    wrong = instructions.identifier()
+    wrong = filters.identifier()
     assert wrong("Dies ist ein Satz in deutscher Sprache über das Wetter.", "deu") is None
     assert wrong("Dies ist ein Satz in deutscher Sprache über das Wetter.", "fra") == "wrong language"
     assert (

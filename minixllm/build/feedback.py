@@ -18,11 +18,11 @@ import numpy as np
 
 from minixllm import languages, prompts
 from minixllm.build import services
-from minixllm.build.instructions import LOOP, REFUSALS, identifier
 from minixllm.build.runner import Estimate, LeftOut, Runner, RunnerSettings
 from minixllm.build.services import Prompt
 from minixllm.errors import UserError
 from minixllm.files import write_json
+from minixllm.filters import LOOP, REFUSALS, identifier
 from minixllm.languages import FEEDBACK_LANGUAGES, LANGUAGES
 from minixllm.records import Instruction, read_instructions, record_files
 from minixllm.settings import setting
