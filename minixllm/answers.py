@@ -29,6 +29,8 @@ A longer answer in words is read only so far as these rules go; the share that n
 import re
 import unicodedata
 
+LONGEST = 2000  # characters of an answer that are read: what a model in a loop goes on to say would take long
+
 # scripts written without spaces: next to their letters a word has no boundary to ask for
 _SCRIPTS = "\u3040-\u30ff\u4e00-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
 _UNSPACED = re.compile(f"[{_SCRIPTS}]")
@@ -43,11 +45,13 @@ def _any(words: str) -> str:
 
 # also "no difference", "not only", "if", "four" or "your", "example", "is", "not" (of a prefix)
 _ORDINARY = {"no", "non", "si", "네", "예", "是", "否"}
-_ENDED = r"(?=[ \t]*(?:(?!-\w|\.\s*\d)(?:[^\w\s]|_)|(?m:$)|(?:because|porque|parce|car)\b))"
-_GOES_ON = r"non?(?=\s+" + _any("no, is, it, they, this, these, the, sentences?\\d?, es, son, lo es, ce, il, elles?, "
-                                "oración, phrase, par[aá]ph?f?ras\\w*") + ")"
+_ENDED = r"(?=[ \t]*(?:(?!-\w|\.[ \t]*\d)(?:[^\w\s]|_)|(?m:$)|(?:because|since|porque|ya que|parce|puisque|car)\b))"
+_GOES_ON = r"non?(?=\s+" + _any(
+    "no, it, they, i, we, you, that, this, these, the, there, both, sentences?\\d?, is, since, as, "
+    "se, las?, los?, el, es, son, estas?, ambas, tienen, significan, expresan, oración, "
+    "les?, la, ces?, c, cela, il, elles?, phrase, par[aá]ph?f?ras\\w*") + ")"
 _OPENING = r"""^[\s\-–—*_#>"'“”„«»‘’`(\[「『【:.]*"""
-_QUOTES = r"""[("'*\[]*"""
+_QUOTES = r"""[("'*\[]{0,9}"""
 
 # of XCOPA's languages: en, et, ht, id, it, sw, tr, vi, ta, th, zh
 _OPTION = _any("answer, option, choice, choose, pick, select, variant, valik, vastus, opsyon, repons, opsi, pilihan, "
@@ -57,16 +61,20 @@ _IS = _any("is, was, seems, looks, does, do, would, can, could, on, se, adalah, 
 _AND = "(?:[/&、,]|" + _any("and, or, või, ja, oswa, ak, atau, dan, o, e, au, na, veya, ve, ya da, hoặc, hay, và, "
                            "அல்லது, หรือ, 和, 或者?, 还是") + ")"
 _THAN = _any("than, over, instead of, daripada, kuliko, hơn, กว่า, 比, 而非, dell")
-_NOT = _any(r"\w*n't, not, non, bukan, tidak, không, ei, ไม่(?:ใช่)?, 不(?:是|会)?, 没")
+_NOT = _any(r"\w*n't, not, non, pa, bukan, tidak, si, hali?na, hai?na, không, ei, அல்ல, இல்லை, ไม่(?:ใช่)?, "
+            "不(?:是|会)?, 没")
 _POOR = _any("wrong, incorrect, false, less, least, unlikely, implausible, makes? no, vale, vähem, kurang, salah, "
-             "meno, sbagliat[ao], yanlış, daha az, ít, sai, ผิด, 错")
+             "meno, sbagliat[ao], yanlış, mantıksız, daha az, ít, sai, தவறு, ผิด, 错")
 _NAMED = re.compile(
-    rf"{_OPTION}\s*(?:{_IS}\s*)?(?:{_OPTION}\s*)?[\s:\-]*{_QUOTES}([AB]){_AFTER}(?!\s*{_AND}\s*-?[AB]{_AFTER})"
+    rf"{_OPTION}\s{{0,9}}(?:{_IS}\s{{0,9}})?(?:{_OPTION}\s{{0,9}})?[\s:\-]{{0,9}}{_QUOTES}([AB]){_AFTER}"
+    rf"(?!\s{{0,9}}{_AND}\s{{0,9}}-?[AB]{_AFTER})"
     r"|\b([AB])\s+(?:seçeneği|is\s+(?:the\s+)?(?:better|best|correct|right|(?:more|most)\s+(?:plausible|likely))\b)")
-_PASSED_OVER = re.compile(
-    rf"(?:{_THAN}['’]?|{_NOT}(?:\s+\w+)?)\s*(?:{_OPTION}\s*)?{_QUOTES}[AB]{_AFTER}"              # not A
-    rf"|(?:{_OPTION}\s*)?{_QUOTES}{_BEFORE}[AB]{_AFTER}[)\]\"'*]*\s*(?:{_IS}\s*)?(?:the\s+)?(?:{_NOT}|{_POOR})"
-    rf"(?!\s*(?:{_OPTION}\s*)?[AB]{_AFTER})")                                                # A is wrong
+_ONE = rf"(?:{_OPTION}\s{{0,9}})?{_QUOTES}{_BEFORE}[AB]{_AFTER}"
+_PASSED_OVER = re.compile("|".join((
+    rf"(?:{_THAN}['’]?|{_NOT}(?:\s+\w+)?)\s{{0,9}}{_ONE}",  # not A
+    rf"{_ONE}[\]\"'*]{{0,9}}[ \t]{{0,9}}(?:{_IS}[ \t]{{0,9}})?(?:the[ \t]+)?(?:{_NOT}|{_POOR})"
+    rf"(?!\s{{0,9}}{_ONE})",  # A is wrong
+    rf"{_ONE}[ \t]+(?:\w+[ \t]+)?(?i:değil)")))  # A is not, in Turkish
 _TURN = re.compile(r"(?:^|\n)### (?:Instruction|Input|Response):")
 _BOTH = re.compile(_OPENING + r"(?:(?i:both|neither)\b|A\s*(?:and|or|[/&,])\s*-?B\b|B\s*(?:and|or|[/&,])\s*-?A\b)")
 _OR = (r"""["'“”„«»「」]*\s*(?:/|\b(?:or|oder|ou|o|and|und|et|y)\b|또는|または|か|或者|或|그리고|と|和)\s*"""
@@ -88,7 +96,7 @@ def yes_no(answer: str, words: tuple[tuple[str, ...], tuple[str, ...]]) -> int |
 
     answer: as `clean` gives it. words: what is understood as yes, and as no.
     """
-    answer = _normal(answer)
+    answer = _normal(answer[:LONGEST])
     meaning = {_normal(word): choice for choice in (1, 0) for word in words[choice]}
     longest_first = sorted(meaning, key=len, reverse=True)            # 不是 is no, though it ends in 是
     word = "|".join(re.escape(word) + _ENDED if word in _ORDINARY else _whole(word) for word in longest_first)
@@ -102,7 +110,7 @@ def yes_no(answer: str, words: tuple[tuple[str, ...], tuple[str, ...]]) -> int |
 
 def option(answer: str, choices: tuple[str, str]) -> int | None:
     """0 for an answer that picks option A, 1 for B, None for what cannot be told. answer: as `clean` gives it."""
-    answer = unicodedata.normalize("NFKC", answer)
+    answer = unicodedata.normalize("NFKC", answer[:LONGEST])
     if _BOTH.match(answer):
         return None
     repeated = r"\W*B\W*".join(re.escape(unicodedata.normalize("NFKC", choice)) for choice in choices)

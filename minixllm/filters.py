@@ -10,11 +10,12 @@ from minixllm.languages import LANGUAGES
 from minixllm.records import Instruction
 
 CANNOT, UNABLE = "i can(?: ?not|['’]t)", "i(?: am|['’]m) (?:unable|not able)"
-REFUSALS = re.compile(r"\W*(?:as an ai(?:\s*,| (?:language )?(?:model|assistant)\b)|as a(?: large)? language model|"
-                      r"(?:(?:i['’]?m |i am )?sorry|i apologi[sz]e),? (?:but )?"
-                      rf"(?:{CANNOT}|{UNABLE}|as an ai\b)|{CANNOT} (?:help (?:you|with)|assist|fulfil|provide)|"
-                      rf"{UNABLE} to (?:answer|assist|complete|comply|create|fulfil|generate|help|perform|provide))",
-                      re.IGNORECASE)
+REFUSALS = re.compile(r"\W*(?:" + "|".join((
+    r"as an ai(?: (?:language )?(?:model|assistant))?(?:\s*,| i\b)", "as a(?: large)? language model",
+    rf"(?:(?:i['’]?m |i am )?sorry|i apologi[sz]e),? (?:but )?(?:{CANNOT}|{UNABLE}|as an ai\b)",
+    rf"{CANNOT} (?:help (?:you|with)|assist|fulfil|provide)",
+    rf"{UNABLE} to (?:access|answer|assist|browse|complete|comply|create|determine|discuss|engage|fulfil|generate|give|"
+    "help|offer|open|perform|process|produce|provide|respond|see|translate|view|write)")) + ")", re.IGNORECASE)
 # what a translation must keep as it is; addresses are ASCII, for some scripts go on behind them without a space; of a
 # blank to fill in only the end, for its length may change
 VERBATIM = re.compile(r"(?:https?://|www\.)(?a:[\w./?=&%#~:+@!$,;*-]*[\w/])|```.*?```|`[^`\n]+`|\{\{?\w*\}?\}|"
@@ -61,9 +62,9 @@ def words(text: str) -> list[str]:
 
 
 def copied(source: str, target: str) -> bool:
-    """Whether English was not translated; names, where most words begin in capitals, rightly stay the same."""
+    """Whether English was not translated; names, whose words begin in capitals, rightly stay the same."""
     small = [word[0].islower() for word in words(VERBATIM.sub(" ", source))]
-    return len(small) >= 5 and 2 * sum(small) >= len(small) and normal(source) == normal(target)
+    return sum(small) >= 4 and normal(source) == normal(target)
 
 
 def kept_numbers(source: str, target: str) -> bool:

@@ -350,11 +350,12 @@ def test_a_budget_is_never_passed(tmp_path, undisturbed, budget, unit, capsys):
 
 def test_a_budget_too_small_for_one_request(tmp_path):
     """However often the same command is given, it cannot go on."""
-    said = "the budget of 10 tokens is too small: one request may need up to 1,032 tokens"
-    with Server() as server, pytest.raises(UserError, match=said):
-        build(server, tmp_path, "--pairs-each", "1", "--budget-tokens", "10", kind="feedback",
-              data=spoken(tmp_path, 30))
-    assert server.number == 0
+    data = spoken(tmp_path, 30)
+    for budget, needed in ((10, "1,536"), (1100, "1,536")):  # enough for the first question, not for an answer
+        said = f"the budget of {budget:,} tokens is too small: one request may need up to {needed} tokens"
+        with Server() as server, pytest.raises(UserError, match=said):
+            build(server, tmp_path, "--pairs-each", "1", "--budget-tokens", str(budget), kind="feedback", data=data)
+        assert server.number == 0
 
 
 def test_a_record_too_long_for_the_budget_fails_alone(tmp_path):
@@ -801,6 +802,8 @@ def test_filters(changed, generated, reason):
     ("Fill in: the sky is ____.", "Fülle aus: Der Himmel ist blau.", "lost placeholder, URL or code"),
     ("Apple, Google, Microsoft, Amazon, Toyota", "Apple, Google, Microsoft, Amazon, Toyota", None),
     ("Who wrote the book Pride and Prejudice?", "Who wrote the book Pride and Prejudice?", "untranslated"),
+    ("Day 1: Arrive in Rome. Visit the Colosseum and the Forum.",
+     "Day 1: Arrive in Rome. Visit the Colosseum and the Forum.", "untranslated"),
     ("Take 10, 20 or 30.", "取10,20或30", None),
     ("Take 10,20,30 away.", "Nimm 10, 20, 30 weg.", None),
 ])
@@ -810,6 +813,8 @@ def test_what_scripts_write_differently(source, target, reason):
 
 @pytest.mark.parametrize("text, refuses", [
     ("I'm sorry, but I can't help with that.", True), ("Sorry, I cannot do that.", True),
+    ("I am unable to view images.", True), ("I'm not able to browse the internet.", True),
+    ("As an AI model trains on more data, it improves.", False),
     ("I apologize, but I am unable to say.", True), ("As an AI language model, I have no taste.", True),
     ("As an AI, I have none.", True), ("I cannot assist you there.", True), ("I'm not able to provide it.", True),
     ("As an AI language model I don't have one.", True), ("I can not help with that.", True),

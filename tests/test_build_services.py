@@ -63,10 +63,12 @@ def test_texts_are_cut_into_sentences_without_loss():
     assert services.sentences(listed)[::2] == [
         "1. Eat well.", "2. Sleep.", "3. See Mr. A. Smith, e.g. today.", "It was in 1990.", 'Then came "Dr. No".']
     assert "".join(services.sentences(listed)) == listed
+    vowels = "Omo wi\u2019i. \u0906\u0939\u0947\u0924. J. Smith."  # a letter behind a sign is no initial
+    assert services.sentences(vowels)[::2] == ["Omo wi\u2019i.", "\u0906\u0939\u0947\u0924.", "J. Smith."]
 
 
 def test_answers_of_another_google_are_its_own():
-    assert services.service("google").name == "google" == services.service(f"google@{services.Google.URL}").name
+    assert services.service("google").name == "google" == services.service(f"google@{services.Google.URL}/").name
     assert services.service("google@http://127.0.0.1:9/v1").name == "google@127.0.0.1:9/v1"
 
 

@@ -73,6 +73,7 @@ def test_fallbacks_are_left_out():
     for tag in ("nso", "ny", "lg"):                   # CLDR's root: "+5 d", "5 length-kilometer", "A, B, C"
         assert not any(tag in spoken[subject] for subject in ("when", "quantity", "list"))
     assert "zh" not in spoken["quantity"]
+    assert "mi" not in spoken["when"]                 # "+5 rā"
     for tag in ("nso", "xh"):                         # "45 USD" is root's, "45 US dollars" English
         assert tag not in spoken["money"]
     for subject, content in (("when", ("when", 5, "day")), ("quantity", ("quantity", 5, "mass-kilogram")),

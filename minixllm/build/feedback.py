@@ -72,6 +72,7 @@ def build(settings: FeedbackSettings) -> bool:
         print(estimate(drawn, total, generators, judge, settings))
         return True
     wrong_language, comparisons, each = identifier(), Counter(), Counter()
+    asked = set()  # the languages of which comparisons came back
 
     def compared(ask, item):
         *made, outcomes = compare(ask, item, generators, judge, settings)
@@ -80,16 +81,19 @@ def build(settings: FeedbackSettings) -> bool:
 
     def work(ask, item):
         compared(ask, item)
-        if comparisons["not readable"] == comparisons.total() >= UNREADABLE:
+        asked.add(item[1])
+        if comparisons["not readable"] == comparisons.total() >= UNREADABLE and len(asked) > 1:
             raise UserError(f"{judge.name}: the first {UNREADABLE} comparisons and more gave no verdict that can be "
                             "read, expected a judge that answers with the JSON it is asked for")
 
     def varied():
         """One instruction of each language, then the rest: a judge unreadable in one language alone is not given up."""
         for rest in (False, True):
-            for number, item in enumerate(instructions(settings.data, drawn)):
-                if (number % (total // len(drawn)) > 0) == rest:
+            seen = set()
+            for item in instructions(settings.data, drawn):
+                if (item[1] in seen) == rest:
                     yield item
+                seen.add(item[1])
 
     def finish(ask, item):
         made = pair(item, judge, settings.min_margin, wrong_language, *compared(ask, item))
@@ -98,7 +102,7 @@ def build(settings: FeedbackSettings) -> bool:
 
     with Runner(settings) as runner:
         for service in opened.values():
-            runner.reach(service)
+            runner.reach(service, settings.max_new_tokens * (service in generators))
         runner.work(work, varied(), total, settings.feedback, named)
         comparisons.clear()  # counted again as they are written
         report = runner.write(Path(settings.output) / "pairs.jsonl", finish, instructions(settings.data, drawn), named)

@@ -85,7 +85,7 @@ def build(settings: InstructionSettings) -> bool:
     with Runner(settings) as runner:
         report = earlier_report(runner.folder)
         for service in dict.fromkeys((*(plan.translator for plan in plans), *[generator] * (settings.min_bleu <= 100))):
-            runner.reach(service)
+            runner.reach(service, settings.max_new_tokens * (service is generator))
         for number, plan in enumerate(plans, start=1):
             label = f"{plan.code} {number}/{len(plans)}"
             if (entry := build_language(runner, settings, plan, sample, total, label, wrong_language)) is None:

@@ -141,12 +141,17 @@ class Runner:
 
     # -- asking
 
-    def reach(self, service) -> None:
-        """Ask one short thing, so that a wrong address or key is known before much is asked. Raises UserError."""
+    def reach(self, service, max_new_tokens: int = 0) -> None:
+        """Ask one short thing, so that a wrong address or key is known before much is asked. Raises UserError.
+
+        max_new_tokens: of the requests to come, for the shortest of which the budget must have room.
+        """
         request = Prompt("Say yes.", max_new_tokens=512)  # enough for a model that thinks first
         if not service.does(request):
             request = Translate("Good morning.", "eng", "spa")
         try:
+            if service.does(least := Prompt("", max_new_tokens=max_new_tokens)):
+                self._check_size(service.cost(least))
             self._insist(service, request, 3)
         except Failure as failure:
             raise UserError(f"{service.name} cannot be asked: {failure}") from None
@@ -214,11 +219,14 @@ class Runner:
         if self._stop.wait(seconds):
             raise Stopped
 
-    def _reserve(self, cost: dict) -> None:
-        """Take a request's highest cost out of the budget; wait while only what is on its way stands against it."""
+    def _check_size(self, cost: dict) -> None:
         if above := {unit: amount for unit, amount in cost.items() if amount > self.limits.get(unit, math.inf)}:
             raise TooLarge(f"the budget of {_amounts(self.limits)} is too small: one request may need up to "
                            f"{_amounts(above)}", again=False)
+
+    def _reserve(self, cost: dict) -> None:
+        """Take a request's highest cost out of the budget; wait while only what is on its way stands against it."""
+        self._check_size(cost)
         with self._settled:
             while any(self.spent[unit] + self._reserved[unit] + amount > self.limits.get(unit, math.inf)
                       for unit, amount in cost.items()):

@@ -87,7 +87,7 @@ def service(word: str, timeout: float = 120.0):
 
 
 # what a sentence does not end with: a number in a list, an abbreviation, an initial, as in e.g. and U.S.
-UNFINISHED = re.compile(r"(?:^\d{1,3}|\b(?:Mrs?|Ms|Dr|Prof|St|vs|etc|[^\W\d_]))\.$")
+UNFINISHED = re.compile(r"(?:^\d{1,3}|\b(?:Mrs?|Ms|Dr|Prof|St|vs|etc)|(?:^|(?<=[\s.(\[\"“]))[^\W\d_])\.$")
 
 
 def sentences(text: str) -> list[str]:
@@ -209,7 +209,8 @@ class Google:
     def __init__(self, url: str, timeout: float):
         # the key is in a header, not in the address, for addresses get logged
         self.endpoint = _Endpoint(url, "X-goog-api-key", "GOOGLE_API_KEY", timeout)
-        self.name = "google" if url == self.URL else f"google@{self.endpoint.host}{self.endpoint.path}"
+        at = f"{self.endpoint.host}{self.endpoint.path}"
+        self.name = "google" if at == self.URL.removeprefix("https://") else f"google@{at}"
 
     def does(self, request) -> bool:
         return isinstance(request, Translate) and all(map(languages.google_code, (request.source, request.target)))
