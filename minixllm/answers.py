@@ -47,9 +47,9 @@ def _any(words: str) -> str:
 _ORDINARY = {"no", "non", "si", "네", "예", "是", "否"}
 _ENDED = r"(?=[ \t]*(?:(?!-\w|\.[ \t]*\d)(?:[^\w\s]|_)|(?m:$)|(?:because|since|porque|ya que|parce|puisque|car)\b))"
 _GOES_ON = r"non?(?=\s+" + _any(
-    "no, it, they, i, we, you, that, this, these, the, there, both, sentences?\\d?, is, since, as, "
-    "se, las?, los?, el, es, son, estas?, ambas, tienen, significan, expresan, oración, "
-    "les?, la, ces?, c, cela, il, elles?, phrase, par[aá]ph?f?ras\\w*") + ")"
+    "no, its?, they, i, we, you, that, this, these, the, there, both, sentences?\\d?, is, since, as, "
+    "se, las?, los?, lo son, el, es, son, estas?, ambas, tienen, significan, expresan, coinciden, oración, "
+    "les?, la, ces?, cette, c, cela, il, elles?, phrase, par[aá]ph?f?ras\\w*") + ")"
 _OPENING = r"""^[\s\-–—*_#>"'“”„«»‘’`(\[「『【:.]*"""
 _QUOTES = r"""[("'*\[]{0,9}"""
 
@@ -61,17 +61,19 @@ _IS = _any("is, was, seems, looks, does, do, would, can, could, on, se, adalah, 
 _AND = "(?:[/&、,]|" + _any("and, or, või, ja, oswa, ak, atau, dan, o, e, au, na, veya, ve, ya da, hoặc, hay, và, "
                            "அல்லது, หรือ, 和, 或者?, 还是") + ")"
 _THAN = _any("than, over, instead of, daripada, kuliko, hơn, กว่า, 比, 而非, dell")
-_NOT = _any(r"\w*n't, not, non, pa, bukan, tidak, si, hali?na, hai?na, không, ei, அல்ல, இல்லை, ไม่(?:ใช่)?, "
+_NOT = _any(r"\w*n't, not, non, pa, bukan, tidak, si[oy]?o?, hali?na, hai?na, không, ei, அல்ல, இல்லை, ไม่(?:ใช่)?, "
             "不(?:是|会)?, 没")
 _POOR = _any("wrong, incorrect, false, less, least, unlikely, implausible, makes? no, vale, vähem, kurang, salah, "
-             "meno, sbagliat[ao], yanlış, mantıksız, daha az, ít, sai, தவறு, ผิด, 错")
+             "meno, sbagliat[ao], yanlış, mantıksız, daha az, değil\\w*, ít, sai, தவறு, குறைவு, ผิด, น้อยกว่า, 错, 较小")
+_ONE = rf"(?:{_OPTION}\s{{0,9}})?{_QUOTES}{_BEFORE}[AB]{_AFTER}"
+_DOUBTED = rf"(?:[^\s,.;，。；]{{0,16}}|(?:[ \t]+\w+){{0,2}}[ \t]+)(?:{_NOT}|{_POOR})(?!\s{{0,9}}{_ONE})"  # A is clearly wrong
 _NAMED = re.compile(
     rf"{_OPTION}\s{{0,9}}(?:{_IS}\s{{0,9}})?(?:{_OPTION}\s{{0,9}})?[\s:\-]{{0,9}}{_QUOTES}([AB]){_AFTER}"
-    rf"(?!\s{{0,9}}{_AND}\s{{0,9}}-?[AB]{_AFTER})"
-    r"|\b([AB])\s+(?:seçeneği|is\s+(?:the\s+)?(?:better|best|correct|right|(?:more|most)\s+(?:plausible|likely))\b)")
-_ONE = rf"(?:{_OPTION}\s{{0,9}})?{_QUOTES}{_BEFORE}[AB]{_AFTER}"
+    rf"(?!\s{{0,9}}{_AND}\s{{0,9}}-?[AB]{_AFTER}|{_DOUBTED})"
+    rf"|\b([AB])\s+(?:seçeneği(?!{_DOUBTED})|"
+    r"is\s+(?:the\s+)?(?:better|best|correct|right|(?:more|most)\s+(?:plausible|likely))\b)")
 _PASSED_OVER = re.compile("|".join((
-    rf"(?:{_THAN}['’]?|{_NOT}(?:\s+\w+)?)\s{{0,9}}{_ONE}",  # not A
+    rf"(?:{_THAN}['’]?|{_NOT}(?:\s+\w+){{0,2}})\s{{0,9}}{_ONE}",  # not A
     rf"{_ONE}[\]\"'*]{{0,9}}[ \t]{{0,9}}(?:{_IS}[ \t]{{0,9}})?(?:the[ \t]+)?(?:{_NOT}|{_POOR})"
     rf"(?!\s{{0,9}}{_ONE})",  # A is wrong
     rf"{_ONE}[ \t]+(?:\w+[ \t]+)?(?i:değil)")))  # A is not, in Turkish

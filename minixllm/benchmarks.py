@@ -12,6 +12,7 @@ Instructions come from templates/instructions.toml (the paper's wording), or a f
 default, per language or direction, from the start of the file. The directory tells the benchmark: see `detect`.
 """
 
+import collections
 import contextlib
 import functools
 import itertools
@@ -92,11 +93,11 @@ def detect(path) -> str:
     if not path.is_dir():
         found = "found a file" if path.exists() else "no such directory"
         raise UserError(f"{path}: {found}; expected a directory of a benchmark's files")
-    own, where = _held(path), {}
+    own, where = _held(path), collections.defaultdict(list)
     for folder in [*sorted(path.glob("*/")), *sorted(path.glob("*/*/"))]:
         with contextlib.suppress(OSError):
             for name in _held(folder, below=True):
-                if not {*folder.parents} & {*where.setdefault(name, [])}:
+                if not any(parent in where[name] for parent in folder.parents):
                     where[name].append(folder)
     where = {name: [path] for name in own} | where
     if len(where) == len(own) == 1:
@@ -156,9 +157,10 @@ class _Reader:
         return [languages.find(text).code for text in self.wanted.languages]
 
     def files(self, paths, code_of) -> dict[str, Path]:
-        """{language code: file}, by code_of(file); what is left out, and languages asked without a file, are noted."""
-        codes = {path: code_of(path) for path in sorted(paths)}
-        files = {code: path for path, code in codes.items() if code}  # the last: fra.devtest, not fra.dev
+        """{language code: file}, by code_of(file), the last of each language; what is left out, and languages asked
+        without a file, are noted."""
+        codes = {path: code_of(path) for path in paths}
+        files = {code: path for path, code in codes.items() if code}
         left_out = {f"{path.relative_to(self.path)}": code for path, code in codes.items() if files.get(code) != path}
         second = [f"{name} is a second file of {languages.find(code).name} ({code})"
                   for name, code in left_out.items() if code]
@@ -171,7 +173,7 @@ class _Reader:
 
     def choose(self, paths, name) -> dict[str, Path]:
         """The files of the wanted languages that can be asked, by name(file); languages without are noted."""
-        files = self.files(paths, lambda path: _code(name(path)))
+        files = self.files(sorted(paths, reverse=True), lambda path: _code(name(path)))
         chosen = {code: file for code, file in sorted(files.items()) if not self.asked or code in self.asked}
         if self.wanted.mode == "understanding" and self.benchmark in FIELDS:
             if without := [code for code in chosen if (self.benchmark, code) not in self.templates]:
@@ -286,7 +288,8 @@ def _self_instruct(reader: _Reader) -> list[Item]:
 
 
 def _translation(reader: _Reader) -> list[Item]:
-    files = reader.files(filter(Path.is_file, reader.path.iterdir()), _language_of_file)
+    texts = sorted(filter(Path.is_file, reader.path.iterdir()))  # fra.dev before fra.devtest, which is taken
+    files = reader.files(texts, _language_of_file)
     codes = [code for code in files if not reader.asked or code in [*reader.asked, "eng"]]
     lines = functools.cache(lambda code: _lines(files[code]))
     title = _translation_set(files.values())

@@ -9,7 +9,7 @@ where nothing is to be learnt. Documents are laid end to end, without padding (`
 
 import functools
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -180,13 +180,11 @@ class Batch:
     labels: torch.Tensor
     documents: list
     records: list[int]
-    _packed: Packed | None = field(default=None, init=False, repr=False)
 
     def logps(self, model) -> torch.Tensor:
         """(N,) fp32: the log-probability of each label, 0 where there is none."""
         device = model.embedding.weight.device
-        self._packed = self._packed or Packed(self.documents, device)  # one for a policy and its reference
-        return model(self.input_ids.to(device), self._packed, self.labels.to(device))
+        return model(self.input_ids.to(device), Packed(self.documents, device), self.labels.to(device))
 
     def answer_logps(self, model) -> torch.Tensor:
         """(answers,) fp32, one for each record, of pairs two: their labels' log-probabilities, EOS included, summed."""

@@ -12,6 +12,8 @@ def curves(folder) -> None:
 
     A training row is the mean of a batch; its curve is a running mean of them.
     """
+    if _figure(1, 1) is None:
+        return
     folder = Path(folder)
     with open(folder / "metrics.jsonl", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
@@ -20,8 +22,7 @@ def curves(folder) -> None:
     names = [name for name in (held_out[-1][1] if held_out else ["loss"]) if name in steps[-1]]
     across = min(4, len(names))
     down = -(-len(names) // across)
-    if (figure := _figure(4.5 * across, 3 * down)) is None:
-        return
+    figure = _figure(4.5 * across, 3 * down)
     for number, name in enumerate(names):
         axes = figure.add_subplot(down, across, number + 1, title=name.replace("_", " "), xlabel="step")
         axes.plot([row["step"] for row in steps], _running_mean([row[name] for row in steps]), label="training")

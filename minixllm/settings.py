@@ -87,24 +87,29 @@ def run(main) -> None:
         with guard:
             status = main(sys.argv[1:]) or 0
         sys.stdout.flush()
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+    except Exception as error:
+        if (said := _mendable(error)) is None:
             raise
-        said = str(error)
-        if isinstance(error, OSError) and error.filename:
-            said = f"{error.filename}: {error.strerror}"
-        elif isinstance(error, (MemoryError, RuntimeError)):
-            said = (f"not enough memory ({' '.join(said.split())[:150]}); smaller batches and shorter texts take less, "
-                    "--help lists the flags")
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        print(f"{script}: error: {said}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"{script}: error: {said}\n")  # at once, for other processes may write there, too
+        sys.stderr.flush()
         status = 2
     except KeyboardInterrupt:
         status = STOPPED
     if "torch.distributed" in sys.modules:
         os._exit(status)  # gloo's threads may hold a tensor still: freed as Python ends, it aborts (pytorch #190489)
     sys.exit(status)
+
+
+def _mendable(error: Exception) -> str | None:
+    """What to say of an error that the user can do something about; None for any other."""
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+        return (f"not enough memory ({' '.join(str(error).split())[:150]}); smaller batches and shorter texts take less, "
+                "--help lists the flags")
+    return str(error) if isinstance(error, UserError) else None
 
 
 class Parser(argparse.ArgumentParser):
@@ -130,7 +135,7 @@ def _check_bounds(name, value, above, least, most):
     if not inside or isinstance(value, float) and not math.isfinite(value):
         expected = [f"{word} {bound:,}" for word, bound in (("above", above), ("at least", least), ("at most", most))
                     if bound is not None]
-        raise UserError(f"--{name.replace('_', '-')} is {value}, expected a number {' and '.join(expected)}")
+        raise UserError(f"--{name.replace('_', '-')} is {value}, expected a finite number {' and '.join(expected)}")
 
 
 def _add_flag(parser, name, field, hint, embedded):

@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
 import threading
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -58,7 +59,9 @@ class TokenCache:
         self.key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
         directory = Path(cache_dir) / self.key
         if not directory.exists():
-            with _alone(directory):  # one process builds, all others on this machine wait here
+            with _alone(directory) as alone:  # one process builds, all others on this machine wait here
+                for left in directory.parent.glob(f"{self.key}.*.unfinished") if alone else ():  # of a killed builder
+                    shutil.rmtree(left, ignore_errors=True)
                 if not directory.exists():
                     _build(directory, paths, tokenizer, read,
                            functools.partial(encode, tokenizer=tokenizer, **settings), workers)
@@ -117,16 +120,18 @@ def file_digest(path: Path) -> str:
 def _alone(directory: Path):
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked(directory.with_suffix(".lock")))
+            alone = stack.enter_context(locked(directory.with_suffix(".lock")))
         except OSError as error:
             raise UserError(f"{directory.parent}: no place for a token cache ({error.strerror})") from None
-        yield
+        yield alone
 
 
 def _build(directory: Path, paths, tokenizer, read, encode, workers):
-    """Tokenise every record into `directory`, which appears whole or not at all."""
-    unfinished = directory.with_suffix(".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    """Tokenise every record into `directory`, which appears whole or not at all.
+
+    Where there are no locks several may build at once, each apart from the others; the first to end is used.
+    """
+    unfinished = directory.with_name(f"{directory.name}.{socket.gethostname()}-{os.getpid()}.unfinished")
     unfinished.mkdir()
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     languages, counts, parts = {}, defaultdict(Counter), []
@@ -155,7 +160,8 @@ def _build(directory: Path, paths, tokenizer, read, encode, workers):
         for path in unfinished.iterdir():  # or a power cut might leave files empty that have their names
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        os.replace(unfinished, directory)
+        if not directory.exists():
+            os.replace(unfinished, directory)
     except OSError as error:
         raise UserError(f"{directory}: the token cache cannot be written: {error.strerror or error}") from error
     finally:

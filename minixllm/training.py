@@ -90,7 +90,7 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
     announce(model, world, settings, steps, tokens_per_step)
     facts = asdict(settings) | {"training": settings.training, "tokenised_data": stream.data.key}
     if settings.model:
-        facts["weights_of_model"] = fingerprint(settings.model)
+        facts["base_weights"] = fingerprint(settings.model)
     first = start_or_resume(output, model, optimizer, world, facts)
     if first >= steps and world.first:  # the model is saved anew all the same: one that is there may be of another step
         print(f"nothing is left to do: all {steps} steps were done before; the model of step {first} is saved anew")
@@ -229,10 +229,10 @@ def claimed(settings, world: World):
             if settings.model and Path(settings.model).resolve() == model.resolve():
                 raise UserError(f"{settings.model}: is both --model and where --output {output} leaves the trained "
                                 "model, which would replace it; expected another --output")
-            if world.first:
+            if world.first:  # for all
                 held.enter_context(locked(output / ".lock", f"{output}: another run is writing there"))
-            if not settings.resume and (
-                    resume.latest(output / "checkpoints") or metrics.exists() and metrics.stat().st_size):
+            begun = resume.latest(output / "checkpoints") or (metrics.exists() and metrics.stat().st_size > 0)
+            if begun and not settings.resume:
                 raise UserError(f"{output}: holds a run already, expected a new directory; "
                                 "--resume continues it, --output names another")
             check_target(model)

@@ -63,7 +63,7 @@ def test_pawsx(pawsx):
 def test_a_second_file_of_a_language_is_told(xcopa):
     lines(xcopa / "it" / "test.it.jsonl", XCOPA_ROWS)
     _, notes = read(xcopa, Wanted(languages=("it",)))
-    assert "XCOPA: 1 files left out: it/test.it.jsonl is a second file of Italian (ita)" in notes
+    assert "XCOPA: 1 files left out: test.it.jsonl is a second file of Italian (ita)" in notes
 
 
 def test_xcopa(xcopa):

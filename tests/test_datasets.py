@@ -1,5 +1,7 @@
 """Tokenised once, packed, dealt out: every record of a global batch exactly once, whatever the split."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -211,6 +213,24 @@ def test_a_builder_that_was_killed_leaves_no_cache(tmp_path):
     child.kill()
     child.join(60)
     assert len(SFTData(path, Bytes(), 400, tmp_path / "cache")) == 200
+    assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == ["", ".lock"]
+
+
+def test_without_locks_builders_keep_apart(tmp_path, monkeypatch):
+    """As the processes of a run on a network file system that has none: each builds, and all read one whole cache."""
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    path = write(tmp_path / "a.jsonl", some_records(40))
+    fork = multiprocessing.get_context("fork")
+    builders = [fork.Process(target=SFTData, args=(path, Slow(), 400, tmp_path / "cache")) for _ in range(3)]
+    for builder in builders:
+        builder.start()
+    for builder in builders:
+        builder.join(60)
+    assert [builder.exitcode for builder in builders] == [0, 0, 0]
+    assert len(SFTData(path, Bytes(), 400, tmp_path / "cache")) == 40
     assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == ["", ".lock"]
 
 

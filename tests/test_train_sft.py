@@ -91,7 +91,7 @@ def test_adapters_and_a_handful_of_records(files, tmp_path, dtype, capsys):
 
 @pytest.mark.parametrize("argv, said", [
     (["--lora-r", "-1"], "--lora-r is -1"),
-    (["--seed", "-1"], "--seed is -1, expected a number at least 0 and at most 4,294,967,295"),
+    (["--seed", "-1"], "--seed is -1, expected a finite number at least 0 and at most 4,294,967,295"),
     (["--beta2", "1"], "--beta2 is 1"),
     (["--data", "x.json"], "--data without --model"),
     (["--model", "/nowhere", "--data", "x.json"], "/nowhere"),
@@ -141,7 +141,7 @@ def test_changed_weights_of_the_base_are_told(files, tmp_path, capsys):
     tensors["model.layers.0.self_attn.q_proj.weight"] += 0.01  # as merged adapters change it, neither first nor last
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     train_sft.main([*flags, "--steps", "2", "--resume"])
-    assert re.search(r"resuming after step 1 .* weights_of_model [0-9a-f]{16} -> ", capsys.readouterr().out)
+    assert re.search(r"resuming after step 1 .* base_weights [0-9a-f]{16} -> ", capsys.readouterr().out)
 
 
 def test_lora_settings_without_a_rank_are_told(files, tmp_path, capsys):
