@@ -66,7 +66,8 @@ _NOT = _any(r"\w*n't, not, non, pa, bukan, tidak, si[oy]?o?, hali?na, hai?na, kh
 _POOR = _any("wrong, incorrect, false, less, least, unlikely, implausible, makes? no, vale, vähem, kurang, salah, "
              "meno, sbagliat[ao], yanlış, mantıksız, daha az, değil\\w*, ít, sai, தவறு, குறைவு, ผิด, น้อยกว่า, 错, 较小")
 _ONE = rf"(?:{_OPTION}\s{{0,9}})?{_QUOTES}{_BEFORE}[AB]{_AFTER}"
-_DOUBTED = rf"(?:[^\s,.;，。；]{{0,16}}|(?:[ \t]+\w+){{0,2}}[ \t]+)(?:{_NOT}|{_POOR})(?!\s{{0,9}}{_ONE})"  # A is clearly wrong
+# at once or after two words: A is wrong, A is clearly wrong, A显然是错误的; but not: A, not B
+_DOUBTED = rf"(?:[^\s,.;，。；]{{0,16}}|(?:[ \t]+\w+){{0,2}}[ \t]+)(?:{_NOT}|{_POOR})(?!\s{{0,9}}{_ONE})"
 _NAMED = re.compile(
     rf"{_OPTION}\s{{0,9}}(?:{_IS}\s{{0,9}})?(?:{_OPTION}\s{{0,9}})?[\s:\-]{{0,9}}{_QUOTES}([AB]){_AFTER}"
     rf"(?!\s{{0,9}}{_AND}\s{{0,9}}-?[AB]{_AFTER}|{_DOUBTED})"

@@ -106,9 +106,10 @@ def _mendable(error: Exception) -> str | None:
     """What to say of an error that the user can do something about; None for any other."""
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
-        return (f"not enough memory ({' '.join(str(error).split())[:150]}); smaller batches and shorter texts take less, "
-                "--help lists the flags")
+    full = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
+    if full or isinstance(error, MemoryError):
+        return (f"not enough memory ({' '.join(str(error).split())[:150]}); smaller batches and shorter texts take "
+                "less, --help lists the flags")
     return str(error) if isinstance(error, UserError) else None
 
 

@@ -151,7 +151,8 @@ def speaks(tag: str, subject: str) -> bool:
         return differs("months", "format", "wide")
     if subject == "when":
         signs = any(render(("when", 2, period), tag)[0] == "+" for period in PERIODS)  # root's pattern with a word
-        return not signs and all(differs("date_fields", period, way) for period in PERIODS for way in ("past", "future"))
+        return not signs and all(differs("date_fields", period, way)
+                                 for period in PERIODS for way in ("past", "future"))
     if subject == "quantity":
         # where there is no long form, babel answers with the short one or the unit's identifier, "5 length-meter"
         return all(differs("unit_patterns", unit, "long", "other") for unit in UNITS)
