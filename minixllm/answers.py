@@ -66,18 +66,13 @@ _NOT = _any(r"\w*n't, not, non, pa, bukan, tidak, si[oy]?o?, hali?na, hai?na, kh
 _POOR = _any("wrong, incorrect, false, less, least, unlikely, implausible, makes? no, vale, vähem, kurang, salah, "
              "meno, sbagliat[ao], yanlış, mantıksız, daha az, değil\\w*, ít, sai, தவறு, குறைவு, ผิด, น้อยกว่า, 错, 较小")
 _ONE = rf"(?:{_OPTION}\s{{0,9}})?{_QUOTES}{_BEFORE}[AB]{_AFTER}"
-# at once or after two words: A is wrong, A is clearly wrong, A显然是错误的; but not: A, not B
-_DOUBTED = rf"(?:[^\s,.;，。；]{{0,16}}|(?:[ \t]+\w+){{0,2}}[ \t]+)(?:{_NOT}|{_POOR})(?!\s{{0,9}}{_ONE})"
+# at once or after two words: A is wrong, A is clearly wrong, A显然是错误的; but not: A not B, A because B is wrong
+_DOUBTED = rf"(?:[^\s,.;，。；]{{0,16}}|(?:[ \t]+(?![AB]\b)\w+){{0,2}}[ \t]+)(?:{_NOT}|{_POOR})(?!\s{{0,9}}{_ONE})"
 _NAMED = re.compile(
     rf"{_OPTION}\s{{0,9}}(?:{_IS}\s{{0,9}})?(?:{_OPTION}\s{{0,9}})?[\s:\-]{{0,9}}{_QUOTES}([AB]){_AFTER}"
-    rf"(?!\s{{0,9}}{_AND}\s{{0,9}}-?[AB]{_AFTER}|{_DOUBTED})"
-    rf"|\b([AB])\s+(?:seçeneği(?!{_DOUBTED})|"
-    r"is\s+(?:the\s+)?(?:better|best|correct|right|(?:more|most)\s+(?:plausible|likely))\b)")
-_PASSED_OVER = re.compile("|".join((
-    rf"(?:{_THAN}['’]?|{_NOT}(?:\s+\w+){{0,2}})\s{{0,9}}{_ONE}",  # not A
-    rf"{_ONE}[\]\"'*]{{0,9}}[ \t]{{0,9}}(?:{_IS}[ \t]{{0,9}})?(?:the[ \t]+)?(?:{_NOT}|{_POOR})"
-    rf"(?!\s{{0,9}}{_ONE})",  # A is wrong
-    rf"{_ONE}[ \t]+(?:\w+[ \t]+)?(?i:değil)")))  # A is not, in Turkish
+    rf"(?!\s{{0,9}}{_AND}\s{{0,9}}-?[AB]{_AFTER})"
+    r"|\b([AB])\s+(?:seçeneği|is\s+(?:the\s+)?(?:better|best|correct|right|(?:more|most)\s+(?:plausible|likely))\b)")
+_PASSED_OVER = re.compile(rf"(?:{_THAN}['’]?|{_NOT}(?:\s+\w+){{0,2}})\s{{0,9}}{_ONE}|{_ONE}{_DOUBTED}")
 _TURN = re.compile(r"(?:^|\n)### (?:Instruction|Input|Response):")
 _BOTH = re.compile(_OPENING + r"(?:(?i:both|neither)\b|A\s*(?:and|or|[/&,])\s*-?B\b|B\s*(?:and|or|[/&,])\s*-?A\b)")
 _OR = (r"""["'“”„«»「」]*\s*(?:/|\b(?:or|oder|ou|o|and|und|et|y)\b|또는|または|か|或者|或|그리고|と|和)\s*"""

@@ -26,6 +26,7 @@ PUNCTUATION = re.compile(r"[\s!-/:-@\[-`{-~\u00a1-\u00bf\u060c\u061b\u061f\u06d4
 NUMBER = re.compile(r"\d+(?:[.,'’\u00a0\u202f\u066b\u066c]\d+)*")
 UNITS = {unit: 10**power for power, units in ((2, "百백"), (3, "千천"), (4, "万萬만"), (8, "亿億억")) for unit in units}
 MYRIADS = re.compile(rf"(?:\d[\d,.]{{0,20}}\s?[{''.join(UNITS)}]{{1,3}}\s?)+(?:\d,?\d{{0,3}})?")
+MYRIAD = re.compile(rf"(\d+(?:\.\d+)?)([{''.join(UNITS)}]*)")  # a part of it: figures and their units
 # one word eight times, or one piece of up to twelve characters, with a letter in it, ten times
 LOOP = re.compile(r"(?<!\S)(?=\S{0,39}[^\W\d_])(\S{1,40})(?:\s+\1){7}(?!\S)|([^\W\d_]\S{0,11}?)\2{9}")
 
@@ -87,7 +88,7 @@ def possible_numbers(text: str) -> set[str]:
     runs = (re.findall(r"\d+", run) for run in re.findall(r"\d+(?:\W{1,2}\d+)*", text))
     found = {digits("".join(run[i:i + count])) for run in runs for i in range(len(run)) for count in range(1, 6)}
     for number in MYRIADS.findall(text):  # 1万5300 is 15300, 2억 5천만 250000000
-        parts = re.findall(rf"(\d+(?:\.\d+)?)([{''.join(UNITS)}]*)", re.sub(r"[\s,]", "", number))
+        parts = MYRIAD.findall(re.sub(r"[\s,]", "", number))
         found.add(str(round(sum(float(figures) * math.prod(map(UNITS.get, units)) for figures, units in parts))))
     return found
 

@@ -12,7 +12,7 @@ def curves(folder) -> None:
 
     A training row is the mean of a batch; its curve is a running mean of them.
     """
-    if _figure(1, 1) is None:
+    if (figure := _figure()) is None:
         return
     folder = Path(folder)
     with open(folder / "metrics.jsonl", encoding="utf-8") as file:
@@ -22,7 +22,7 @@ def curves(folder) -> None:
     names = [name for name in (held_out[-1][1] if held_out else ["loss"]) if name in steps[-1]]
     across = min(4, len(names))
     down = -(-len(names) // across)
-    figure = _figure(4.5 * across, 3 * down)
+    figure.set_size_inches(4.5 * across, 3 * down)
     for number, name in enumerate(names):
         axes = figure.add_subplot(down, across, number + 1, title=name.replace("_", " "), xlabel="step")
         axes.plot([row["step"] for row in steps], _running_mean([row[name] for row in steps]), label="training")
@@ -35,9 +35,10 @@ def curves(folder) -> None:
 
 def scores(path: Path, models: dict[str, dict]) -> None:
     """Draw score by language, a panel a benchmark. models: {name: what `report.results` gave}."""
-    columns = list(next(iter(models.values())))
-    if (figure := _figure(14, 2.6 * len(columns))) is None:
+    if (figure := _figure()) is None:
         return
+    columns = list(next(iter(models.values())))
+    figure.set_size_inches(14, 2.6 * len(columns))
     for column, axes in zip(columns, np.atleast_1d(figure.subplots(len(columns)))):
         groups = list(next(iter(models.values()))[column]["groups"])
         for i, (name, table) in enumerate(models.items()):
@@ -53,12 +54,12 @@ def scores(path: Path, models: dict[str, dict]) -> None:
     _save(figure, path)
 
 
-def _figure(width: float, height: float):
+def _figure():
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(layout="constrained")
 
 
 def _save(figure, path: Path) -> None:

@@ -100,6 +100,7 @@ def record_files(paths) -> list[Path]:
     files = []
     for path in map(Path, paths):
         found = sorted(path.glob("*.json")) + sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        # its own JSON files would be read as records; a cache of Arrow files below good ones matters not
         if any((path / name).exists() for name in ("state.json", "dataset_dict.json")) and (
                 [*path.glob("*.arrow"), *path.glob("*/*.arrow")]):
             raise UserError(f"{path}: found an Arrow data set, as `datasets` saves it, expected JSON or JSONL; its "
