@@ -45,9 +45,6 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def barrier(self) -> None:
-        self.sum(torch.zeros(1, device=self.device)).item()  # the host waits too
-
     @contextlib.contextmanager
     def one_by_one(self):
         """The first process runs the block before the others do, which then find what it made.

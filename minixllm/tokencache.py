@@ -160,8 +160,11 @@ def _build(directory: Path, paths, tokenizer, read, encode, workers):
         for path in unfinished.iterdir():  # or a power cut might leave files empty that have their names
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        if not directory.exists():
+        try:
             os.replace(unfinished, directory)
+        except OSError:
+            if not directory.exists():
+                raise
     except OSError as error:
         raise UserError(f"{directory}: the token cache cannot be written: {error.strerror or error}") from error
     finally:

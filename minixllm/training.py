@@ -242,7 +242,7 @@ def claimed(settings, world: World):
 def start_or_resume(output: Path, model, optimizer, world, facts: dict) -> int:
     """The step to continue after: 0, or that of the latest checkpoint, past which metrics.jsonl is cut."""
     # as the first process sees the directory: another machine's view of it may be older
-    checkpoint = world.gather(resume.latest(output / "checkpoints"))[0]
+    checkpoint = world.gather(resume.latest(output / "checkpoints") if world.first else None)[0]
     metrics, step = output / "metrics.jsonl", 0
     if checkpoint:
         step, changed = resume.load(checkpoint, model, optimizer, facts)
