@@ -156,7 +156,7 @@ def two_processes(world):
     found = model.model.embed_tokens.weight.grad.full_tensor()[3]
     assert (found - expected).norm() < 0.05 * expected.norm()
 
-    # nobody passes a barrier before the last has come
+    # nobody has what all gather before the last has come
     began = time.time()
     time.sleep(0.5 * world.rank)
     world.gather(None)
