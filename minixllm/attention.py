@@ -71,7 +71,7 @@ class Packed:
         self.device = torch.device(device)
         position_ids = [torch.arange(start, start + length) for trunk, branches in self.documents
                         for start, length in [(0, trunk), *((trunk, branch) for branch in branches)]]
-        self.position_ids = torch.cat(position_ids).to(device) if position_ids else torch.zeros(0, dtype=torch.long)
+        self.position_ids = torch.cat(position_ids).to(device)
         self._longest_mask = None
         # (count, trunk, branches): neighbours of one length and no branches are computed by one call
         self.runs = []

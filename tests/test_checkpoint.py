@@ -499,6 +499,7 @@ from torch.distributed.fsdp import fully_shard
 from minixllm import tensor_files
 from minixllm.checkpoint import *
 from minixllm.errors import UserError
+from minixllm.settings import run
 
 directory, out = sys.argv[1:]
 dist.init_process_group("gloo")
@@ -546,6 +547,7 @@ save_model(fresh, out + "/fresh")
 if dist.get_rank() == 0:
     torch.save(logits, out + "/logits.pt")
 dist.destroy_process_group()
+run(lambda argv: None)  # ends the process before gloo's threads can abort it
 """
 
 

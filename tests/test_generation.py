@@ -264,6 +264,7 @@ SHARDED = textwrap.dedent("""
     dist.init_process_group("gloo", timeout=timedelta(seconds=20))  # a hang is an error, soon
     from minixllm import parallel
     from minixllm.generation import generate, score
+    from minixllm.settings import run
     from tests.test_generation import NoEos, pair, random_prompts
 
     world = parallel.setup("cpu")
@@ -288,6 +289,7 @@ SHARDED = textwrap.dedent("""
     assert sharded.training
     print("agreed", world.rank)
     dist.destroy_process_group()
+    run(lambda argv: None)  # ends the process before gloo's threads can abort it
 """)
 
 
