@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+REAL_GPU = "MINIXLLM_TEST_CUDA" in os.environ
+if not REAL_GPU:  # the tests and the processes they start run on the CPU, on machines that have GPUs as on others
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")
