@@ -947,7 +947,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     for flag, value, bound in (("timeout", "inf", "0.001"), ("timeout", "nan", "0.001"), ("budget-requests", "-1", "1"),
                                ("max-new-tokens", "0", "1"), ("temperature", "-0.5", "0"), ("min-bleu", "nan", "0"),
                                ("concurrency", "0", "1"), ("quality-sample", "0", "1")):
-        fails(f"--{flag} is {value}, expected a finite number at least {bound}", f"--{flag}", value)
+        fails(f"--{flag} is {value}, expected a (finite|whole) number of at least {bound}", f"--{flag}", value)
     fails("did you mean --translator", "--translater", "google")
     with Server() as server:
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -962,7 +962,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     recipe.write_text("generators = []")
     for match, *flags in (("--generators names no service", "--config", str(recipe)),
                           ("--output .* is --data, too", "--output", f"{tmp_path}/."),
-                          ("--candidates is 1, expected a finite number at least 2", "--candidates", "1"),
+                          ("--candidates is 1, expected a whole number of at least 2", "--candidates", "1"),
                           ("--min-margin is nan", "--min-margin", "nan")):
         with pytest.raises(UserError, match=match):
             command.main(["feedback", "--data", str(tmp_path), "--output", str(tmp_path / "out"), *flags])
