@@ -23,14 +23,14 @@ from minixllm.datasets import PreferenceData, Stream, hold_out
 from minixllm.errors import UserError
 from minixllm.records import record_files
 from minixllm.settings import STOPPED, parse, run, setting
-from minixllm.training import TrainingSettings, claimed, held_out_means, train
+from minixllm.training import OUTPUT, TrainingSettings, claimed, held_out_means, train
 
 
 @dataclass
 class Settings(LoraSettings, TrainingSettings):
     training = "preference optimisation"
 
-    output: str = setting("runs/dpo", "directory of the run: checkpoints, metrics.jsonl and the trained model")
+    output: str = setting("runs/dpo", OUTPUT)
     model: str | None = setting(None, "Hugging Face directory of the instruction-tuned model to align")
     data: list[str] = setting([], "files of pairs (JSON or JSONL: instruction, input, chosen, rejected, and optionally "
                                   "language, response_language), or directories of them")

@@ -26,14 +26,14 @@ from minixllm.prompts import alpaca
 from minixllm.records import read_instructions, record_files
 from minixllm.settings import STOPPED, parse, run, setting
 from minixllm.tokenizers import load_tokenizer
-from minixllm.training import TrainingSettings, claimed, held_out_loss, sft_loss, train
+from minixllm.training import OUTPUT, TrainingSettings, claimed, held_out_loss, sft_loss, train
 
 
 @dataclass
 class Settings(LoraSettings, TrainingSettings):
     training = "instruction tuning"
 
-    output: str = setting("runs/sft", "directory of the run: checkpoints, metrics.jsonl and the trained model")
+    output: str = setting("runs/sft", OUTPUT)
     arch: str = setting("llama", "architecture of the embedded default's model", choices=sorted(ARCHITECTURES))
     data: list[str] = setting([], "files of records (JSON or JSONL: instruction, input, output, and optionally "
                                   "language), or directories of them")

@@ -26,6 +26,7 @@ from minixllm.parallel import World, explain_lost_peers, local
 from minixllm.settings import setting
 from minixllm.tensor_files import fingerprint
 
+OUTPUT = "directory of the run: checkpoints, metrics.jsonl and the trained model"
 LOST = "Nothing was saved since the last checkpoint; --resume continues from it"
 
 
@@ -38,7 +39,7 @@ class TrainingSettings:
     model: str | None = setting(None, "Hugging Face directory to start from (config.json, safetensors, tokenizer)")
     data: list[str] = setting([], "files of records, or directories of them")
     held_out: list[str] = setting([], "the same, for held-out measures")
-    output: str = setting("runs/run", "directory of the run: checkpoints, metrics.jsonl and the trained model")
+    output: str = setting("runs/run", OUTPUT)
     resume: bool = setting(False, "continue from the latest checkpoint in --output, or start where there is none")
     epochs: float = setting(3.0, "passes over the data", above=0)
     steps: int | None = setting(None, "optimiser steps, instead of --epochs", least=1)
