@@ -20,7 +20,7 @@ from minixllm import plots, resume
 from minixllm.checkpoint import check_target
 from minixllm.datasets import in_order
 from minixllm.errors import UserError
-from minixllm.files import atomic_write, locked, write_json
+from minixllm.files import atomic_write, finite, locked, write_json
 from minixllm.meter import Meter, announce
 from minixllm.parallel import World, explain_lost_peers, local
 from minixllm.settings import setting
@@ -175,7 +175,10 @@ def train_step(model, world, settings, stream, loss_fn, optimizer, meter, step, 
 
 
 def report_not_finite(world, settings, step, loss, norm, stream, batch, losses):
-    """Write which records were in the batch, and stop. Nothing is saved: the last checkpoint is from before."""
+    """Write which records were in the batch (null for a loss that is not finite), and stop.
+
+    Nothing is saved: the last checkpoint is from before.
+    """
     mine = [{"loss": float(loss), "records": where(stream, [m])} for m, loss in zip(batch.micro_batches, losses)]
     micro_batches = sum(world.gather(mine), [])
     path = Path(settings.output) / f"not-finite-step-{step}.json"
@@ -264,7 +267,7 @@ def log(metrics, *rows: dict, synced: bool = False) -> None:
     """Write rows to metrics.jsonl, where this process has it open; synced: all of it to the disk itself."""
     if metrics:
         try:
-            metrics.writelines(json.dumps(row) + "\n" for row in rows)
+            metrics.writelines(json.dumps(finite(row)) + "\n" for row in rows)
             metrics.flush()
             if synced:
                 os.fsync(metrics.fileno())

@@ -406,11 +406,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         run_here(tmp_path, "--fault", "nan")
     said = str(error.value)
     assert said.startswith("step 5: loss nan") and "tiny.jsonl, line " in said and "step-00000003" in said
-    bad = json.loads((tmp_path / "not-finite-step-5.json").read_text())
+    bad = json.loads((tmp_path / "not-finite-step-5.json").read_text(), parse_constant=pytest.fail)
     micro_batches = make_stream(Settings(), parallel.setup("cpu")).batch(4).micro_batches
     assert [m["records"] for m in bad] == [[f"tiny.jsonl, line {record + 1}" for record in m.records]
                                            for m in micro_batches]
-    assert math.isnan(bad[0]["loss"]) and math.isfinite(bad[1]["loss"])
+    assert bad[0]["loss"] is None and math.isfinite(bad[1]["loss"])
     assert resume.latest(tmp_path / "checkpoints").name == "step-00000003"
     assert metrics(tmp_path)[-1]["step"] == 4
 
@@ -584,6 +584,13 @@ def test_held_out_loss_by_language(plain):
     expected = {name: torch.cat(losses).mean().item() for name, losses in expected.items()}
     found = held_out_loss(plain, parallel.setup("cpu"), data, np.arange(9), tokens=30)
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_held_out_loss_that_is_not_finite_is_null(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "held_out_loss", lambda *_, **__: {"loss": math.nan, "loss/deu": 1.0})
+    run_here(tmp_path)
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [row["held_out"] for row in rows if "held_out" in row] == 3 * [{"loss": None, "loss/deu": 1.0}]
 
 
 def test_metrics_on_a_full_disk():
