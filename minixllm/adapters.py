@@ -31,10 +31,11 @@ TARGETS = {"llama": ["q_proj", "v_proj"], "bloom": ["query_key_value"]}
 
 @dataclass
 class LoraSettings:
-    lora_r: int = setting(0, "rank of LoRA adapters beside a frozen base; 0 trains every weight", least=0)
-    lora_alpha: float = setting(16.0, "LoRA's scale: adapters count alpha / r times", above=0)
-    lora_targets: list[str] = setting([], "names of the linear layers to adapt (none: q_proj v_proj in LLaMA, "
-                                          "query_key_value in BLOOM)")
+    lora_r: int = setting(0, "rank of LoRA adapters beside a frozen base; 0: no adapters, every weight is trained",
+                          least=0)
+    lora_alpha: float = setting(16.0, "LoRA's scale: what adapters add is multiplied by alpha / r", above=0)
+    lora_targets: list[str] = setting([], "names of the linear layers to adapt; none: q_proj v_proj in LLaMA, "
+                                          "query_key_value in BLOOM")
 
 
 def open_model(config, model_class, world, settings, directory=None):

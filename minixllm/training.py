@@ -52,14 +52,14 @@ class TrainingSettings:
     final_learning_rate: float = setting(0.0, "where the cosine ends, as a share of the peak", least=0, most=1)
     weight_decay: float = setting(0.05, "decoupled weight decay; matrices only, no biases or norms", least=0, most=1)
     beta2: float = setting(0.999, "AdamW's decay of squared gradients (beta1 is 0.9)", least=0, most=0.99999)
-    clip: float = setting(1.0, "largest global gradient norm", above=0)
-    seed: int = setting(0, "of initial weights, data order and dropout", least=0, most=2**32 - 1)
+    clip: float = setting(1.0, "gradients whose global norm is larger are scaled down to it", above=0)
+    seed: int = setting(0, "of the initial weights, the order of the data and dropout", least=0, most=2**32 - 1)
     dtype: str = setting("auto", "what the forward and backward compute in; the trained weights are fp32; "
                                  "auto is bfloat16 where the processor has it", ("auto", "bfloat16", "float32"))
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward: less memory, a third more work")
     eval_every: int = setting(500, "steps between held-out losses; 0 for only the last", least=0)
     save_every: int = setting(500, "steps between checkpoints", least=1)
-    keep: int = setting(2, "checkpoints kept", least=1)
+    keep: int = setting(2, "how many checkpoints are kept, the latest ones", least=1)
 
     def __post_init__(self):
         if bool(self.model) != bool(self.data):
