@@ -142,6 +142,7 @@ def test_the_report_says_what_was_unread_cut_and_too_long():
     assert entry["scores"]["accuracy"]["value"] == 60 and entry["scores"]["acc"]["value"] == 80
     row = report.markdown({"m": table}, []).split("| ita (high, 5) ")[1].split("|")[1]
     assert row.endswith(", 40 % unread, 40 % cut, 20 % too long ") and row.strip().startswith("60.00 ± ")
+    assert "- ±: half of the 95 % interval" in report.markdown({"m": table}, [])
     assert "%" not in report.markdown({"m": report.results([base])}, []).split("| ita (high, 1) ")[1].split("|")[1]
 
 
