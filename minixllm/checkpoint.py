@@ -112,7 +112,7 @@ def read_config(directory):
 
 
 def build(config, model_class, dtype=torch.float32):
-    """A model without storage, on the meta device: to be sharded perhaps, then filled by one of the two below."""
+    """A model without storage, on the meta device: perhaps to be sharded, then to be filled by one of the next two."""
     with torch.device("meta"):
         return model_class(config).to(dtype)
 

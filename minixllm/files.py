@@ -72,8 +72,8 @@ def write_json_lines(path, records) -> None:
 def locked(path, busy: str | None = None):
     """Hold the lock of this name; the kernel drops it when its holder dies, so nobody waits for the dead.
 
-    busy: what a UserError says where another process holds it; None waits. Gives whether it is held: some network
-    file systems have no locks, and one goes on without.
+    busy: what a UserError says if another process holds it; with None one waits for it. Yields whether it is held: some
+    network file systems have no locks, and then one goes on without.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -110,8 +110,8 @@ def memory_needed(model, world, settings) -> float:
     if getattr(settings, "reference", None) == "live" and all(p.requires_grad for p in parameters):
         state += sum(4 * p.numel() for p in parameters) / world.size
     blocks = set(model.blocks.parameters())
-    # What is gathered: embedding and head, never freed in a step, and two blocks at a time. The computing copy; of what
-    # is trained the gradient, before and while reduced.
+    # What FSDP2 gathers: embedding and head, which are not freed within a step, and two blocks at a time. Each takes a
+    # copy to compute with and, if it is trained, its gradient before and while that is reduced.
     group = [p for p in parameters if p not in blocks] + 2 * list(model.blocks[0].parameters())
     gathered = sum((dtype.itemsize + 12 * p.requires_grad) * p.numel() for p in group)
     if not isinstance(model, FSDPModule):  # cast weights that a backward needs; the head's gradient, before it is added

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from minixllm.errors import UserError
 
-STOPPED = 130  # the exit status of what a signal ended early: what was asked for is not there
+STOPPED = 130  # the exit status of a run that a signal ended early: not 0, for there is no trained model yet
 
 
 def setting(default, help: str, choices=None, above: float | None = None, least: float | None = None,

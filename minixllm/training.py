@@ -299,8 +299,8 @@ def sft_loss(model, batch):
 def held_out_means(world: World, data, records, tokens: int, measure) -> dict[str, float]:
     """Means over held-out records: {"loss": of all, "loss/deu": of one language, ...}. A collective.
 
-    measure(batch) -> {"loss": of each record (R,), ...}, summed and divided by what the loss of these records is
-    divided by, `data.count`. tokens: how many are computed at a time. {} where no record is held out.
+    measure(batch) -> {"loss": of each record (R,), ...}. Sums over records are divided by `data.count`: the number of
+    supervised tokens, or of pairs. tokens: how many are computed at a time. {} where no record is held out.
     """
     if not len(records):
         return {}
