@@ -248,6 +248,8 @@ def start_or_resume(output: Path, model, optimizer, world, facts: dict) -> int:
     # as the first process sees the directory: another machine's view of it may be older
     checkpoint = world.gather(resume.latest(output / "checkpoints") if world.first else None)[0]
     metrics, step = output / "metrics.jsonl", 0
+    if not checkpoint and facts.get("resume") and world.first:
+        print(f"{output}: no checkpoint to resume from, the run starts at its beginning")
     if checkpoint:
         step, changed = resume.load(checkpoint, model, optimizer, facts)
         if world.first:

@@ -555,6 +555,11 @@ def test_all_processes_resume_from_the_checkpoint_that_the_first_sees(reference,
     assert start_or_resume(tmp_path / "run", None, None, world, {}) == 12 and loaded == ["step-00000012"]
 
 
+def test_resuming_nothing_says_so(tmp_path, capsys):
+    run_here(tmp_path, "--resume", "--steps", 1)
+    assert f"{tmp_path}: no checkpoint to resume from, the run starts at its beginning" in capsys.readouterr().out
+
+
 def test_resuming_a_finished_run_says_so(reference, tmp_path, capsys):
     shutil.copytree(reference, tmp_path / "run")
     (tmp_path / "run/weights.pt").unlink()
