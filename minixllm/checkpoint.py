@@ -71,7 +71,8 @@ def read_config(directory):
     path = directory / "config.json"
     if not directory.is_dir():
         found = what_kind(directory, "a file") if directory.exists() else "nothing there"
-        raise UserError(f"{directory}: found {found}, expected a Hugging Face model directory on this disk")
+        raise UserError(f"{directory}: found {found}, expected a Hugging Face model directory on this disk, such as "
+                        "`hf download NAME --local-dir DIR` makes")
     adapter = (directory / "adapter_config.json").exists()
     if not path.exists():
         if (directory / "model" / "config.json").exists():  # a run's output

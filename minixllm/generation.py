@@ -196,8 +196,9 @@ def _tokens(model, tokenizer, prompts, max_new_tokens: int, batch_tokens: int, s
         if not prompt or not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
             raise UserError(f"prompt {number}: expected one or more token ids from 0 to {model.config.vocab_size - 1}, "
                             f"found {f'{min(prompt)} to {max(prompt)}' if prompt else 'none'}")
-    if max_new_tokens < 1 or batch_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}, batch_tokens {batch_tokens}: expected 1 or more")
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_tokens", batch_tokens)):
+        if value < 1:
+            raise UserError(f"{name} is {value}, expected 1 or more")
     stop = _stop_ids(model, tokenizer)
     device = next(model.parameters()).device
     ranks = _ranks(model)

@@ -934,7 +934,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
         "--languages",
         "spa",
     )
-    fails("nllb: expected model.bin and sentencepiece.bpe.model", "--languages", "umb", "--generator",
+    fails("nllb:nllb: expected model.bin and sentencepiece.bpe.model", "--languages", "umb", "--generator",
           "chat:m@http://127.0.0.1:9", "--dry-run")  # the default's second translator, which Umbundu needs
     fails("no service is written 'deepl...'", "--translator", "deepl")
     fails("keys and passwords belong in the environment", "--translator", "google@https://127.0.0.1/v2?key=abc")
