@@ -185,8 +185,9 @@ def report_not_finite(world, settings, step, loss, norm, stream, batch, losses):
     if world.first:
         write_json(path, micro_batches)
     bad = [m for m in micro_batches if not math.isfinite(m["loss"])] or micro_batches
-    raise UserError(f"step {step}: loss {loss} and gradient norm {norm}, expected finite numbers; its records: "
-                    f"{first_few(sum((m['records'] for m in bad), []))} (all in {path}). {_last(settings.output)}")
+    raise UserError(f"step {step}: loss {loss} and gradient norm {norm}, expected finite numbers: is the learning rate "
+                    f"too high? Its records: {first_few(sum((m['records'] for m in bad), []))} (all in {path}). "
+                    f"{_last(settings.output)}")
 
 
 def check_weights(trained, world, step: int, output) -> None:
@@ -198,7 +199,8 @@ def check_weights(trained, world, step: int, output) -> None:
 
 
 def _last(output) -> str:
-    return f"Nothing was saved: the last checkpoint is {resume.latest(Path(output) / 'checkpoints') or 'none'}"
+    latest = resume.latest(Path(output) / "checkpoints")
+    return f"Nothing was saved: {f'the last checkpoint is {latest}' if latest else 'there is no checkpoint yet'}"
 
 
 def where(stream, micro_batches) -> list[str]:

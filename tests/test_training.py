@@ -406,6 +406,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         run_here(tmp_path, "--fault", "nan")
     said = str(error.value)
     assert said.startswith("step 5: loss nan") and "tiny.jsonl, line " in said and "step-00000003" in said
+    assert "is the learning rate too high?" in said
     bad = json.loads((tmp_path / "not-finite-step-5.json").read_text(), parse_constant=pytest.fail)
     micro_batches = make_stream(Settings(), parallel.setup("cpu")).batch(4).micro_batches
     assert [m["records"] for m in bad] == [[f"tiny.jsonl, line {record + 1}" for record in m.records]
@@ -413,6 +414,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert bad[0]["loss"] is None and math.isfinite(bad[1]["loss"])
     assert resume.latest(tmp_path / "checkpoints").name == "step-00000003"
     assert metrics(tmp_path)[-1]["step"] == 4
+
+
+def test_a_run_that_fails_at_once_has_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="step 1: loss nan .* Nothing was saved: there is no checkpoint yet$"):
+        run_here(tmp_path, "--fault", "nan", "--fault-step", 1)
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(reference, tmp_path):
@@ -502,7 +508,7 @@ def test_refusals(reference, tmp_path, monkeypatch):
 
 
 def test_nothing_is_made_of_weights_that_the_last_update_broke(tmp_path):
-    with pytest.raises(UserError, match="step 1: its update left weights that are not finite.*checkpoint is none"):
+    with pytest.raises(UserError, match="step 1: its update left weights that are not finite.*there is no checkpoint"):
         run_here(tmp_path, "--learning-rate", 1e39, "--steps", 1)
     assert not (tmp_path / "weights.pt").exists() and "nan" not in (tmp_path / "metrics.jsonl").read_text().lower()
 
