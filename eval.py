@@ -69,7 +69,7 @@ def main(argv=None) -> None:
     if world.first:
         print(f"{len(items)} items of {', '.join(dict.fromkeys(item.column for item in items))}, {settings.mode} mode")
         print("\n".join(f"  {note}" for note in notes))
-    if settings.bleu_tokenizer:                        # what scoring needs is there before anything is computed
+    if settings.bleu_tokenizer:                        # what scoring lacks is told before anything is computed
         scorers.bleu_tokenizer(settings.bleu_tokenizer)
     if settings.segment:
         for item in items:

@@ -1,8 +1,8 @@
 """Generation with a KV cache, any number of prompts at a time, and scoring of given continuations.
 
 Nothing is padded. `generate` keeps as many prompts running as its cache has room for, the longest first; one that ends
-makes room for the next, whose tokens join the forward in which the others take one step. What a prompt gets does not
-depend on its company: its random numbers are drawn from the seed and the prompt's place in the list.
+makes room for the next, whose tokens join the forward in which the others take one step. A prompt's answer does not
+depend on which others run beside it: its random numbers are drawn from the seed and its place in the list.
 
 A model in training is gathered first, whole on every process (`parallel.gathered`): forwards then need no other rank,
 and `generate` deals the prompts over them.
@@ -89,7 +89,7 @@ class Sampling:
 
 
 def _draw(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The place where the cumulated probabilities (rows, V), of any sum, pass each row's share `uniform` of the sum."""
+    """Where each row's cumulated probabilities (rows, V) first exceed `uniform` of their sum, which need not be 1."""
     cumulated = probs.cumsum(-1)
     # An fp32 number below 1 times the sum is below the sum, so that the place is never one of probability 0.
     target = uniform[:, None] * cumulated[:, -1:]
