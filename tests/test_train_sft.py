@@ -151,6 +151,15 @@ def test_lora_settings_without_a_rank_are_told(files, tmp_path, capsys):
     assert "every weight is trained: lora_alpha and lora_targets count only with --lora-r" in capsys.readouterr().out
 
 
+def test_the_default_learning_rate_is_told_not_to_suit_full_training(files, tmp_path, capsys):
+    flags = ["--model", str(files / "model"), "--data", str(files / "data"), "--cache", str(tmp_path / "cache"),
+             "--max-length", "256", "--batch-size", "4", "--steps", "1"]
+    for name, more, told in (("all", [], True), ("lora", ["--lora-r", "2"], False),
+                             ("chosen", ["--learning-rate", "2e-5"], False)):
+        train_sft.main([*flags, "--output", str(tmp_path / name), *more])
+        assert ("at learning_rate 0.0001: this default suits LoRA" in capsys.readouterr().out) == told, name
+
+
 def test_a_run_that_a_signal_ended_has_not_succeeded(files, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "stop_signals", lambda: contextlib.nullcontext([signal.SIGTERM]))
     flags = ["--model", str(files / "model"), "--data", str(files / "data"), "--output", str(tmp_path / "run"),
