@@ -24,26 +24,27 @@ DEFAULTS = {"max_new_tokens": 48}                    # of the embedded default: 
 
 @dataclass
 class Settings:
-    model: list[str] = setting([], "Hugging Face model directories, evaluated side by side")
+    model: list[str] = setting([], "Hugging Face model directories, evaluated side by side; by default what the two "
+                                   "default trainings left below runs/")
     names: list[str] = setting([], "what the tables call them; by default their directories' names")
     benchmarks: list[str] = setting([], "directories of benchmark files; by default small stand-in tasks, built here")
     output: str = setting("runs/eval", "directory for predictions, results and tables")
-    mode: str = setting("generating", "language of the instruction: English, or that of the input",
+    mode: str = setting("generating", "generating: instructions in English; understanding: in the input's language",
                         choices=("generating", "understanding"))
     templates: str = setting("", "TOML file of instructions, in the form of minixllm/templates/instructions.toml")
     languages: list[str] = setting([], "only these languages (FLORES-101 codes, BCP-47 tags or English names)")
-    directions: list[str] = setting(["from-english", "to-english"], "of translation: also deu-fra, or two tiers such "
-                                    "as high-low, which draws 15 pairs without English")
+    directions: list[str] = setting(["from-english", "to-english"], "directions of translation; others are pairs such "
+                                    "as deu-fra, and two tiers such as high-low: 15 pairs without English, drawn")
     limit: int | None = setting(None, "items a language or direction; by default 200 of translation, 250 of XL-Sum, "
                                 "all others", least=1)
-    seed: int = setting(0, "of the draw of pairs without English", least=0, most=2**32 - 1)
+    seed: int = setting(0, "of the draw of those 15 pairs", least=0, most=2**32 - 1)
     max_new_tokens: int = setting(512, "longest answer, in tokens; XL-Sum's is 128 at most; half of the model's "
                                        "positions at most, unless --max-length is given", least=1)
     max_length: int | None = setting(None, "tokens of prompt and answer together; longer prompts lose the end of their "
                                      "article, input or sentence; by default the model's max_position_embeddings, or "
                                      "2048 where its config names none (BLOOM)", least=1, most=2**24)
-    batch_tokens: int = setting(BATCH_TOKENS, "tokens of all prompts and answers under way at a time; a 7B model in "
-                                              "bf16 keeps 0.5 MB for each", least=1)
+    batch_tokens: int = setting(BATCH_TOKENS, "tokens of all prompts and answers computed at a time; a 7B model in "
+                                              "bf16 takes 0.5 MB of memory for each", least=1)
     dtype: str = setting("auto", "type to compute in; auto is bf16 where the processor has it",
                          choices=("auto", "bfloat16", "float32"))
     bleu_tokenizer: str = setting("", "13a, zh, char or the path of a SentencePiece model for BLEU in all languages; "
@@ -68,7 +69,7 @@ def main(argv=None) -> None:
     if world.first:
         print(f"{len(items)} items of {', '.join(dict.fromkeys(item.column for item in items))}, {settings.mode} mode")
         print("\n".join(f"  {note}" for note in notes))
-    if settings.bleu_tokenizer:                        # what scoring needs is there before anything is computed
+    if settings.bleu_tokenizer:                        # what scoring lacks is told before anything is computed
         scorers.bleu_tokenizer(settings.bleu_tokenizer)
     if settings.segment:
         for item in items:

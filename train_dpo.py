@@ -23,19 +23,21 @@ from minixllm.datasets import PreferenceData, Stream, hold_out
 from minixllm.errors import UserError
 from minixllm.records import record_files
 from minixllm.settings import STOPPED, parse, run, setting
-from minixllm.training import TrainingSettings, claimed, held_out_means, train
+from minixllm.training import OUTPUT, TrainingSettings, claimed, held_out_means, train
 
 
 @dataclass
 class Settings(LoraSettings, TrainingSettings):
     training = "preference optimisation"
 
-    output: str = setting("runs/dpo", "directory of the run: checkpoints, metrics.jsonl and the trained model")
+    output: str = setting("runs/dpo", OUTPUT)
     model: str | None = setting(None, "Hugging Face directory of the instruction-tuned model to align")
     data: list[str] = setting([], "files of pairs (JSON or JSONL: instruction, input, chosen, rejected, and optionally "
                                   "language, response_language), or directories of them")
-    held_out: list[str] = setting([], "the same, for the held-out measures; none: some pairs of --data are kept aside")
-    held_out_per_language: int = setting(20, "pairs kept aside of each two languages, at most a tenth of them", least=0)
+    held_out: list[str] = setting([], "more such files, to measure on; none: some pairs of --data are kept aside for "
+                                      "that")
+    held_out_per_language: int = setting(20, "pairs of answers kept aside for each pair of languages, at most a tenth "
+                                             "of them", least=0)
     feedback: str = setting("cross-lingual", "the embedded default's pairs: answers in another language than the "
                                              "instruction's, or in the same", ("cross-lingual", "monolingual"))
     loss: str = setting("dpo", "dpo (with --label-smoothing: conservative DPO) or ipo", ("dpo", "ipo"))
@@ -44,8 +46,8 @@ class Settings(LoraSettings, TrainingSettings):
                                      least=0, most=0.5)
     nll_weight: float = setting(0.0, "how many times the chosen answer's negative log-likelihood is added to its loss",
                                 least=0)
-    reference: str = setting("live", "compute the reference beside the policy, or once before training and keep its "
-                                     "log-probabilities on disk", ("live", "cached"))
+    reference: str = setting("live", "live: compute the reference at every step; cached: once before training, its "
+                                     "log-probabilities kept on disk", ("live", "cached"))
     learning_rate: float = setting(5e-4, "peak learning rate; the default suits LoRA, all weights of a large model "
                                          "want about 1e-6", above=0)
     weight_decay: float = setting(0.0, "decoupled weight decay; matrices only, no biases or norms", least=0, most=1)
@@ -53,7 +55,8 @@ class Settings(LoraSettings, TrainingSettings):
     micro_batch_size: int = setting(8, "pairs a process computes at once; more memory, fewer passes", least=1)
     max_length: int = setting(1024, "tokens of the longest pair's prompt and longer answer together",
                               least=1, most=2**24)
-    too_long: str = setting("drop", "what becomes of a pair longer than --max-length", ("drop", "truncate"))
+    too_long: str = setting("drop", "leave out a pair longer than --max-length, or cut its prompt and answers",
+                            ("drop", "truncate"))
     cache: str = setting("runs/cache", "where tokenised pairs, reference log-probabilities and embedded data are kept")
 
 
@@ -76,6 +79,8 @@ def align(settings, world, embedded: bool):
     if embedded:
         folder = Path(settings.cache) / f"feedback-{settings.feedback}"
         with world.one_by_one():
+            if world.first:
+                print("building the embedded pairs", flush=True)
             demo_feedback.build(folder, settings.feedback)
         settings.data, settings.held_out = [str(folder / "train.jsonl")], [str(folder / "valid.jsonl")]
     config, model_class, tokenizer = read_directory(settings.model)

@@ -26,26 +26,28 @@ from minixllm.prompts import alpaca
 from minixllm.records import read_instructions, record_files
 from minixllm.settings import STOPPED, parse, run, setting
 from minixllm.tokenizers import load_tokenizer
-from minixllm.training import TrainingSettings, claimed, held_out_loss, sft_loss, train
+from minixllm.training import OUTPUT, TrainingSettings, claimed, held_out_loss, sft_loss, train
 
 
 @dataclass
 class Settings(LoraSettings, TrainingSettings):
     training = "instruction tuning"
 
-    output: str = setting("runs/sft", "directory of the run: checkpoints, metrics.jsonl and the trained model")
+    output: str = setting("runs/sft", OUTPUT)
     arch: str = setting("llama", "architecture of the embedded default's model", choices=sorted(ARCHITECTURES))
     data: list[str] = setting([], "files of records (JSON or JSONL: instruction, input, output, and optionally "
                                   "language), or directories of them")
-    held_out: list[str] = setting([], "the same, for the held-out loss; none: some records of --data are kept aside")
-    held_out_per_language: int = setting(100, "records kept aside in each language, at most a tenth of it", least=0)
+    held_out: list[str] = setting([], "more such files, to measure the loss on; none: some records of --data are kept "
+                                      "aside for that")
+    held_out_per_language: int = setting(100, "records of each language kept aside, at most a tenth of them", least=0)
     packing: bool = setting(True, "fill each row with records up to --max-length; otherwise a row is one record")
-    too_long: str = setting("drop", "what becomes of a record longer than --max-length", choices=("drop", "truncate"))
+    too_long: str = setting("drop", "leave out a record longer than --max-length, or cut its answer",
+                            choices=("drop", "truncate"))
     lora_dropout: float = setting(0.05, "dropout before LoRA's adapters", least=0, most=1)
-    train_on_prompt: bool = setting(False, "learn every token, as the paper did, and not the answers alone")
-    temperature: float | None = setting(None, "sample languages by (their records)^(1/temperature); none: as they come",
-                                        above=0)
-    max_new_tokens: int = setting(64, "longest of the answers printed at the end", least=1)
+    train_on_prompt: bool = setting(False, "learn the prompts too, as the paper did, and not only the answers")
+    temperature: float | None = setting(None, "draw languages in proportion to (number of records)^(1/temperature): "
+                                              "above 1, small ones come more often; none: as they come", above=0)
+    max_new_tokens: int = setting(64, "tokens of the longest answer printed at the end", least=1)
     cache: str = setting("runs/cache", "where tokenised records and the embedded data are kept between runs")
 
 
@@ -67,6 +69,7 @@ def fine_tune(settings, world):
         folder = demo.folder(settings.cache)
         with world.one_by_one():
             if not (folder / "tokenizer.model").exists():  # it is written last
+                print("building the embedded data and its tokenizer, once: this takes a while", flush=True)
                 demo.build(folder)
         tokenizer = load_tokenizer(folder)
         config, model_class = demo.config(settings.arch, tokenizer), ARCHITECTURES[settings.arch][1]

@@ -31,10 +31,11 @@ TARGETS = {"llama": ["q_proj", "v_proj"], "bloom": ["query_key_value"]}
 
 @dataclass
 class LoraSettings:
-    lora_r: int = setting(0, "rank of LoRA adapters beside a frozen base; 0 trains every weight", least=0)
-    lora_alpha: float = setting(16.0, "LoRA's scale: adapters count alpha / r times", above=0)
-    lora_targets: list[str] = setting([], "names of the linear layers to adapt (none: q_proj v_proj in LLaMA, "
-                                          "query_key_value in BLOOM)")
+    lora_r: int = setting(0, "rank of LoRA adapters beside a frozen base; 0: no adapters, every weight is trained",
+                          least=0)
+    lora_alpha: float = setting(16.0, "LoRA's scale: what adapters add is multiplied by alpha / r", above=0)
+    lora_targets: list[str] = setting([], "names of the linear layers to adapt; none: q_proj v_proj in LLaMA, "
+                                          "query_key_value in BLOOM")
 
 
 def open_model(config, model_class, world, settings, directory=None):
@@ -48,8 +49,6 @@ def open_model(config, model_class, world, settings, directory=None):
     model = checkpoint.build(config, model_class, held)
     if adapted:
         add_lora(model, lora_config(config, settings))
-    elif world.first and (settings.lora_targets or settings.lora_alpha != LoraSettings.lora_alpha):
-        print("every weight is trained: lora_alpha and lora_targets count only with --lora-r, a rank above 0")
     parallel.shard(model, world, dtype)
     if directory:
         checkpoint.load_weights(model, directory, world.device)

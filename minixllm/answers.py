@@ -1,7 +1,7 @@
 """What a free answer says: the rules by which raw text becomes a choice, or "cannot tell" (None).
 
-The paper generates answers freely and parses them, by rules it does not give. These are ours, tried in order, on the
-answer in NFKC form after the prompt, if repeated, and anything from a further "### Instruction:" on are cut away:
+The paper generates answers freely and parses them, by rules it does not give. These are ours, tried in order on the
+answer in NFKC form, without a repeated prompt and without anything from a further "### Instruction:" on:
 
 yes / no (the words of the instruction's language, the item's, and English)
   1. the question's own "yes or no", repeated, says nothing and is passed over, and so do "yes and no" and "no sé";
@@ -11,9 +11,9 @@ yes / no (the words of the instruction's language, the item's, and English)
   A word that begins or fills other sentences too ("no", "si", "네", "是", ...) counts only before punctuation, the end
   of a line or "because"; "no" at the start also before what goes on with an answer ("no it", "no es", not "no hay").
 
-options A, B with their texts; a letter is a capital, as the question has it ("a" is a word), and one that begins an
-option's text ("A dog barked") is no letter; what stands behind "than", "over", "instead of" or "not", or before "is
-wrong", "is less", "makes no", is not chosen, nor are both options as the question has them; in XCOPA's languages, too
+options A, B with their texts, in English and XCOPA's other languages. Only a capital is a letter, as in the question
+("a" is a word), and not if it begins an option's text ("A dog barked"). An option is passed over behind "than", "over",
+"instead of" or "not" and before "is wrong", "is less" or "makes no", as are both where the question is repeated.
   1. "A and B", "A or B", "both", "neither" at the start: cannot tell;
   2. "answer is B", "option B", "choose B", "B is more plausible", "选项B", naming one letter: that one; both: cannot
      tell;
@@ -23,7 +23,7 @@ wrong", "is less", "makes no", is not chosen, nor are both options as the questi
      -A."): that one; if the other stands anywhere as a word: cannot tell;
   6. the text of one option occurs, the other's does not, case and punctuation aside: that one.
 
-A longer answer in words is read only so far as these rules go; the share that nobody can tell is reported.
+Of a longer answer only what these rules find is read. The share of answers that cannot be told is reported.
 """
 
 import re

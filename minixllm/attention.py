@@ -31,7 +31,8 @@ def alibi_slopes(num_heads: int, device="cpu") -> torch.Tensor:
 def causal_mask(length: int, slopes, dtype, device) -> torch.Tensor:
     """What is added to the scores of a document: (H, length, length) with ALiBi, (1, length, length) without.
 
-    Query i sees key j <= i, at slope * (j - i): small numbers, which bf16 holds better than slope * j.
+    Query i sees key j <= i, at slope * (j - i). (slope * j, as BLOOM's own code has it, gives the same softmax, but
+    bf16 holds smaller numbers better.)
     """
     places = torch.arange(length, device=device)
     distances = (places - places[:, None]).float()
@@ -90,7 +91,7 @@ class Packed:
         dtype = query.dtype
         query, key, value = query.float(), key.float(), value.float()
         lengths = [length for count, trunk, branches in self.runs for length in (count * trunk, *branches)]
-        # one split a tensor, as its backward is one concatenation: that of a slice would fill N rows with zeros
+        # one split of each tensor: its backward is one concatenation, that of each slice would fill N rows with zeros
         parts = zip(query.split(lengths), key.split(lengths), value.split(lengths))
         mask = self._mask(slopes)
         outputs = []
@@ -137,8 +138,8 @@ class Packed:
     def block_mask(self) -> BlockMask:
         """Which blocks of keys each block of queries looks at: those from its first document's beginning to itself.
 
-        Blocks of nothing but keys that all these queries see are told apart, and need no mask. PyTorch's own
-        `create_block_mask` would ask `mask_mod` about all N x N pairs.
+        Blocks of which all queries see all keys are listed apart: they need no mask. PyTorch's own `create_block_mask`
+        would ask `mask_mod` about all N x N pairs.
         """
         document, branch = self.segments
         N = len(document)
@@ -149,7 +150,7 @@ class Packed:
         seen = (earliest[:, None] <= k) & (k <= q)                                              # (blocks, blocks)
         whole = (k < q) & (document[begins] == document[ends][:, None]) & (branch[ends] == 0)   # keys of one trunk
 
-        def ordered(blocks):  # how many each has, and these before the others
+        def ordered(blocks):  # for each block of queries: how many blocks of keys, and their numbers before the others
             order = blocks.int().argsort(dim=-1, descending=True, stable=True)
             return (x[None, None].int().to(self.device) for x in (blocks.sum(-1), order))
 
@@ -157,7 +158,7 @@ class Packed:
                                         mask_mod=self.mask_mod, seq_lengths=(N, N))
 
     def score_mod(self, slopes):
-        """ALiBi as FlexAttention asks it: by position in the document, which in a branch is no place in the row."""
+        """ALiBi as FlexAttention asks it: by position in the document, which differs from the place in the row."""
         position_ids = self.position_ids
         return lambda score, b, h, q, k: score + slopes[h] * (position_ids[k] - position_ids[q])
 
@@ -173,7 +174,7 @@ class Packed:
 
 @functools.cache
 def _compiled_flex():
-    # Each of keys with gradients and without, one block and several, static sizes and others is a variant of its own;
-    # from the ninth on attention would run unfused, which takes H x N x N numbers of memory.
+    # torch.compile makes a variant for each combination of keys with or without gradients, one block or several, fixed
+    # sizes or changing ones. Past its limit of eight attention would run unfused, in H x N x N numbers of memory.
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(flex_attention)

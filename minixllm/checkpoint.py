@@ -71,7 +71,8 @@ def read_config(directory):
     path = directory / "config.json"
     if not directory.is_dir():
         found = what_kind(directory, "a file") if directory.exists() else "nothing there"
-        raise UserError(f"{directory}: found {found}, expected a Hugging Face model directory on this disk")
+        raise UserError(f"{directory}: found {found}, expected a Hugging Face model directory on this disk, such as "
+                        "`hf download NAME --local-dir DIR` makes")
     adapter = (directory / "adapter_config.json").exists()
     if not path.exists():
         if (directory / "model" / "config.json").exists():  # a run's output
@@ -112,7 +113,7 @@ def read_config(directory):
 
 
 def build(config, model_class, dtype=torch.float32):
-    """A model without storage, on the meta device: to be sharded perhaps, then filled by one of the two below."""
+    """A model without storage, on the meta device: perhaps to be sharded, then to be filled by one of the next two."""
     with torch.device("meta"):
         return model_class(config).to(dtype)
 

@@ -103,7 +103,7 @@ class SFTData(TokenCache):
     Raises UserError for files that cannot be read, and when no record is left.
     """
 
-    blank = 1
+    blank = 1  # the document of an empty batch (see `Batch`)
 
     def __init__(self, paths, tokenizer, max_length: int, cache_dir, too_long: str = "drop",
                  train_on_prompt: bool = False, workers: int | None = None):
@@ -137,7 +137,7 @@ class PreferenceData(TokenCache):
     token followed by the chosen answer, and by the rejected one. What is left out or cut: see encode_preference.
     """
 
-    blank = (0, [1, 1])
+    blank = (0, [1, 1])  # the document of an empty batch (see `Batch`)
 
     def __init__(self, paths, tokenizer, max_length: int, cache_dir, too_long: str = "drop",
                  workers: int | None = None):
@@ -187,7 +187,7 @@ class Batch:
         return model(self.input_ids.to(device), Packed(self.documents, device), self.labels.to(device))
 
     def answer_logps(self, model) -> torch.Tensor:
-        """(answers,) fp32, one for each record, of pairs two: their labels' log-probabilities, EOS included, summed."""
+        """(answers,) fp32: the summed log-probability, EOS included, of each record's answer, or of a pair's two."""
         lengths = [length for document in self.documents for length in (  # a trunk, without labels, joins an answer
             [document] if isinstance(document, int) else [document[0] + document[1][0], *document[1][1:]])]
         # by splits: a GPU adds by index in no fixed order, and a resumed run would differ
@@ -263,7 +263,7 @@ class Stream:
         if max_length is not None and (longest := data.lengths[self.records].max()) > max_length:
             raise UserError(f"rows of {max_length} tokens cannot hold the longest record, of {longest}")
         self._plan = functools.lru_cache(maxsize=1)(self._plan)
-        self.steps_per_epoch = 0  # the fewest rows that an epoch may have: any, for the first
+        self.steps_per_epoch = 0  # no epoch has fewer rows than this (see _plan); the first may have any number
         self.steps_per_epoch = -(-(len(self._plan(0)[1]) - 1) // batch_size)
 
     def batch(self, step: int) -> Step:
@@ -336,7 +336,7 @@ def pack(lengths, capacity: int, open_rows: int = 32, window: int = 2**14) -> tu
         opened += full
         room[every, place] -= need
         result[:, t] = row[every, place]
-    result += window * every[:, None]                         # rows of a window are fewer than its documents
+    result += window * every[:, None]                         # no two windows share a row
     result = result.reshape(-1)[:n]
     sizes = np.unique(result, return_counts=True)[1]
     return np.argsort(result, kind="stable"), np.concatenate([[0], np.cumsum(sizes)])

@@ -1,8 +1,8 @@
 """Running a model over benchmark items: free answers and likelihoods, on any number of processes, resumable.
 
-Items are sorted by length and cut into chunks, the chunks dealt to the processes. A finished chunk is one line of a
-partial file, so that an evaluation killed at any moment goes on with the chunks it lacks, and each of these is computed
-in the same company as it would have been: the predictions come out the same.
+Items are sorted by length and cut into chunks, which are dealt to the processes. A finished chunk is one line of a
+partial file, so that an evaluation killed at any moment goes on with the chunks it lacks. As a chunk always holds the
+same items, the predictions come out the same.
 """
 
 import hashlib

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 import socket
 import sys
@@ -47,23 +48,32 @@ def read_json(path) -> dict:
     return value
 
 
+def finite(value):
+    """The value with None, JSON's null, for every number in it that is not finite: JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path, value) -> None:
     with atomic_write(path) as file:
-        json.dump(value, file, ensure_ascii=False, indent=2)
+        json.dump(finite(value), file, ensure_ascii=False, indent=2)
         file.write("\n")
 
 
 def write_json_lines(path, records) -> None:
     with atomic_write(path) as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        file.writelines(json.dumps(finite(record), ensure_ascii=False) + "\n" for record in records)
 
 
 @contextlib.contextmanager
 def locked(path, busy: str | None = None):
     """Hold the lock of this name; the kernel drops it when its holder dies, so nobody waits for the dead.
 
-    busy: what a UserError says where another process holds it; None waits. Gives whether it is held: some network
-    file systems have no locks, and one goes on without.
+    busy: what a UserError says if another process holds it; with None one waits for it. Yields whether it is held: some
+    network file systems have no locks, and then one goes on without.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
-"""Continue prompts with a model directory, printing as it goes: python -m minixllm.generate --model DIR "..."
+"""Answer instructions with the model in a directory, printing as it goes.
 
-Each prompt is an instruction, put into the Alpaca template on which the models are trained; --raw takes it as it is.
+    python -m minixllm.generate --model runs/sft/model --input 2031-03-05 "Write this date in full."
+
+Each prompt is put into the Alpaca template on which the models are trained; with --raw it is continued as it stands.
 """
 
 import argparse
@@ -17,13 +19,13 @@ from minixllm.settings import Parser, run
 def main(argv=None):
     parser = Parser(prog="python -m minixllm.generate", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to continue; none: the lines of stdin")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to answer; none: each line of stdin")
     parser.add_argument("--model", metavar="DIR",
-                        help="Hugging Face directory of a LLaMA or BLOOM, or of a LoRA adapter (needed)")
+                        help="Hugging Face directory of a LLaMA or BLOOM, or of a LoRA adapter (required)")
     parser.add_argument("--input", default="", help="the instruction's input, for the Alpaca template")
     parser.add_argument("--raw", action="store_true", help="no template: continue the prompt itself")
     parser.add_argument("--max-new-tokens", type=int, default=256,
-                        help="tokens to stop after, if no EOS comes before (default: 256)")
+                        help="tokens of the longest answer (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (default: 0)")
     parser.add_argument("--top-k", type=int, help="choose among the k likeliest tokens; with --temperature")
     parser.add_argument("--top-p", type=float,

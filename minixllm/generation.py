@@ -1,8 +1,8 @@
 """Generation with a KV cache, any number of prompts at a time, and scoring of given continuations.
 
 Nothing is padded. `generate` keeps as many prompts running as its cache has room for, the longest first; one that ends
-makes room for the next, whose tokens join the forward in which the others take one step. What a prompt gets does not
-depend on its company: its random numbers are drawn from the seed and the prompt's place in the list.
+makes room for the next, whose tokens join the forward in which the others take one step. A prompt's answer does not
+depend on which others run beside it: its random numbers are drawn from the seed and its place in the list.
 
 A model in training is gathered first, whole on every process (`parallel.gathered`): forwards then need no other rank,
 and `generate` deals the prompts over them.
@@ -89,7 +89,7 @@ class Sampling:
 
 
 def _draw(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The place where the cumulated probabilities (rows, V), of any sum, pass each row's share `uniform` of the sum."""
+    """Where each row's cumulated probabilities (rows, V) first exceed `uniform` of their sum, which need not be 1."""
     cumulated = probs.cumsum(-1)
     # An fp32 number below 1 times the sum is below the sum, so that the place is never one of probability 0.
     target = uniform[:, None] * cumulated[:, -1:]
@@ -196,8 +196,9 @@ def _tokens(model, tokenizer, prompts, max_new_tokens: int, batch_tokens: int, s
         if not prompt or not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
             raise UserError(f"prompt {number}: expected one or more token ids from 0 to {model.config.vocab_size - 1}, "
                             f"found {f'{min(prompt)} to {max(prompt)}' if prompt else 'none'}")
-    if max_new_tokens < 1 or batch_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}, batch_tokens {batch_tokens}: expected 1 or more")
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_tokens", batch_tokens)):
+        if value < 1:
+            raise UserError(f"{name} is {value}, expected 1 or more")
     stop = _stop_ids(model, tokenizer)
     device = next(model.parameters()).device
     ranks = _ranks(model)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from minixllm.attention import causal_attention, causal_mask
 
-TOGETHER = 8  # of 4 to 32 the fastest for prompts of mixed lengths, a third above all at once
+TOGETHER = 8  # rows in one call on a CPU: the fastest of 4 to 32 for prompts of mixed lengths, a third above all rows
 
 
 class KVCache:
@@ -78,8 +78,9 @@ class Extension:
         places = np.arange(ends[-1]) + (np.array(past) + counts - ends)[rows]
         self.position_ids, self.last, self.rows = (  # rows (N,): each token's row
             torch.from_numpy(ids).to(device) for ids in (places, ends - 1, rows))
-        # Neighbouring rows with one new token each are attended to together, up to the longest of them, and on a CPU so
-        # few that little is computed beyond the others' ends; rows with more tokens are attended to one by one.
+        # Neighbouring rows with one new token each share a call, which is as long as the longest of them; on a CPU only
+        # a few rows do, so that little is computed beyond the ends of the shorter ones. A row with more tokens has a
+        # call of its own.
         together = TOGETHER if self.rows.is_cpu else len(lengths)
         self.masks = None  # of the parts: made in the first layer, for all of them
         self.parts, start = [], 0

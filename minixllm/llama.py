@@ -98,8 +98,9 @@ def _rope_scaling(rope: dict, max_position_embeddings: int) -> dict | None:
 
 
 def rotary_angles(config: LlamaConfig, position_ids: torch.Tensor):
-    """Cosines and signed sines of position times frequency: (N,) -> two (N, 1, D) fp32 (Su et al. 2021, RoFormer,
-    eq. 34): those of dimensions i and i + D/2 turn together, not those of neighbours.
+    """Cosines and sines of position times frequency, (N,) -> two (N, 1, D) fp32, the first half of the sines negated as
+    `rotate` needs them (Su et al. 2021, RoFormer, eq. 34). As in Hugging Face's weights, dimensions i and i + D/2 turn
+    together, not two neighbours as in the paper.
 
     Always fp32: bf16 cannot tell 256 from 257.
     """

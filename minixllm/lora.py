@@ -49,8 +49,8 @@ class LoraLinear(nn.Linear):
 
 
 def low_rank(layer: nn.Linear, x: torch.Tensor) -> tuple:
-    """The factors, (N, r) and (out, r), of what an adapted layer adds for x (N, in): for a head, whose output is never
-    held whole. None of any other layer."""
+    """The two factors, (N, r) and (out, r), of what an adapted layer adds to its output for x (N, in); () for a layer
+    without an adapter. For a head, whose output is never held whole."""
     return (layer.low(x), layer.lora_B.weight) if isinstance(layer, LoraLinear) and layer.enabled else ()
 
 

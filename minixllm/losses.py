@@ -3,10 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-# Logits held at once: this many bytes by the kind of device, but never fewer tokens. A GPU's product of few tokens
-# takes as long as reading the weights.
+# How many logits are held at once: CHUNK_BYTES of them, by kind of device, but those of CHUNK_TOKENS tokens at least,
+# for on a GPU a product of a few tokens takes as long as reading the weights.
 CHUNK_BYTES, CHUNK_TOKENS = {"cpu": 2**24, "cuda": 2**28}, 128
-BLOCK_BYTES = 2**22  # on a CPU, of what is handled at a time within them: what its caches hold
+BLOCK_BYTES = 2**22  # on a CPU a chunk is handled in blocks of this size, which its caches hold
 
 
 def token_logps(hidden, weight, labels, *adapter) -> torch.Tensor:
@@ -14,18 +14,19 @@ def token_logps(hidden, weight, labels, *adapter) -> torch.Tensor:
 
     labels[i] is the token that hidden[i] predicts. adapter: of an adapted head, low (N, r) and low_weight (V, r), which
     add low low_weight^T to the logits hidden weight^T (see `lora.low_rank`). The logits are never held whole: they are
-    made a chunk of tokens at a time, and only for tokens that have a label. A weight may be of another type than
-    `hidden`, in whose type is computed; its gradient is of its own.
+    made a chunk of tokens at a time, and only for tokens that have a label. `weight` may be of another type than
+    `hidden` (fp32 beside bf16): the product is computed in hidden's type, the gradient is of the weight's own.
 
-    The forward also takes the gradients of the plain sum, while a chunk's logits are at hand: a token's part in the
-    gradient of `hidden` only has to be scaled by what arrives in the backward, and so has the gradient of a weight
-    where the same arrives for every token (any loss that sums tokens). Otherwise weights cost a second pass.
+    The forward also computes the gradients of the plain sum of all log-probabilities, while a chunk's logits are at
+    hand. The backward only scales them by the gradient that arrives: of `hidden` each token's row by that token's, and
+    of `weight` all of it, if the same arrives for every token (as for any loss that sums over tokens). If not, the
+    gradient of `weight` is computed in a second pass over the chunks.
     """
     return _TokenLogps.apply(labels, torch.is_grad_enabled(), hidden, weight, *adapter)
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Its inputs beside labels are the factors of the logits: hidden and weight, and again for each further product."""
+    """factors: hidden, weight and, of an adapted head, low, low_weight: the logits are the sum of the two products."""
 
     @staticmethod
     def forward(ctx, labels, grad_enabled, *factors):
@@ -79,8 +80,8 @@ class _TokenLogps(torch.autograd.Function):
 def _chunks(hiddens, weights, labels):
     """Yields (slice, logps (chunk,), slopes (chunk, V), totals (chunk, 1)) of the logits sum(hidden weight^T).
 
-    d logp / d logits = onehot(label) - softmax(logits) is slopes / totals: d columns take totals off more cheaply.
-    All hiddens and weights are of one type.
+    d logp / d logits = onehot(label) - softmax(logits) = slopes / totals. The division is left to the caller, who can
+    divide the d columns of a product and not the V of slopes. All hiddens and weights are of one type.
     """
     (hidden, weight), *adapter = zip(hiddens, weights)
     size = max(CHUNK_TOKENS, CHUNK_BYTES[weight.device.type] // (weight.element_size() * len(weight)))
@@ -98,7 +99,10 @@ def _chunks(hiddens, weights, labels):
 
 
 def _to_slopes(logits, labels):
-    """Turns logits (n, V) into slopes, in place. Returns logps (n,) and totals (n, 1), fp32."""
+    """Turns logits (n, V) into slopes, in place. Returns logps (n,) and totals (n, 1), fp32.
+
+    With e = exp(logits - their maximum): totals = sum(e), slopes = totals onehot(label) - e.
+    """
     label = labels[:, None]
     exact = logits.float()
     exact -= exact.amax(dim=-1, keepdim=True)

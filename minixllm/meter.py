@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from minixllm.adapters import LoraSettings
 from minixllm.errors import UserError
 from minixllm.parallel import compute_dtype, local
 
@@ -88,6 +89,13 @@ def announce(model, world, settings, steps: int, tokens_per_step: float):
         if settings.warmup_steps > steps:
             print(f"warmup_steps {settings.warmup_steps} is more than the run's {steps} steps: its learning rate rises "
                   "to the last; a smaller --warmup-steps lets it fall again", flush=True)
+        if isinstance(settings, LoraSettings) and not settings.lora_r:
+            if settings.lora_targets or settings.lora_alpha != LoraSettings.lora_alpha:
+                print("every weight is trained: lora_alpha and lora_targets count only with --lora-r, a rank above 0",
+                      flush=True)
+            if settings.model and settings.learning_rate == type(settings).learning_rate:
+                print(f"every weight is trained, at learning_rate {settings.learning_rate:g}: this default suits LoRA, "
+                      "a large model wants a far smaller one (see --help)", flush=True)
     if disk > free:
         raise UserError(f"{output}: {gigabytes(free)} free on its disk, expected {gigabytes(disk)} for {settings.keep} "
                         "checkpoints, the one being written and the model: --keep fewer, or another --output")
@@ -104,8 +112,8 @@ def memory_needed(model, world, settings) -> float:
     if getattr(settings, "reference", None) == "live" and all(p.requires_grad for p in parameters):
         state += sum(4 * p.numel() for p in parameters) / world.size
     blocks = set(model.blocks.parameters())
-    # What is gathered: embedding and head, never freed in a step, and two blocks at a time. The computing copy; of what
-    # is trained the gradient, before and while reduced.
+    # What FSDP2 gathers: embedding and head, which are not freed within a step, and two blocks at a time. Each takes a
+    # copy to compute with and, if it is trained, its gradient before and while that is reduced.
     group = [p for p in parameters if p not in blocks] + 2 * list(model.blocks[0].parameters())
     gathered = sum((dtype.itemsize + 12 * p.requires_grad) * p.numel() for p in group)
     if not isinstance(model, FSDPModule):  # cast weights that a backward needs; the head's gradient, before it is added

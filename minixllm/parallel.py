@@ -22,6 +22,8 @@ HANG = timedelta(hours=1)  # a collective that takes longer has lost a peer; a p
 
 @dataclass(frozen=True)
 class World:
+    """The processes of a run, and which one this is. `sum` and `gather` are collectives: every process calls them."""
+
     rank: int
     size: int
     device: torch.device
@@ -96,8 +98,8 @@ def close() -> None:
 
 def shard(model, world: World, dtype: torch.dtype):
     """FSDP2 over `model` in place: one group a block, and a root group for embedding, head and last norm together.
-    In a world of one nothing is sharded, and the same numbers are computed without FSDP2, but for a base held in bf16
-    and computed with in fp32, whose layers FSDP2 converts one at a time.
+    With one process nothing is sharded, and the same numbers are computed without FSDP2. The exception is a base held
+    in bf16 but computed with in fp32, whose layers FSDP2 converts one at a time.
 
     Weights, gradients and their reduction stay in the parameters' own type (fp32); the forward and backward compute in
     `dtype`. Gradients are *summed* over processes, for the loss is already divided by the global count.

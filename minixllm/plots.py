@@ -70,7 +70,7 @@ def _save(figure, path: Path) -> None:
 
 def _running_mean(values: list[float]) -> np.ndarray:
     """Over the last fiftieth of them, or as many as there are so far."""
-    window, sums = max(1, len(values) // 50), np.cumsum([0.0, *values])
+    window, sums = max(1, len(values) // 50), np.cumsum([0.0, *values], dtype=float)
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
     return (sums[ends] - sums[starts]) / (ends - starts)

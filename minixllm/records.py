@@ -15,6 +15,13 @@ from minixllm.errors import UserError, check_text
 LONGEST_LINE = 16 * 2**20     # bytes; a longer line is a broken file, not an instruction
 CHUNK = 64 * 2**10            # bytes of an array read at once, more within a record that is longer
 WHITESPACE = " \t\n\r"        # JSON's
+# What records are often kept in but not read from, by a file's first bytes.
+OTHER_FORMATS = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"\x1f\x8b": "a gzip archive",
+                 b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "a Zstandard archive",
+                 b"\xff\xfe": "text in UTF-16", b"\xfe\xff": "text in UTF-16"}
+INSTRUCTION_FIELDS = "instruction, output and optionally input, language"
+PREFERENCE_FIELDS = ("instruction, chosen, rejected and optionally input, language, response_language; or prompt, "
+                     "chosen, rejected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +42,7 @@ def read_instructions(path, progress: Callable[[int], None] | None = None) -> It
     `progress` is called with the number of bytes read since its last call. Raises UserError naming file and line.
     """
     for line, entry in read_objects(path, progress):
-        take = _Fields(path, line, entry)
+        take = _Fields(path, line, entry, INSTRUCTION_FIELDS)
         yield Instruction(take("instruction"), take("input", optional=True) or "", take("output"),
                           take("language", optional=True), take.left, line)
 
@@ -67,7 +74,7 @@ def read_preferences(path, progress: Callable[[int], None] | None = None) -> Ite
     one (`prompt`, `chosen`, `rejected`, all text). Raises UserError naming file and line.
     """
     for line, entry in read_objects(path, progress):
-        take = _Fields(path, line, entry)
+        take = _Fields(path, line, entry, PREFERENCE_FIELDS)
         prompt = None if "instruction" in entry else take("prompt", optional=True)
         yield Preference(take("instruction") if prompt is None else "", take("input", optional=True) or "",
                          take("chosen", "prefered_output"), take("rejected", "rejected_output"),
@@ -78,8 +85,8 @@ def read_preferences(path, progress: Callable[[int], None] | None = None) -> Ite
 class _Fields:
     """Takes text fields out of one JSON object, and says what is wrong with them."""
 
-    def __init__(self, path, line: int, entry: dict):
-        self.where, self.entry, self.left = f"{path}, line {line}", entry, dict(entry)
+    def __init__(self, path, line: int, entry: dict, expected: str):
+        self.where, self.entry, self.expected, self.left = f"{path}, line {line}", entry, expected, dict(entry)
 
     def __call__(self, *spellings: str, optional: bool = False) -> str | None:
         """The field under the first of its spellings that is there; None if optional and absent or null."""
@@ -88,7 +95,8 @@ class _Fields:
         if optional and value is None:
             return None
         if name is None:
-            raise UserError(f"{self.where}: no field {spellings[0]!r}, found only {sorted(self.entry)}")
+            found = _shortened(", ".join(sorted(self.entry)), 200) or "none"
+            raise UserError(f"{self.where}: no field {spellings[0]!r}: found {found}; expected {self.expected}")
         if not isinstance(value, str):
             raise UserError(f"{self.where}: field {name!r} holds {_kind(value)}, expected text")
         check_text(value, f"{self.where}: field {name!r}")
@@ -116,9 +124,12 @@ def read_objects(path, progress: Callable[[int], None] | None = None) -> Iterato
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip(WHITESPACE.encode())
+            start = file.read(4096)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected a .json or .jsonl file") from None
+    if kind := next((kind for magic, kind in OTHER_FORMATS.items() if start.startswith(magic)), None):
+        raise UserError(f"{path}: found {kind}, expected JSON or JSONL in UTF-8")
+    start = start.removeprefix(codecs.BOM_UTF8).lstrip(WHITESPACE.encode())
     empty = True
     for line, entry in (_array if start.startswith(b"[") else _lines)(path, progress or (lambda size: None)):
         if not isinstance(entry, dict):
@@ -126,7 +137,7 @@ def read_objects(path, progress: Callable[[int], None] | None = None) -> Iterato
         empty = False
         yield line, entry
     if empty:
-        raise UserError(f"{path}: holds no records")
+        raise UserError(f"{path}: holds no records, expected one or more")
 
 
 def _lines(path: Path, progress) -> Iterator[tuple[int, object]]:
@@ -197,12 +208,16 @@ def _broken(path: Path, line: int, error: Exception, raw: bytes) -> UserError:
         line, reason = line + error.lineno - 1, f"{error.msg}, column {error.colno}"
     elif isinstance(error, RecursionError):
         reason = "nested too deeply"
-    return UserError(f"{path}, line {line}: not JSON ({reason}), in {_excerpt(raw.decode(errors='replace'))}")
+    return UserError(f"{path}, line {line}: not JSON ({reason}), in {_excerpt(raw.decode(errors='replace'))}; expected "
+                     "an object {...} in each line, or one array of them")
 
 
 def _excerpt(text: str) -> str:
-    text = text.strip()
-    return repr(text if len(text) <= 60 else text[:60] + "...") if text else "nothing"
+    return repr(_shortened(text.strip(), 60)) if text.strip() else "nothing"
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length] + "..."
 
 
 def _kind(value) -> str:

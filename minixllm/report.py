@@ -12,6 +12,7 @@ from minixllm.files import atomic_write, read_json, write_json, write_json_lines
 
 TIERS = ("low", "mid", "high")
 MAIN = {"pawsx": "accuracy", "xcopa": "accuracy", "translation": "BLEU", "xlsum": "rouge1", "self-instruct": "rouge1"}
+LEGEND = ("±: half of the 95 % interval, by resampling items", "p: paired bootstrap against the model before it")
 BLEU_TOKENIZERS = {"zho_simpl": "zh", "zho_trad": "zh"} | dict.fromkeys(("jpn", "tha", "lao", "khm", "mya"), "char")
 
 
@@ -171,10 +172,10 @@ def markdown(models: dict[str, dict], notes: list[str]) -> str:
                       f"{entry['tiers'][metric]['all']:.2f}" for metric in ("acc", "acc_char", "acc_byte")))]
     if placed := having("off_target"):
         parts += ["## Off-target rate (%, less is better)", _tier_table(models, placed, lambda entry: "off_target")]
-    parts += ["## Language democratization",
+    parts += ["## Language democratization (the mean over languages in % of the best one)",
               _model_table(models, [(column,) for column in columns], lambda entry: f"{entry['democratization']:.2f}")]
     parts += [_languages(models, column) for column in columns]
-    parts += ["## How it was scored", "\n".join(f"- {line}" for line in _signatures(models))]
+    parts += ["## How it was scored", "\n".join(f"- {line}" for line in (*LEGEND, *_signatures(models)))]
     return "\n\n".join(parts) + "\n"
 
 

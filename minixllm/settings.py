@@ -24,7 +24,7 @@ from pathlib import Path
 
 from minixllm.errors import UserError
 
-STOPPED = 130  # the exit status of what a signal ended early: what was asked for is not there
+STOPPED = 130  # the exit status of a run that a signal ended early: not 0, for there is no trained model yet
 
 
 def setting(default, help: str, choices=None, above: float | None = None, least: float | None = None,
@@ -134,9 +134,10 @@ def _check_bounds(name, value, above, least, most):
         return
     inside = (above is None or value > above) and (least is None or value >= least) and (most is None or value <= most)
     if not inside or isinstance(value, float) and not math.isfinite(value):
-        expected = [f"{word} {bound:,}" for word, bound in (("above", above), ("at least", least), ("at most", most))
+        expected = [f"{word} {bound:,}" for word, bound in (("above", above), ("of at least", least), ("at most", most))
                     if bound is not None]
-        raise UserError(f"--{name.replace('_', '-')} is {value}, expected a finite number {' and '.join(expected)}")
+        kind = "whole" if isinstance(value, int) else "finite"
+        raise UserError(f"--{name.replace('_', '-')} is {value}, expected a {kind} number {' and '.join(expected)}")
 
 
 def _add_flag(parser, name, field, hint, embedded):

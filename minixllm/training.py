@@ -20,12 +20,13 @@ from minixllm import plots, resume
 from minixllm.checkpoint import check_target
 from minixllm.datasets import in_order
 from minixllm.errors import UserError
-from minixllm.files import atomic_write, locked, write_json
+from minixllm.files import atomic_write, finite, locked, write_json
 from minixllm.meter import Meter, announce
 from minixllm.parallel import World, explain_lost_peers, local
 from minixllm.settings import setting
 from minixllm.tensor_files import fingerprint
 
+OUTPUT = "directory of the run: checkpoints, metrics.jsonl and the trained model"
 LOST = "Nothing was saved since the last checkpoint; --resume continues from it"
 
 
@@ -38,7 +39,7 @@ class TrainingSettings:
     model: str | None = setting(None, "Hugging Face directory to start from (config.json, safetensors, tokenizer)")
     data: list[str] = setting([], "files of records, or directories of them")
     held_out: list[str] = setting([], "the same, for held-out measures")
-    output: str = setting("runs/run", "directory of the run: checkpoints, metrics.jsonl and the trained model")
+    output: str = setting("runs/run", OUTPUT)
     resume: bool = setting(False, "continue from the latest checkpoint in --output, or start where there is none")
     epochs: float = setting(3.0, "passes over the data", above=0)
     steps: int | None = setting(None, "optimiser steps, instead of --epochs", least=1)
@@ -51,14 +52,14 @@ class TrainingSettings:
     final_learning_rate: float = setting(0.0, "where the cosine ends, as a share of the peak", least=0, most=1)
     weight_decay: float = setting(0.05, "decoupled weight decay; matrices only, no biases or norms", least=0, most=1)
     beta2: float = setting(0.999, "AdamW's decay of squared gradients (beta1 is 0.9)", least=0, most=0.99999)
-    clip: float = setting(1.0, "largest global gradient norm", above=0)
-    seed: int = setting(0, "of initial weights, data order and dropout", least=0, most=2**32 - 1)
+    clip: float = setting(1.0, "gradients whose global norm is larger are scaled down to it", above=0)
+    seed: int = setting(0, "of the initial weights, the order of the data and dropout", least=0, most=2**32 - 1)
     dtype: str = setting("auto", "what the forward and backward compute in; the trained weights are fp32; "
                                  "auto is bfloat16 where the processor has it", ("auto", "bfloat16", "float32"))
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward: less memory, a third more work")
     eval_every: int = setting(500, "steps between held-out losses; 0 for only the last", least=0)
     save_every: int = setting(500, "steps between checkpoints", least=1)
-    keep: int = setting(2, "checkpoints kept", least=1)
+    keep: int = setting(2, "how many checkpoints are kept, the latest ones", least=1)
 
     def __post_init__(self):
         if bool(self.model) != bool(self.data):
@@ -174,15 +175,19 @@ def train_step(model, world, settings, stream, loss_fn, optimizer, meter, step, 
 
 
 def report_not_finite(world, settings, step, loss, norm, stream, batch, losses):
-    """Write which records were in the batch, and stop. Nothing is saved: the last checkpoint is from before."""
+    """Write which records were in the batch (null for a loss that is not finite), and stop.
+
+    Nothing is saved: the last checkpoint is from before.
+    """
     mine = [{"loss": float(loss), "records": where(stream, [m])} for m, loss in zip(batch.micro_batches, losses)]
     micro_batches = sum(world.gather(mine), [])
     path = Path(settings.output) / f"not-finite-step-{step}.json"
     if world.first:
         write_json(path, micro_batches)
     bad = [m for m in micro_batches if not math.isfinite(m["loss"])] or micro_batches
-    raise UserError(f"step {step}: loss {loss} and gradient norm {norm}, expected finite numbers; its records: "
-                    f"{first_few(sum((m['records'] for m in bad), []))} (all in {path}). {_last(settings.output)}")
+    raise UserError(f"step {step}: loss {loss} and gradient norm {norm}, expected finite numbers: is the learning rate "
+                    f"too high? Its records: {first_few(sum((m['records'] for m in bad), []))} (all in {path}). "
+                    f"{_last(settings.output)}")
 
 
 def check_weights(trained, world, step: int, output) -> None:
@@ -194,7 +199,8 @@ def check_weights(trained, world, step: int, output) -> None:
 
 
 def _last(output) -> str:
-    return f"Nothing was saved: the last checkpoint is {resume.latest(Path(output) / 'checkpoints') or 'none'}"
+    latest = resume.latest(Path(output) / "checkpoints")
+    return f"Nothing was saved: {f'the last checkpoint is {latest}' if latest else 'there is no checkpoint yet'}"
 
 
 def where(stream, micro_batches) -> list[str]:
@@ -244,6 +250,8 @@ def start_or_resume(output: Path, model, optimizer, world, facts: dict) -> int:
     # as the first process sees the directory: another machine's view of it may be older
     checkpoint = world.gather(resume.latest(output / "checkpoints") if world.first else None)[0]
     metrics, step = output / "metrics.jsonl", 0
+    if not checkpoint and facts.get("resume") and world.first:
+        print(f"{output}: no checkpoint to resume from, the run starts at its beginning")
     if checkpoint:
         step, changed = resume.load(checkpoint, model, optimizer, facts)
         if world.first:
@@ -263,7 +271,7 @@ def log(metrics, *rows: dict, synced: bool = False) -> None:
     """Write rows to metrics.jsonl, where this process has it open; synced: all of it to the disk itself."""
     if metrics:
         try:
-            metrics.writelines(json.dumps(row) + "\n" for row in rows)
+            metrics.writelines(json.dumps(finite(row)) + "\n" for row in rows)
             metrics.flush()
             if synced:
                 os.fsync(metrics.fileno())
@@ -295,8 +303,8 @@ def sft_loss(model, batch):
 def held_out_means(world: World, data, records, tokens: int, measure) -> dict[str, float]:
     """Means over held-out records: {"loss": of all, "loss/deu": of one language, ...}. A collective.
 
-    measure(batch) -> {"loss": of each record (R,), ...}, summed and divided by what the loss of these records is
-    divided by, `data.count`. tokens: how many are computed at a time. {} where no record is held out.
+    measure(batch) -> {"loss": of each record (R,), ...}. Sums over records are divided by `data.count`: the number of
+    supervised tokens, or of pairs. tokens: how many are computed at a time. {} where no record is held out.
     """
     if not len(records):
         return {}

@@ -37,6 +37,7 @@ def test_three_commands(arch, tmp_path, monkeypatch, capsys):
 
     train_sft.main(["--arch", arch, "--steps", "4", "--warmup-steps", "1"])
     said = capsys.readouterr().out
+    assert said.startswith("building the embedded data and its tokenizer, once")
     assert "some of its answers to held-out prompts" in said and "exact match" in said
     assert json.loads((tmp_path / "runs/sft/exact_match.json").read_text())
     assert (tmp_path / "runs/sft/curves.png").exists()
@@ -45,7 +46,7 @@ def test_three_commands(arch, tmp_path, monkeypatch, capsys):
 
     train_dpo.main(["--steps", "2", "--warmup-steps", "1"])
     said = capsys.readouterr().out
-    assert "before   after" in said and "off target" in said
+    assert said.startswith("building the embedded pairs") and "before   after" in said and "off target" in said
     found = json.loads((tmp_path / "runs/dpo/before-after.json").read_text("utf-8"))
     assert (tmp_path / "runs/dpo/curves.png").exists()
     assert len(found["after"]["answers"]) == found["before"]["questions"] == 44

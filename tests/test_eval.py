@@ -142,6 +142,7 @@ def test_the_report_says_what_was_unread_cut_and_too_long():
     assert entry["scores"]["accuracy"]["value"] == 60 and entry["scores"]["acc"]["value"] == 80
     row = report.markdown({"m": table}, []).split("| ita (high, 5) ")[1].split("|")[1]
     assert row.endswith(", 40 % unread, 40 % cut, 20 % too long ") and row.strip().startswith("60.00 ± ")
+    assert "- ±: half of the 95 % interval" in report.markdown({"m": table}, [])
     assert "%" not in report.markdown({"m": report.results([base])}, []).split("| ita (high, 1) ")[1].split("|")[1]
 
 
@@ -391,7 +392,7 @@ def test_other_weights_do_not_continue_a_partial_evaluation(model_directory, fiv
     (["--names", "a/b"], "without '/'"), (["--names", ""], "called '': expected different names, not empty"),
     *[(["--names", name], f"called '{name}': .* not those of files") for name in ("results.json", "report.md",
                                                                                  "scores.png")],
-    (["--limit", "-5"], "--limit is -5, expected a finite number at least 1"), (["--batch-tokens", "0"], "--batch-tokens is 0"),
+    (["--limit", "-5"], "--limit is -5, expected a whole number of at least 1"), (["--batch-tokens", "0"], "--batch-tokens is 0"),
     (["--max-new-tokens", "0"], "--max-new-tokens is 0"), (["--max-length", "0"], "--max-length is 0"),
     (["--max-length", "2"], "--max-length is 2, expected more than --max-new-tokens, 2"),
     (["--languages", "germn"], "unknown language 'germn'"),

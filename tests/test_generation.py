@@ -224,7 +224,7 @@ def test_score_refuses_what_has_no_likelihood():
     ([[1]], {"top_p": 0.0}, "top_p is 0.0, expected above 0 and at most 1"),
     ([[1]], {"top_p": 1.1}, "top_p is 1.1"),
     ([[1]], {"seed": -1}, "seed is -1"),
-    ([[1]], {"batch_tokens": 0}, "batch_tokens 0"),
+    ([[1]], {"batch_tokens": 0}, "^batch_tokens is 0, expected"),
 ])
 def test_bad_input(prompts, how, message):
     ours, _ = pair("llama")
@@ -332,7 +332,7 @@ def test_command_prints_as_it_goes(directory, capsys):
     (["--model", "DIR", "--top-p", "2", "--temperature", "1", "hello"], "top_p is 2.0"),
     (["--model", "DIR", "--top-k", "5", "hello"], "expected a --temperature above 0"),
     (["--modle", "DIR", "hello"], "unknown flag --modle: did you mean --model"),
-    (["--model", "DIR", "--max-new-tokens", "0", "hello"], "max_new_tokens is 0"),
+    (["--model", "DIR", "--max-new-tokens", "0", "hello"], "^max_new_tokens is 0, expected 1 or more$"),
     (["--model", "DIR", "--device", "cuda", "hello"], "--device cuda: PyTorch finds no CUDA GPU"),
 ])
 def test_command_names_mistakes(argv, message, directory, monkeypatch):

@@ -43,6 +43,11 @@ def test_a_language_is_found_by_code_tag_or_name(text):
     assert find(text) is LANGUAGES["yor"]
 
 
+def test_languages_joined_by_a_comma():
+    with pytest.raises(UserError, match="'deu,fra': .*parted by spaces, not commas"):
+        find("deu,fra")
+
+
 def test_the_nearest_language_is_suggested():
     with pytest.raises(UserError, match="'yorubaa'.*did you mean yoruba"):
         find("yorubaa")

@@ -15,6 +15,14 @@ def run_of(folder, held_out):
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def test_a_measure_that_is_not_finite_leaves_a_gap(tmp_path):
+    run_of(tmp_path, {"loss": None, "margin": None})
+    rows = (tmp_path / "metrics.jsonl").read_text().replace('"margin": 50}', '"margin": null}')
+    (tmp_path / "metrics.jsonl").write_text(rows)
+    plots.curves(tmp_path)
+    assert (tmp_path / "curves.png").exists()
+
+
 @pytest.mark.parametrize("held_out, panels", [
     ({}, ["loss"]), ({"loss": 0.5, "loss/deu": 0.6}, ["loss"]), ({"loss": 0.5, "margin": 3.0}, ["loss", "margin"])])
 def test_a_panel_for_each_measure(tmp_path, monkeypatch, held_out, panels):

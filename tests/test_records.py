@@ -1,5 +1,6 @@
 """Record files: what is read, and every complaint with its file and line."""
 
+import gzip
 import json
 import tracemalloc
 
@@ -58,8 +59,14 @@ def test_any_json_reads_as_json_reads_it(tmp_path, entries, indent, ascii):
     (GOOD + "\n{not json}\n", r"a.jsonl, line 2: not JSON \(.*column 2\), in '{not json}'"),
     (GOOD + "\n" + GOOD[:-5], r"line 2: not JSON"),
     (GOOD + "\n[1]", r"line 2: found a list, expected an object"),
-    (GOOD + "\n{}", r"line 2: no field 'instruction', found only \[\]"),
-    ('{"instruction": "a", "answer": "b"}', r"line 1: no field 'output', found only \['answer', 'instruction'\]"),
+    (GOOD + "\n{}", r"line 2: no field 'instruction': found none; expected instruction, output and optional"),
+    ('{"instruction": "a", "answer": "b"}', r"line 1: no field 'output': found answer, instruction; expected"),
+    ('{"messages": []}', "line 1: no field 'instruction': found messages; expected instruction, output and optional"),
+    ("{" + ", ".join(f'"id{i}": 1' for i in range(9999)) + "}", r"found id0, id1, id10, .{170,200}\.\.\.; expected"),
+    ("instruction,output\nSay hi,hi\n", r"line 1: not JSON .*; expected an object \{\.\.\.\} in each line"),
+    (b"PAR1\x15\x04\xff", "a.jsonl: found a Parquet file, expected JSON or JSONL in UTF-8"),
+    (gzip.compress(GOOD.encode()), "a.jsonl: found a gzip archive, expected JSON or JSONL"),
+    (GOOD.encode("utf-16"), "a.jsonl: found text in UTF-16, expected JSON or JSONL in UTF-8"),
     ('{"instruction": "a", "output": 7}', r"line 1: field 'output' holds a number, expected text"),
     ('{"instruction": "a", "output": null}', r"line 1: field 'output' holds null, expected text"),
     ('{"instruction": ["a"], "output": "b"}', r"line 1: field 'instruction' holds a list, expected text"),
@@ -167,9 +174,9 @@ def test_three_spellings(tmp_path):
 
 
 @pytest.mark.parametrize("entry, complaint", [
-    (dict(instruction="i", chosen="c"), r"p.jsonl, line 1: no field 'rejected', found only \['chosen', 'instruction'"),
+    (dict(instruction="i", chosen="c"), "p.jsonl, line 1: no field 'rejected': found chosen, instruction; expected"),
     (dict(instruction="i", rejected="c"), r"line 1: no field 'chosen'"),
-    (dict(chosen="c", rejected="r"), r"line 1: no field 'instruction'"),
+    (dict(chosen="c", rejected="r"), r"line 1: no field 'instruction': found .*; or prompt, chosen, rejected"),
     (dict(prompt=[{"role": "user", "content": "p"}], chosen="c", rejected="r"), r"field 'prompt' holds a list"),
 ])
 def test_preference_complaints(tmp_path, entry, complaint):

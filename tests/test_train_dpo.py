@@ -236,6 +236,12 @@ def test_what_was_left_out_is_said_of_held_out_files_too(models, pairs, tmp_path
     assert "12 pairs to train on, 7 held out" in said and said.count("tokens/character") == 2
 
 
+def test_lora_settings_without_a_rank_are_told_once(models, pairs, tmp_path, capsys):
+    train_dpo.main([*flags(models, pairs, "llama", tmp_path / "run", "full"), "--lora-alpha", "8"])
+    said = capsys.readouterr().out
+    assert said.count("lora_alpha and lora_targets count only with --lora-r") == 1 and "this default suits" not in said
+
+
 def test_ipo_starts_at_its_own_loss(runs):
     assert metrics(runs("llama", "ipo"))[0][0]["loss"] == pytest.approx((1 / (2 * 0.1)) ** 2)
 

@@ -91,7 +91,7 @@ def test_adapters_and_a_handful_of_records(files, tmp_path, dtype, capsys):
 
 @pytest.mark.parametrize("argv, said", [
     (["--lora-r", "-1"], "--lora-r is -1"),
-    (["--seed", "-1"], "--seed is -1, expected a finite number at least 0 and at most 4,294,967,295"),
+    (["--seed", "-1"], "--seed is -1, expected a whole number of at least 0 and at most 4,294,967,295"),
     (["--beta2", "1"], "--beta2 is 1"),
     (["--data", "x.json"], "--data without --model"),
     (["--model", "/nowhere", "--data", "x.json"], "/nowhere"),
@@ -149,6 +149,15 @@ def test_lora_settings_without_a_rank_are_told(files, tmp_path, capsys):
              "--cache", str(tmp_path / "cache"), "--max-length", "256", "--batch-size", "4", "--steps", "1"]
     train_sft.main([*flags, "--lora-targets", "q_proj"])
     assert "every weight is trained: lora_alpha and lora_targets count only with --lora-r" in capsys.readouterr().out
+
+
+def test_the_default_learning_rate_is_told_not_to_suit_full_training(files, tmp_path, capsys):
+    flags = ["--model", str(files / "model"), "--data", str(files / "data"), "--cache", str(tmp_path / "cache"),
+             "--max-length", "256", "--batch-size", "4", "--steps", "1"]
+    for name, more, told in (("all", [], True), ("lora", ["--lora-r", "2"], False),
+                             ("chosen", ["--learning-rate", "2e-5"], False)):
+        train_sft.main([*flags, "--output", str(tmp_path / name), *more])
+        assert ("at learning_rate 0.0001: this default suits LoRA" in capsys.readouterr().out) == told, name
 
 
 def test_a_run_that_a_signal_ended_has_not_succeeded(files, tmp_path, monkeypatch):

@@ -406,13 +406,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         run_here(tmp_path, "--fault", "nan")
     said = str(error.value)
     assert said.startswith("step 5: loss nan") and "tiny.jsonl, line " in said and "step-00000003" in said
-    bad = json.loads((tmp_path / "not-finite-step-5.json").read_text())
+    assert "is the learning rate too high?" in said
+    bad = json.loads((tmp_path / "not-finite-step-5.json").read_text(), parse_constant=pytest.fail)
     micro_batches = make_stream(Settings(), parallel.setup("cpu")).batch(4).micro_batches
     assert [m["records"] for m in bad] == [[f"tiny.jsonl, line {record + 1}" for record in m.records]
                                            for m in micro_batches]
-    assert math.isnan(bad[0]["loss"]) and math.isfinite(bad[1]["loss"])
+    assert bad[0]["loss"] is None and math.isfinite(bad[1]["loss"])
     assert resume.latest(tmp_path / "checkpoints").name == "step-00000003"
     assert metrics(tmp_path)[-1]["step"] == 4
+
+
+def test_a_run_that_fails_at_once_has_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="step 1: loss nan .* Nothing was saved: there is no checkpoint yet$"):
+        run_here(tmp_path, "--fault", "nan", "--fault-step", 1)
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(reference, tmp_path):
@@ -491,7 +497,7 @@ def test_refusals(reference, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds a run already.*--resume"):
         run_here(reference)
     for flag, value in (("--clip", 0), ("--seed", 10**400), ("--keep", 0), ("--beta2", "nan"), ("--epochs", "inf")):
-        with pytest.raises(UserError, match=f"{flag} is {value}.*, expected a finite number"):
+        with pytest.raises(UserError, match=f"{flag} is {value}.*, expected a (finite|whole) number"):
             run_here(tmp_path, flag, value)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="0.0 MB free on its disk, expected .* for 2"):
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
@@ -502,7 +508,7 @@ def test_refusals(reference, tmp_path, monkeypatch):
 
 
 def test_nothing_is_made_of_weights_that_the_last_update_broke(tmp_path):
-    with pytest.raises(UserError, match="step 1: its update left weights that are not finite.*checkpoint is none"):
+    with pytest.raises(UserError, match="step 1: its update left weights that are not finite.*there is no checkpoint"):
         run_here(tmp_path, "--learning-rate", 1e39, "--steps", 1)
     assert not (tmp_path / "weights.pt").exists() and "nan" not in (tmp_path / "metrics.jsonl").read_text().lower()
 
@@ -555,6 +561,11 @@ def test_all_processes_resume_from_the_checkpoint_that_the_first_sees(reference,
     assert start_or_resume(tmp_path / "run", None, None, world, {}) == 12 and loaded == ["step-00000012"]
 
 
+def test_resuming_nothing_says_so(tmp_path, capsys):
+    run_here(tmp_path, "--resume", "--steps", 1)
+    assert f"{tmp_path}: no checkpoint to resume from, the run starts at its beginning" in capsys.readouterr().out
+
+
 def test_resuming_a_finished_run_says_so(reference, tmp_path, capsys):
     shutil.copytree(reference, tmp_path / "run")
     (tmp_path / "run/weights.pt").unlink()
@@ -584,6 +595,13 @@ def test_held_out_loss_by_language(plain):
     expected = {name: torch.cat(losses).mean().item() for name, losses in expected.items()}
     found = held_out_loss(plain, parallel.setup("cpu"), data, np.arange(9), tokens=30)
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_held_out_loss_that_is_not_finite_is_null(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "held_out_loss", lambda *_, **__: {"loss": math.nan, "loss/deu": 1.0})
+    run_here(tmp_path)
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [row["held_out"] for row in rows if "held_out" in row] == 3 * [{"loss": None, "loss/deu": 1.0}]
 
 
 def test_metrics_on_a_full_disk():

@@ -3,7 +3,8 @@
     python -m minixllm.build instructions --data alpaca.json --output data/instructions --translator google nllb:DIR
     python -m minixllm.build feedback --data data/instructions --output data/feedback
 
-Both go on where they were stopped when they are given again, and tell beforehand with --dry-run what they would ask.
+Both go on where they stopped when the same command is given again. With --dry-run they ask nothing, and tell how much
+they would ask.
 """
 
 import sqlite3

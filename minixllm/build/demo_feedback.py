@@ -128,18 +128,18 @@ def measure(model, tokenizer, directory) -> dict:
     CLDR tells), and of these in the language of the question. A collective.
     """
     lines = (Path(directory) / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    prompts = [encode_prompt(tokenizer, alpaca(record["instruction"], record["input"])) for record in records]
+    questions = [json.loads(line) for line in lines]
+    prompts = [encode_prompt(tokenizer, alpaca(each["instruction"], each["input"])) for each in questions]
     answers = [tokenizer.decode(ids).strip() for ids in generate(model, tokenizer, prompts, MAX_NEW_TOKENS)]
     exact = off_target = echoed = 0
-    for record, answer in zip(records, answers):
-        languages = languages_of(answer, record["kind"].removeprefix("own "))
-        exact += answer == record["output"]
-        off_target += record["response_language"] not in languages
-        echoed += record["response_language"] not in languages and record["language"] in languages
+    for question, answer in zip(questions, answers):
+        languages = languages_of(answer, question["kind"].removeprefix("own "))
+        exact += answer == question["output"]
+        off_target += question["response_language"] not in languages
+        echoed += question["response_language"] not in languages and question["language"] in languages
     figures = {"exact match": exact, "off target": off_target, "in the question's language": echoed}
-    return {"questions": len(records), **{name: 100 * count / len(records) for name, count in figures.items()},
-            "answers": [{**record, "answer": answer} for record, answer in zip(records, answers)]}
+    return {"questions": len(questions), **{name: 100 * count / len(questions) for name, count in figures.items()},
+            "answers": [{**question, "answer": answer} for question, answer in zip(questions, answers)]}
 
 
 def report(before: dict, after: dict, output, world):

@@ -39,13 +39,13 @@ class FeedbackSettings(RunnerSettings):
     feedback: str = setting("cross-lingual", "answers in another language than the instruction's, or in the same (the "
                                              "paper's ablation), as many in all", ("cross-lingual", "monolingual"))
     pairs_each: int = setting(20, "instructions drawn for each of the 870 ordered pairs of languages", least=1)
-    generators: list[str] = setting(["chat:gpt-4o-mini@https://api.openai.com/v1"], "services that answer, in turn")
+    generators: list[str] = setting(["chat:gpt-4o-mini@https://api.openai.com/v1"], "services that answer in turn")
     candidates: int = setting(4, "answers to each instruction; a judge is asked candidates x (candidates - 1) times",
                               least=2)
     judge: str = setting("chat:gpt-4o-mini@https://api.openai.com/v1", "the service that compares two answers")
     min_margin: float = setting(1.0, "points of 10 by which the best must be judged better than the worst", least=0)
     max_new_tokens: int = setting(1024, "tokens of the longest answer; what is longer is no candidate", least=1)
-    temperature: float = setting(1.0, "at which candidates are drawn", least=0)
+    temperature: float = setting(1.0, "sampling temperature of the candidates", least=0)
 
 
 def build(settings: FeedbackSettings) -> bool:

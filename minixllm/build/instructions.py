@@ -31,16 +31,20 @@ DRY_RUN_SAMPLE = 500
 
 @dataclass
 class InstructionSettings(RunnerSettings):
-    data: list[str] = setting([], "English files of instruction, input and output, optionally with an id")
-    languages: list[str] = setting([], "codes, tags or names of languages; none: all 100")
-    translator: list[str] = setting(["google", "nllb:nllb"], "services; a language is translated by the first that "
-                                                             "knows it; Google, then NLLB (in a directory, nllb), is "
-                                                             "the paper's choice")
-    generator: str = setting("chat:gpt-4o-mini@https://api.openai.com/v1", "the service that answers in the language")
-    quality_sample: int = setting(100, "instructions translated there and back to judge a language's quality", least=1)
-    min_bleu: float = setting(30.0, "where these reach this BLEU, answers are generated; below, translated", least=0)
+    data: list[str] = setting([], "English files (JSON or JSONL) of instruction, input and output, optionally with an "
+                                  "id")
+    languages: list[str] = setting([], "languages to build, by code, tag or name; none: all 100")
+    translator: list[str] = setting(["google", "nllb:nllb"], "translation services: a language is translated by the "
+                                                             "first that knows it; Google, then NLLB (here in a "
+                                                             "directory called nllb), is the paper's choice")
+    generator: str = setting("chat:gpt-4o-mini@https://api.openai.com/v1", "the service that writes answers in the "
+                                                                           "language itself")
+    quality_sample: int = setting(100, "instructions translated into a language and back, to judge its translations",
+                                  least=1)
+    min_bleu: float = setting(30.0, "the BLEU that these must reach for a language's answers to be generated; below it "
+                                    "they are translated", least=0)
     max_new_tokens: int = setting(1024, "tokens of the longest generated answer; what is longer is left out", least=1)
-    temperature: float = setting(0.7, "at which answers are generated", least=0)
+    temperature: float = setting(0.7, "sampling temperature of the generated answers", least=0)
 
 
 @dataclass(frozen=True)

@@ -42,15 +42,16 @@ HALF_WRITTEN = re.compile(rf"\.(({'|'.join(LANGUAGES)}|pairs|failures)\.jsonl|re
 class RunnerSettings:
     """What both builds can be told about asking."""
 
-    output: str | None = setting(None, "directory of the finished files; its folder build has the report, what failed, "
-                                       "and cache.sqlite with every answer")
-    concurrency: int = setting(16, "requests on their way at once", least=1)
+    output: str | None = setting(None, "directory of the finished files; its folder build/ has the report, the list of "
+                                       "what failed, and cache.sqlite with every answer")
+    concurrency: int = setting(16, "how many requests are under way at once", least=1)
     timeout: float = setting(120.0, "seconds without a sign of life after which a request is made again", least=0.001)
-    budget_requests: int | None = setting(None, "requests of this run; it stops before there are more", least=1)
-    budget_tokens: int | None = setting(None, "tokens of chat models in this run, prompts and answers", least=1)
-    budget_characters: int | None = setting(None, "characters sent to translators in this run", least=1)
+    budget_requests: int | None = setting(None, "most requests of this run: it stops before there are more", least=1)
+    budget_tokens: int | None = setting(None, "most tokens of chat models in this run, prompts and answers", least=1)
+    budget_characters: int | None = setting(None, "most characters sent to translators in this run", least=1)
     dry_run: bool = setting(False, "ask nothing: count the requests, characters and tokens, from a sample")
-    seed: int = setting(0, "draws samples and language pairs, and is passed to chat models", least=0, most=2**32 - 1)
+    seed: int = setting(0, "of the samples and pairs of languages drawn; passed to chat models, too", least=0,
+                        most=2**32 - 1)
 
 
 class Missing(Exception):

@@ -317,7 +317,7 @@ class Nllb:
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=f"{directory}/sentencepiece.bpe.model")
             self.model = ctranslate2.Translator(directory, device=device)
         except (OSError, RuntimeError, ValueError) as error:  # of either: a file that is missing, or is none of theirs
-            raise UserError(f"{directory}: expected model.bin and sentencepiece.bpe.model, NLLB converted by "
+            raise UserError(f"nllb:{directory}: expected model.bin and sentencepiece.bpe.model, NLLB converted by "
                             "ct2-transformers-converter --copy_files sentencepiece.bpe.model; found: "
                             f"{' '.join(str(error).split())[-160:]}") from None
         self.name = f"nllb:{Path(directory).name}-{_fingerprint(directory)}"
