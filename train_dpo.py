@@ -48,8 +48,8 @@ class Settings(LoraSettings, TrainingSettings):
                                 least=0)
     reference: str = setting("live", "live: compute the reference at every step; cached: once before training, its "
                                      "log-probabilities kept on disk", ("live", "cached"))
-    learning_rate: float = setting(5e-4, "peak learning rate; the default suits LoRA, all weights of a large model "
-                                         "want about 1e-6", above=0)
+    learning_rate: float | None = setting(None, "peak learning rate; by default 5e-4 for LoRA's adapters, 1e-6 where "
+                                                "every weight is trained", above=0)
     weight_decay: float = setting(0.0, "decoupled weight decay; matrices only, no biases or norms", least=0, most=1)
     batch_size: int = setting(256, "pairs a step, over all processes", least=1)
     micro_batch_size: int = setting(8, "pairs a process computes at once; more memory, fewer passes", least=1)
@@ -58,6 +58,11 @@ class Settings(LoraSettings, TrainingSettings):
     too_long: str = setting("drop", "leave out a pair longer than --max-length, or cut its prompt and answers",
                             ("drop", "truncate"))
     cache: str = setting("runs/cache", "where tokenised pairs, reference log-probabilities and embedded data are kept")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.learning_rate is None:
+            self.learning_rate = 5e-4 if self.lora_r else 1e-6
 
 
 def main(argv=None):

@@ -40,6 +40,8 @@ class Settings(LoraSettings, TrainingSettings):
     held_out: list[str] = setting([], "more such files, to measure the loss on; none: some records of --data are kept "
                                       "aside for that")
     held_out_per_language: int = setting(100, "records of each language kept aside, at most a tenth of them", least=0)
+    learning_rate: float | None = setting(None, "peak learning rate; by default 1e-4 for LoRA's adapters, 2e-5 where "
+                                                "every weight is trained", above=0)
     packing: bool = setting(True, "fill each row with records up to --max-length; otherwise a row is one record")
     too_long: str = setting("drop", "leave out a record longer than --max-length, or cut its answer",
                             choices=("drop", "truncate"))
@@ -49,6 +51,11 @@ class Settings(LoraSettings, TrainingSettings):
                                               "above 1, small ones come more often; none: as they come", above=0)
     max_new_tokens: int = setting(64, "tokens of the longest answer printed at the end", least=1)
     cache: str = setting("runs/cache", "where tokenised records and the embedded data are kept between runs")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.learning_rate is None:
+            self.learning_rate = 1e-4 if self.lora_r else 2e-5
 
 
 def main(argv=None):

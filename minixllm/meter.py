@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from minixllm.adapters import LoraSettings
 from minixllm.errors import UserError
 from minixllm.parallel import compute_dtype, local
 
@@ -89,13 +88,10 @@ def announce(model, world, settings, steps: int, tokens_per_step: float):
         if settings.warmup_steps > steps:
             print(f"warmup_steps {settings.warmup_steps} is more than the run's {steps} steps: its learning rate rises "
                   "to the last; a smaller --warmup-steps lets it fall again", flush=True)
-        if isinstance(settings, LoraSettings) and not settings.lora_r:
-            if settings.lora_targets or settings.lora_alpha != LoraSettings.lora_alpha:
-                print("every weight is trained: lora_alpha and lora_targets count only with --lora-r, a rank above 0",
-                      flush=True)
-            if settings.model and settings.learning_rate == type(settings).learning_rate:
-                print(f"every weight is trained, at learning_rate {settings.learning_rate:g}: this default suits LoRA, "
-                      "a large model wants a far smaller one (see --help)", flush=True)
+        if getattr(settings, "lora_r", None) == 0 and (
+                settings.lora_targets or settings.lora_alpha != type(settings).lora_alpha):
+            print("every weight is trained: lora_alpha and lora_targets count only with --lora-r, a rank above 0",
+                  flush=True)
     if disk > free:
         raise UserError(f"{output}: {gigabytes(free)} free on its disk, expected {gigabytes(disk)} for {settings.keep} "
                         "checkpoints, the one being written and the model: --keep fewer, or another --output")

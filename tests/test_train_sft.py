@@ -1,6 +1,7 @@
 """train_sft.py as a user runs it: on a model directory and files of records, and what it says to mistakes."""
 
 import contextlib
+import functools
 import json
 import random
 import re
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import train_dpo
 import train_sft
 from minixllm import training
 from minixllm.checkpoint import build, initialise, load, save_model
@@ -151,13 +153,11 @@ def test_lora_settings_without_a_rank_are_told(files, tmp_path, capsys):
     assert "every weight is trained: lora_alpha and lora_targets count only with --lora-r" in capsys.readouterr().out
 
 
-def test_the_default_learning_rate_is_told_not_to_suit_full_training(files, tmp_path, capsys):
-    flags = ["--model", str(files / "model"), "--data", str(files / "data"), "--cache", str(tmp_path / "cache"),
-             "--max-length", "256", "--batch-size", "4", "--steps", "1"]
-    for name, more, told in (("all", [], True), ("lora", ["--lora-r", "2"], False),
-                             ("chosen", ["--learning-rate", "2e-5"], False)):
-        train_sft.main([*flags, "--output", str(tmp_path / name), *more])
-        assert ("at learning_rate 0.0001: this default suits LoRA" in capsys.readouterr().out) == told, name
+@pytest.mark.parametrize("script, adapters, every_weight", [(train_sft, 1e-4, 2e-5), (train_dpo, 5e-4, 1e-6)])
+def test_the_default_learning_rate_is_that_of_what_is_trained(script, adapters, every_weight):
+    settings = functools.partial(script.Settings, model="m", data=["d"])
+    assert settings(lora_r=8).learning_rate == adapters and settings().learning_rate == every_weight
+    assert settings(lora_r=8, learning_rate=3e-3).learning_rate == settings(learning_rate=3e-3).learning_rate == 3e-3
 
 
 def test_a_run_that_a_signal_ended_has_not_succeeded(files, tmp_path, monkeypatch):
