@@ -132,8 +132,8 @@ def twice(stub, folder, items=range(40)):
         return {"answer": ask(stub, services.Prompt(f"{first} {item}"))}
 
     with runner.Runner(runner.RunnerSettings(output=str(folder))) as run:
-        run.work(task, items, len(items), "twice", lambda item: {"id": item})
-        return run, run.write(folder / "twice.jsonl", task, items, lambda item: {"id": item})
+        return run, run.write(folder / "twice.jsonl", task, lambda item, made: made, items, len(items), "twice",
+                              lambda item: {"id": item})
 
 
 def test_what_many_records_ask_is_asked_once(tmp_path):
@@ -158,7 +158,7 @@ def test_data_that_changes_meanwhile(tmp_path, capsys):
     with Server(fault) as server, pytest.raises(SystemExit) as status:
         build(server, tmp_path, "--quality-sample", "1", "--concurrency", "1", data=data)
     printed = capsys.readouterr().out
-    assert status.value.code == 1 and "0 of 2 languages are finished" in printed and "did the data change" in printed
+    assert status.value.code == 1 and "0 of 2 languages are finished" in printed and "the data changed meanwhile" in printed
 
 
 def test_a_failure_in_the_sample_is_told(tmp_path, undisturbed):
@@ -305,7 +305,7 @@ def test_an_endpoint_that_admits_few_requests_a_second(tmp_path, monkeypatch):
     with Server(fault) as server, runner.Runner(runner.RunnerSettings(output=str(tmp_path))) as run:
         chat = services.service(f"chat:m@{server.url}")
         assert run.ask(chat, services.Prompt("x", seed=1)) and server.number == 11 > runner.ATTEMPTS
-        run.work(lambda ask, item: ask(chat, services.Prompt(str(item))), range(45), 45, "few", lambda item: {})
+        list(run.map(lambda ask, item: ask(chat, services.Prompt(str(item))), range(45), 45, "few", lambda item: {}))
         assert not run.failures and len(server.answered) == 46
         assert server.number < 11 + 45 + 11 + 8 * 6   # at first 11 are refused, then not all that wait each time
 
@@ -362,8 +362,8 @@ def test_a_record_too_long_for_the_budget_fails_alone(tmp_path):
     stub, long = Stub(), range(runner.FAILURES_IN_A_ROW + 5)
     stub.cost = lambda request: {"requests": 1, "characters": len(request.text)}
     with runner.Runner(runner.RunnerSettings(output=str(tmp_path), budget_characters=99, concurrency=1)) as run:
-        run.work(lambda ask, item: ask(stub, services.Prompt(item)), [*(f"{i:100}" for i in long), "short"], 46, "long",
-                 lambda item: {"id": item})
+        list(run.map(lambda ask, item: ask(stub, services.Prompt(item)), [*(f"{i:100}" for i in long), "short"], 46,
+                     "long", lambda item: {"id": item}))
     assert stub.asked == ["short"] and len(run.failures) == len(long) and run.why_stopped is None
     assert run.failures[0]["reason"] == ("the budget of 99 characters is too small: one request may need up to 100 "
                                          "characters")

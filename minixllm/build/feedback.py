@@ -72,47 +72,32 @@ def build(settings: FeedbackSettings) -> bool:
         print(estimate(drawn, total, generators, judge, settings))
         return True
     wrong_language, comparisons, each = identifier(), Counter(), Counter()
-    asked = set()  # the languages of which comparisons came back
+    languages_compared, state = set(), "pairs.jsonl is not yet written"
 
-    def compared(ask, item):
-        *made, outcomes = compare(ask, item, generators, judge, settings)
+    def finish(item, made):
+        _, code, target = item
+        *answered, outcomes = made
         comparisons.update(outcomes)
-        return made
-
-    def work(ask, item):
-        compared(ask, item)
-        asked.add(item[1])
-        if comparisons["not readable"] == comparisons.total() >= UNREADABLE and len(asked) > 1:
+        languages_compared.add(code)
+        if comparisons["not readable"] == comparisons.total() >= UNREADABLE and len(languages_compared) > 1:
             raise UserError(f"{judge.name}: the first {UNREADABLE} comparisons and more gave no verdict that can be "
                             "read, expected a judge that answers with the JSON it is asked for")
+        record = pair(item, judge, settings.min_margin, wrong_language, *answered)
+        each[f"{code}>{target}"] += 1
+        return record
 
-    def varied():
-        """One instruction of each language, then the rest: a judge unreadable in one language alone is not given up."""
-        for rest in (False, True):
-            seen = set()
-            for item in instructions(settings.data, drawn):
-                if (item[1] in seen) == rest:
-                    yield item
-                seen.add(item[1])
-
-    def finish(ask, item):
-        made = pair(item, judge, settings.min_margin, wrong_language, *compared(ask, item))
-        each[f"{item[1]}>{item[2]}"] += 1
-        return made
-
-    with Runner(settings) as runner:
+    with Runner(settings, record_files(settings.data)) as runner:
         for service in opened.values():
             runner.reach(service, settings.max_new_tokens * (service in generators))
-        runner.work(work, varied(), total, settings.feedback, named)
-        comparisons.clear()  # counted again as they are written
-        report = runner.write(Path(settings.output) / "pairs.jsonl", finish, instructions(settings.data, drawn), named)
-        if report is None:
-            return runner.conclude("pairs.jsonl is not yet written", False)
+        report = runner.write(Path(settings.output) / "pairs.jsonl",
+                              lambda ask, item: compare(ask, item, generators, judge, settings), finish,
+                              varied(settings.data, drawn), total, settings.feedback, named)
         report |= {"comparisons": dict(sorted(comparisons.items())), "each": dict(sorted(each.items()))}
         write_json(runner.folder / "report.json", report)
         for reason, count in report["left_out"].items():
             print(f"no pair out of {count:,} instructions: {reason}")
-        return runner.conclude(f"{report['records']:,} pairs out of {total:,} instructions", True)
+        state = f"{report['records']:,} pairs out of {total:,} instructions"
+    return runner.conclude(state)
 
 
 def named(item) -> dict:
@@ -163,6 +148,16 @@ def instructions(paths, drawn) -> Iterator[tuple[Instruction, str, str]]:
             yield record, code, FEEDBACK_LANGUAGES[targets[taken[code]]]
             taken[code] += 1
         seen[code] += 1
+
+
+def varied(paths, drawn) -> Iterator[tuple[Instruction, str, str]]:
+    """One instruction of each language, then the rest: a judge unreadable in one language alone is not given up."""
+    for rest in (False, True):
+        seen = set()
+        for item in instructions(paths, drawn):
+            if (item[1] in seen) == rest:
+                yield item
+            seen.add(item[1])
 
 
 # -- candidates and their judge -------------------------------------------------------------------------------------

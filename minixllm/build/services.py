@@ -294,9 +294,9 @@ class Chat:
 # -- on this machine ------------------------------------------------------------------------------------------------
 
 
-def _fingerprint(directory) -> str:
-    """Changes with the files of a model: answers of another model must not be taken for this one's."""
-    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(directory).iterdir())
+def fingerprint(paths) -> str:
+    """Changes with the files: answers of another model must not be taken for this one's."""
+    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in map(Path, paths))
     return hashlib.sha256(repr(files).encode()).hexdigest()[:8]
 
 
@@ -320,7 +320,7 @@ class Nllb:
             raise UserError(f"{directory}: expected model.bin and sentencepiece.bpe.model, NLLB converted by "
                             "ct2-transformers-converter --copy_files sentencepiece.bpe.model; found: "
                             f"{' '.join(str(error).split())[-160:]}") from None
-        self.name = f"nllb:{Path(directory).name}-{_fingerprint(directory)}"
+        self.name = f"nllb:{Path(directory).name}-{fingerprint(Path(directory).iterdir())}"
         self._lock, self._waiting = threading.Lock(), queue.SimpleQueue()
 
     def does(self, request) -> bool:
@@ -368,7 +368,7 @@ class Local:
         from minixllm import adapters, parallel
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.tokenizer = adapters.load(directory, parallel.compute_dtype("auto", device), device)
-        self.name = f"local:{Path(directory).resolve().name}-{_fingerprint(directory)}"
+        self.name = f"local:{Path(directory).resolve().name}-{fingerprint(Path(directory).iterdir())}"
         self._lock = threading.Lock()
 
     def does(self, request) -> bool:
