@@ -381,6 +381,23 @@ def test_a_service_that_dies_stops_the_build(tmp_path, undisturbed, capsys, monk
         assert contents(build(server, tmp_path)) == undisturbed[0]
 
 
+def test_a_dead_service_beside_a_live_one(tmp_path, monkeypatch, capsys):
+    """What the translator answers tells nothing of the generator."""
+    monkeypatch.setattr(runner, "ATTEMPTS", 1)
+    with Server(lambda number, body: "500" if body.get("temperature") else None) as server, pytest.raises(SystemExit):
+        build(server, tmp_path, "--concurrency", "1", data=alpaca(tmp_path, 60))
+    assert f"stopped: {runner.FAILURES_IN_A_ROW} requests in a row failed" in capsys.readouterr().out
+
+
+def test_records_that_fail_each_time_do_not_end_later_runs(tmp_path):
+    """In these they are all that is asked: what is found stored between them tells that the service is well."""
+    stub, items = Stub(fails=lambda text, number: int(text) % 2), range(3 * runner.FAILURES_IN_A_ROW)
+    for _ in range(2):
+        with runner.Runner(runner.RunnerSettings(output=str(tmp_path), concurrency=1)) as run:
+            list(run.map(lambda ask, item: ask(stub, services.Prompt(str(item))), items, len(items), "", lambda item: {}))
+        assert run.why_stopped is None and 2 * len(run.failures) == len(items)
+
+
 def test_what_failed_is_listed_whatever_ends_the_run(tmp_path):
     def fault(number, body):
         return "400" if "100th" in str(body) and body.get("source") == "en" else end if number > 60 else None

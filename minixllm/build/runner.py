@@ -33,7 +33,7 @@ from minixllm.settings import setting
 ATTEMPTS = 6
 BACKOFF = 0.5         # seconds before the second attempt, doubled each time
 LONGEST_WAIT = 3600.0  # seconds that one request waits in all because a server says so; then it has failed
-FAILURES_IN_A_ROW = 40
+FAILURES_IN_A_ROW = 40  # of one service, after which it is taken for dead
 AHEAD = 64            # records for each thread to go on with while the first of them waits for its answers
 EXAMPLES = 3          # of each reason for leaving a record out
 # what `atomic_write` leaves of a build's files when it is killed
@@ -86,7 +86,7 @@ class Runner:
         self._settled = threading.Condition()
         self._alone = [threading.Lock() for _ in range(2**16)]  # by the first two bytes of a request's key
         self._stop, self.why_stopped = threading.Event(), None
-        self._failed_in_a_row, self._resume_at = 0, {}
+        self._failed_in_a_row, self._resume_at = Counter(), {}  # by the names of services
         self._reasons = {}  # why a request got no answer in this run
         self.failures = []  # the records that this concerns, as they are listed
 
@@ -157,6 +157,7 @@ class Runner:
             if self._stop.is_set():
                 raise Stopped
             if row := self._query("SELECT answer FROM answers WHERE request = ?", key):
+                self._failed_in_a_row[service.name] = 0
                 return row[0]
             if key in self._reasons:
                 raise Failure(self._reasons[key])
@@ -164,14 +165,14 @@ class Runner:
                 answer = self._insist(service, request, ATTEMPTS)
             except Failure as failure:
                 self._reasons[key] = str(failure)
-                self._failed_in_a_row += not isinstance(failure, TooLarge)
-                if self._failed_in_a_row >= FAILURES_IN_A_ROW:
+                self._failed_in_a_row[service.name] += not isinstance(failure, TooLarge)
+                if self._failed_in_a_row[service.name] >= FAILURES_IN_A_ROW:
                     self.stop(f"{FAILURES_IN_A_ROW} requests in a row failed, the last with: {failure}")
                 raise
             except UserError:  # a wrong key, say: nor can others be asked
                 self._stop.set()
                 raise
-            self._failed_in_a_row = 0
+            self._failed_in_a_row[service.name] = 0
             self._query("INSERT INTO answers VALUES (?, ?)", key, answer)
             return answer
 
