@@ -128,6 +128,16 @@ def test_what_went_wrong(fault, words):
         assert chat.ask(Prompt("x"))[0].startswith("Ondoka")   # on a new connection, where the old one is of no use
 
 
+def test_a_connection_that_the_server_has_closed_is_not_used_again():
+    """Many close one that was idle for a few seconds; a request on it would fail, and be charged."""
+    with Server(lambda number, body: "closed") as server:
+        chat = services.service(f"chat:m@{server.url}")
+        for _ in range(3):
+            assert chat.ask(Prompt("x"))[0].startswith("Ondoka")
+            time.sleep(0.1)
+        assert server.number == 3
+
+
 def test_a_key_is_cut_out_in_every_spelling(monkeypatch):
     key = "sk-a/b+c=01234"
     monkeypatch.setenv("SOME_KEY", key)

@@ -21,6 +21,7 @@ import json
 import os
 import queue
 import re
+import select
 import ssl
 import sys
 import threading
@@ -130,6 +131,8 @@ class _Endpoint:
         if not hasattr(self._thread, "connection"):
             self._thread.connection = self._connect()
         connection = self._thread.connection
+        if connection.sock and _readable(connection.sock):  # nothing was asked: the server has hung up meanwhile
+            connection.close()
         try:
             connection.request("POST", self.path + path, json.dumps(body).encode(), self.headers)
             response = connection.getresponse()
@@ -189,6 +192,12 @@ def _spellings(key: str) -> re.Pattern:
     return re.compile("".join(
         c if c.isalnum() else rf"(?:\\{{0,4}}{re.escape(c)}|(?i:(?:\\{{1,4}}u00|%(?:25){{0,2}}|&#x){ord(c):02x};?))"
         for c in key))
+
+
+def _readable(sock) -> bool:
+    poll = select.poll()  # select itself cannot watch more than 1,024 files
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _seconds(retry_after: str) -> float | None:
