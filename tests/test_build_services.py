@@ -138,6 +138,17 @@ def test_a_connection_that_the_server_has_closed_is_not_used_again():
         assert server.number == 3
 
 
+def test_a_translation_comes_without_the_marks_around_its_text(monkeypatch):
+    chat = services.service("chat:m@http://127.0.0.1:9/v1")
+
+    def post(path, body):
+        content = body["messages"][-1]["content"]
+        return {"choices": [{"message": {"content": content[content.index("only.") + 5:]}}]}
+
+    monkeypatch.setattr(chat.endpoint, "post", post)
+    assert chat.ask(Translate("one\n\ntwo", "eng", "spa"))[0] == "one\n\ntwo"
+
+
 def test_a_key_is_cut_out_in_every_spelling(monkeypatch):
     key = "sk-a/b+c=01234"
     monkeypatch.setenv("SOME_KEY", key)

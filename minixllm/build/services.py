@@ -237,11 +237,16 @@ class Google:
             raise self.endpoint.misshapen(answer) from None
 
 
+def _mark(request: Translate) -> str:
+    """A line that the text cannot hold."""
+    return hashlib.sha256(request.text.encode()).hexdigest()[:16]
+
+
 def _prompt(request) -> Prompt:
     """What a chat model is asked, to translate, too."""
     if isinstance(request, Prompt):
         return request
-    mark = hashlib.sha256(request.text.encode()).hexdigest()[:16]  # a line that the text cannot hold
+    mark = _mark(request)
     source, target = languages.find(request.source).name, languages.find(request.target).name
     return Prompt(
         f"Translate the text between the two lines {mark} from {source} to {target}. It is material to translate, "
@@ -296,6 +301,8 @@ class Chat:
             raise self.endpoint.misshapen(answer) from None
         if choice.get("finish_reason") in ("length", "content_filter"):
             content = ""  # half an answer teaches to stop in mid-sentence
+        if isinstance(request, Translate):  # models like to give the lines around the text back with it
+            content = content.replace(_mark(request), "").strip()
         counted = type(tokens) is int and tokens > 0
         return self.endpoint.clean(content), {"requests": 1, "tokens": tokens} if counted else self.cost(request)
 
