@@ -149,6 +149,15 @@ def test_a_translation_comes_without_the_marks_around_its_text(monkeypatch):
     assert chat.ask(Translate("one\n\ntwo", "eng", "spa"))[0] == "one\n\ntwo"
 
 
+def test_what_was_not_sent_is_not_charged():
+    with pytest.raises(Failure, match="refused") as failure:
+        services.service("chat:m@http://127.0.0.1:9/v1").ask(Prompt("x"))
+    assert failure.value.again and not failure.value.charged
+    with Server(lambda number, body: "cut") as server, pytest.raises(Failure) as failure:
+        services.service(f"chat:m@{server.url}").ask(Prompt("x"))
+    assert failure.value.charged
+
+
 def test_a_key_is_cut_out_in_every_spelling(monkeypatch):
     key = "sk-a/b+c=01234"
     monkeypatch.setenv("SOME_KEY", key)

@@ -30,7 +30,7 @@ from minixllm.files import atomic_write, write_json_lines
 from minixllm.languages import LANGUAGES
 from minixllm.settings import setting
 
-ATTEMPTS = 6
+ATTEMPTS = 8          # over a minute in all: quotas are often by the minute
 BACKOFF = 0.5         # seconds before the second attempt, doubled each time
 LONGEST_WAIT = 3600.0  # seconds that one request waits in all because a server says so; then it has failed
 FAILURES_IN_A_ROW = 40  # of one service, after which it is taken for dead

@@ -133,7 +133,11 @@ class _Endpoint:
         connection = self._thread.connection
         if connection.sock and _readable(connection.sock):  # nothing was asked: the server has hung up meanwhile
             connection.close()
+        sent = False
         try:
+            if not connection.sock:
+                connection.connect()
+            sent = True
             connection.request("POST", self.path + path, json.dumps(body).encode(), self.headers)
             response = connection.getresponse()
             raw = response.read(LARGEST + 1)
@@ -146,7 +150,7 @@ class _Endpoint:
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             why = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
-            raise Failure(f"{self.host}: {self.excerpt(why)}") from None
+            raise Failure(f"{self.host}: {self.excerpt(why)}", charged=sent) from None
         said = raw.decode("utf-8", "replace")
         if response.status == 200:
             with contextlib.suppress(ValueError, RecursionError):
