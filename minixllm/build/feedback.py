@@ -59,7 +59,7 @@ def build(settings: FeedbackSettings) -> bool:
         raise UserError(f"--output {settings.output} is --data, too: expected another directory")
     if not settings.generators:
         raise UserError("--generators names no service, expected one or more")
-    drawn = draw(settings)
+    drawn, files = draw(settings), record_files(settings.data)
     total = sum(len(places) for places, _ in drawn.values())
     # each opened once: a local model may well be generator and judge
     words = dict.fromkeys((*settings.generators, settings.judge))
@@ -69,7 +69,7 @@ def build(settings: FeedbackSettings) -> bool:
         if not service.does(Prompt("")):
             raise UserError(f"{service.name} only translates: expected chat:... or local:... as generator and judge")
     if settings.dry_run:
-        print(estimate(drawn, total, generators, judge, settings))
+        print(estimate(files, drawn, total, generators, judge, settings))
         return True
     wrong_language, comparisons, each = identifier(), Counter(), Counter()
     languages_compared, state = set(), "pairs.jsonl is not yet written"
@@ -86,12 +86,12 @@ def build(settings: FeedbackSettings) -> bool:
         each[f"{code}>{target}"] += 1
         return record
 
-    with Runner(settings, record_files(settings.data)) as runner:
+    with Runner(settings, files) as runner:
         for service in opened.values():
             runner.reach(service, settings.max_new_tokens * (service in generators))
         report = runner.write(Path(settings.output) / "pairs.jsonl",
                               lambda ask, item: compare(ask, item, generators, judge, settings), finish,
-                              varied(settings.data, drawn), total, settings.feedback, named)
+                              varied(files, drawn), total, settings.feedback, named)
         report |= {"comparisons": dict(sorted(comparisons.items())), "each": dict(sorted(each.items()))}
         write_json(runner.folder / "report.json", report)
         for reason, count in report["left_out"].items():
@@ -269,17 +269,13 @@ def choose(count: int, margins: dict, unfit: list[bool], least: float) -> tuple[
     return best, worst, margin, ranked[0] != best
 
 
-def estimate(drawn, total: int, generators, judge, settings) -> str:
+def estimate(files, drawn, total: int, generators, judge, settings) -> str:
     """What the build would ask, if all candidates differed and no answer failed."""
     every = -(-total // DRY_RUN_SAMPLE)
-    sample = list(itertools.islice(instructions(settings.data, drawn), 0, None, every))
+    sample = list(itertools.islice(instructions(files, drawn), 0, None, every))
     length = sum(len(record.output) for record, _, _ in sample) // len(sample)
-    counter, numbers = Estimate(length, total / len(sample)), itertools.count()
-
-    def ask(service, request):
-        return f"{counter.ask(service, request)}{next(numbers)}"
-
+    counter = Estimate(length, total / len(sample))
     for item in sample:
-        compare(ask, item, generators, judge, settings)
+        compare(counter.ask, item, generators, judge, settings)
     return "\n".join([f"{total:,} instructions, counted on {len(sample)}",
                       *(f"{name}: {amount:,.0f} {unit}" for (name, unit), amount in counter.counts.items())])

@@ -5,15 +5,15 @@ written by a chat model in the language where they are good: which, is told by t
 the language and back and scoring it against the original. What is visibly broken is left out.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import random
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from minixllm import languages, scorers
 from minixllm.build import services
@@ -137,17 +137,18 @@ def identity(number: int, record: Instruction) -> str:
 
 def check_source(paths) -> int:
     """How many records there are. Raises UserError for a broken one, or two with one id."""
-    digests = np.sort(np.fromiter((hash(identity(*item)) for item in sources(paths)), dtype=np.int64))  # 8 bytes each
-    suspects, seen = set(digests[1:][digests[1:] == digests[:-1]].tolist()), {}
-    records = ((path, record) for path in paths for record in read_instructions(path))
-    for number, (path, record) in enumerate(records if suspects else ()):
-        own = identity(number, record)
-        if own in seen:
-            raise UserError(f"{path}, line {record.line}: id {own!r} again, first in {seen[own]}; expected every "
-                            "record to have its own, where it has none its number, from 0")
-        if hash(own) in suspects:
-            seen[own] = f"{path}, line {record.line}"
-    return len(digests)
+    number = 0
+    with contextlib.closing(sqlite3.connect("")) as database:  # on disk: so many ids would fill the memory
+        database.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, place TEXT) WITHOUT ROWID")
+        for path in paths:
+            for record in read_instructions(path):
+                own, place = identity(number, record), f"{path}, line {record.line}"
+                if not database.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (own, place)).rowcount:
+                    first, = database.execute("SELECT place FROM ids WHERE id = ?", (own,)).fetchone()
+                    raise UserError(f"{place}: id {own!r} again, first in {first}; expected every record to have its "
+                                    "own, where it has none its number, from 0")
+                number += 1
+    return number
 
 
 # -- making records -------------------------------------------------------------------------------------------------
