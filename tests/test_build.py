@@ -938,6 +938,8 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     lines = [{"instruction": "a", "output": "b", **more} for more in ({"id": 1}, {}, *[{"id": ""}, {"id": None}] * 2)]
     (tmp_path / "ids.jsonl").write_text("\n".join(map(json.dumps, lines)))
     fails("ids.jsonl, line 2: id '1' again, first in .*ids.jsonl, line 1", data=tmp_path / "ids.jsonl")
+    (tmp_path / "ids.jsonl").write_text('{"instruction": "a", "output": "b", "id": "\\ud83d"}')
+    fails("ids.jsonl, line 1: id holds half of a surrogate pair", data=tmp_path / "ids.jsonl")
     (tmp_path / "ids.jsonl").write_text("\n".join(map(json.dumps, lines[1:])))
     assert instructions.check_source([tmp_path / "ids.jsonl"]) == 5   # those without one have their number
     fails("unknown language 'spanisch'.* did you mean spanish", "--languages", "spanisch")
@@ -963,7 +965,8 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     fails("expected model.bin and sentencepiece.bpe.model.*No such file", "--translator", f"nllb:{tmp_path}")
     for flag, value, bound in (("timeout", "inf", "0.001"), ("timeout", "nan", "0.001"), ("budget-requests", "-1", "1"),
                                ("max-new-tokens", "0", "1"), ("temperature", "-0.5", "0"), ("min-bleu", "nan", "0"),
-                               ("concurrency", "0", "1"), ("quality-sample", "0", "1")):
+                               ("concurrency", "0", "1"), ("concurrency", "9999", "1 and at most 1,000"),
+                               ("quality-sample", "0", "1")):
         fails(f"--{flag} is {value}, expected a finite number at least {bound}", f"--{flag}", value)
     fails("did you mean --translator", "--translater", "google")
     with Server() as server:
@@ -975,6 +978,8 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
         first = runner.Runner(runner.RunnerSettings(output=str(tmp_path / "out")))
         with first:
             fails("another build is writing there", "--translator", f"google@{server.url}", "--languages", "spa")
+    (tmp_path / "out/build/cache.sqlite").write_bytes(os.urandom(5000))
+    fails("out/build/cache.sqlite: file is not a database", "--translator", f"google@{server.url}", "--languages", "spa")
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("generators = []")
     for match, *flags in (("--generators names no service", "--config", str(recipe)),

@@ -19,7 +19,7 @@ from minixllm import languages, scorers
 from minixllm.build import services
 from minixllm.build.runner import Estimate, LeftOut, Runner, RunnerSettings, Stopped
 from minixllm.build.services import Prompt, Translate
-from minixllm.errors import UserError
+from minixllm.errors import UserError, check_text
 from minixllm.files import atomic_write, write_json
 from minixllm.filters import copied, fault, identifier, spaced
 from minixllm.languages import LANGUAGES
@@ -143,6 +143,7 @@ def check_source(paths) -> int:
         for path in paths:
             for record in read_instructions(path):
                 own, place = identity(number, record), f"{path}, line {record.line}"
+                check_text(own, f"{place}: id")
                 if not database.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (own, place)).rowcount:
                     first, = database.execute("SELECT place FROM ids WHERE id = ?", (own,)).fetchone()
                     raise UserError(f"{place}: id {own!r} again, first in {first}; expected every record to have its "

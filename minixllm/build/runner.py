@@ -46,7 +46,7 @@ class RunnerSettings:
 
     output: str | None = setting(None, "directory of the finished files; its folder build has the report, what failed, "
                                        "and cache.sqlite with every answer")
-    concurrency: int = setting(16, "requests on their way at once", least=1)
+    concurrency: int = setting(16, "requests on their way at once", least=1, most=1000)
     timeout: float = setting(120.0, "seconds without a sign of life after which a request is made again", least=0.001)
     budget_requests: int | None = setting(None, "requests of this run; it stops before there are more", least=1)
     budget_tokens: int | None = setting(None, "tokens of chat models in this run, prompts and answers", least=1)
@@ -99,10 +99,9 @@ class Runner:
                 PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
                 CREATE TABLE IF NOT EXISTS answers (request BLOB PRIMARY KEY, answer TEXT);
                 CREATE TEMP TABLE seen (text BLOB PRIMARY KEY) WITHOUT ROWID;""")
-        except sqlite3.OperationalError as error:
-            if "locked" in str(error):
-                raise UserError(f"{settings.output}: another build is writing there") from None
-            raise
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{settings.output}: another build is writing there" if "locked" in str(error) else
+                            f"{folder / 'cache.sqlite'}: {error}") from None
         for path in (*folder.iterdir(), *folder.parent.iterdir()):
             if HALF_WRITTEN.fullmatch(path.name) and path.is_file():
                 path.unlink()
