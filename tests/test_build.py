@@ -9,6 +9,7 @@ import signal
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -148,6 +149,34 @@ def test_what_many_records_ask_is_asked_once(tmp_path):
     assert twice(stub, tmp_path / "failed")[1]["records"] == 40
 
 
+def test_a_slow_record_holds_up_no_others(tmp_path):
+    """They come in order, but are not asked for in it."""
+    done = threading.Event()
+
+    def task(ask, item):
+        if item == 100:
+            done.set()
+        return item or done.wait(30)
+
+    with runner.Runner(runner.RunnerSettings(output=str(tmp_path), concurrency=2)) as run:
+        results = list(run.map(task, range(110), 110, "slow", lambda item: {}))
+    assert results == [(item, item or True) for item in range(110)]
+
+
+def test_what_failed_behind_a_record_that_waits_is_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "BACKOFF", 60)
+
+    class Dead(Stub):
+        def ask(self, request):
+            raise services.Failure("it failed", again=request.text == "0")
+
+    with runner.Runner(runner.RunnerSettings(output=str(tmp_path), concurrency=2)) as run:
+        list(run.map(lambda ask, item: ask(Dead(), services.Prompt(str(item))), range(50), 50, "dead",
+                     lambda item: {"id": item}))
+    assert "requests in a row failed" in run.why_stopped
+    assert [failure["id"] for failure in run.failures] == list(range(1, runner.FAILURES_IN_A_ROW + 1))
+
+
 def test_data_that_changes_meanwhile(tmp_path, capsys):
     data = alpaca(tmp_path)
 
@@ -158,7 +187,9 @@ def test_data_that_changes_meanwhile(tmp_path, capsys):
     with Server(fault) as server, pytest.raises(SystemExit) as status:
         build(server, tmp_path, "--quality-sample", "1", "--concurrency", "1", data=data)
     printed = capsys.readouterr().out
-    assert status.value.code == 1 and "0 of 2 languages are finished" in printed and "the data changed meanwhile" in printed
+    assert status.value.code == 1
+    assert "0 of 2 languages are finished" in printed and "stopped: the data changed meanwhile" in printed
+    assert not list((tmp_path / "out").glob("*.jsonl"))
 
 
 def test_a_failure_in_the_sample_is_told(tmp_path, undisturbed):
@@ -394,7 +425,8 @@ def test_records_that_fail_each_time_do_not_end_later_runs(tmp_path):
     stub, items = Stub(fails=lambda text, number: int(text) % 2), range(3 * runner.FAILURES_IN_A_ROW)
     for _ in range(2):
         with runner.Runner(runner.RunnerSettings(output=str(tmp_path), concurrency=1)) as run:
-            list(run.map(lambda ask, item: ask(stub, services.Prompt(str(item))), items, len(items), "", lambda item: {}))
+            list(run.map(lambda ask, item: ask(stub, services.Prompt(str(item))), items, len(items), "all",
+                         lambda item: {}))
         assert run.why_stopped is None and 2 * len(run.failures) == len(items)
 
 
@@ -979,7 +1011,8 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
         with first:
             fails("another build is writing there", "--translator", f"google@{server.url}", "--languages", "spa")
     (tmp_path / "out/build/cache.sqlite").write_bytes(os.urandom(5000))
-    fails("out/build/cache.sqlite: file is not a database", "--translator", f"google@{server.url}", "--languages", "spa")
+    fails("out/build/cache.sqlite: file is not a database", "--translator", f"google@{server.url}",
+          "--languages", "spa")
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("generators = []")
     for match, *flags in (("--generators names no service", "--config", str(recipe)),
