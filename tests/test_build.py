@@ -177,6 +177,21 @@ def test_what_failed_behind_a_record_that_waits_is_listed(tmp_path, monkeypatch)
     assert [failure["id"] for failure in run.failures] == list(range(1, runner.FAILURES_IN_A_ROW + 1))
 
 
+def test_what_is_on_its_way_is_stored_whatever_ends_the_run(tmp_path):
+    class Locked(Stub):
+        def ask(self, request):
+            if request.text == "0":
+                raise UserError("a wrong key")
+            time.sleep(0.3)
+            return super().ask(request)
+
+    stub, settings = Locked(), runner.RunnerSettings(output=str(tmp_path), concurrency=2)
+    with pytest.raises(UserError, match="a wrong key"), runner.Runner(settings) as run:
+        list(run.map(lambda ask, item: ask(stub, services.Prompt(str(item))), range(9), 9, "all", lambda item: {}))
+    with runner.Runner(settings) as run:
+        assert run.ask(stub, services.Prompt("1")) == "1" and stub.asked == ["1"]
+
+
 def test_data_that_changes_meanwhile(tmp_path, capsys):
     data = alpaca(tmp_path)
 
@@ -697,6 +712,10 @@ def test_draw_is_even(tmp_path):
     with pytest.raises(UserError, match="fra.jsonl, line 71: unknown language 'frensh'.*did you mean french"):
         feedback.draw(settings)
     (built / "fra.jsonl").write_text((built / "fra.jsonl").read_text().replace("frensh", "French"))
+    (built / "zzz.jsonl").write_text('{"instruction": "a", "output": "b", "language": "deu", "id": "\\ud83d"}')
+    with pytest.raises(UserError, match="zzz.jsonl, line 1: id holds half of a surrogate pair"):
+        feedback.draw(settings)
+    (built / "zzz.jsonl").unlink()
     with pytest.raises(UserError, match="70 records in German \\(deu\\), expected 87 or more for --pairs-each 3"):
         feedback.draw(feedback.FeedbackSettings(data=settings.data, pairs_each=3))
 

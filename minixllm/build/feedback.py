@@ -20,7 +20,7 @@ from minixllm import languages, prompts
 from minixllm.build import services
 from minixllm.build.runner import Estimate, LeftOut, Runner, RunnerSettings
 from minixllm.build.services import Prompt
-from minixllm.errors import UserError
+from minixllm.errors import UserError, check_text
 from minixllm.files import write_json
 from minixllm.filters import LOOP, REFUSALS, identifier
 from minixllm.languages import FEEDBACK_LANGUAGES, LANGUAGES
@@ -135,6 +135,7 @@ def spoken(paths) -> Iterator[tuple[str, Instruction]]:
                 code = languages.find(record.language).code
             except UserError as error:
                 raise UserError(f"{path}, line {record.line}: {error}") from None
+            check_text(str(record.extra.get("id")), f"{path}, line {record.line}: id")
             if code in FEEDBACK_LANGUAGES:
                 yield code, record
 

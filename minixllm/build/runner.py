@@ -106,14 +106,16 @@ class Runner:
             if HALF_WRITTEN.fullmatch(path.name) and path.is_file():
                 path.unlink()
         self.ahead = AHEAD * settings.concurrency
-        self._pool = ThreadPool(settings.concurrency)  # of daemons: Ctrl-C need not wait for answers on their way
+        self._pool = ThreadPool(settings.concurrency)  # of daemons, which Python does not wait for at its end
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, _):
         self._stop.set()
-        self._pool.terminate()
+        self._pool.close()
+        if kind is not KeyboardInterrupt:
+            self._pool.join()  # for the answers that are on their way
         with self._lock:
             self._database.close()
         stopped = isinstance(error, Stopped)
