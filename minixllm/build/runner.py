@@ -63,10 +63,6 @@ class LeftOut(Exception):
         self.reason, self.example = reason, [text[:200] for text in example]
 
 
-class TooLarge(Failure):
-    """A request that the budget cannot hold: it was not asked."""
-
-
 class Stopped(Exception):
     """The run is ending: nothing more is asked."""
 
@@ -143,9 +139,10 @@ class Runner:
         if not service.does(request):
             request = Translate("Good morning.", "eng", "spa")
         try:
-            if service.does(least := Prompt("", max_new_tokens=max_new_tokens)):
-                self._check_size(service.cost(least))
-            self._insist(service, request, 3)
+            for each in (Prompt("", max_new_tokens=max_new_tokens), request):
+                if service.does(each):
+                    self._check_size(cost := service.cost(each))
+            self._insist(service, request, cost, 3)
         except Failure as failure:
             raise UserError(f"{service.name} cannot be asked: {failure}") from None
 
@@ -162,11 +159,12 @@ class Runner:
                 return row[0]
             if key in self._reasons:
                 raise Failure(self._reasons[key])
+            self._check_size(cost := service.cost(request))  # fails by itself, which says nothing of the service
             try:
-                answer = self._insist(service, request, ATTEMPTS)
+                answer = self._insist(service, request, cost, ATTEMPTS)
             except Failure as failure:
                 self._reasons[key] = str(failure)
-                self._failed_in_a_row[service.name] += not isinstance(failure, TooLarge)
+                self._failed_in_a_row[service.name] += 1
                 if self._failed_in_a_row[service.name] >= FAILURES_IN_A_ROW:
                     self.stop(f"{FAILURES_IN_A_ROW} requests in a row failed, the last with: {failure}")
                 raise
@@ -177,14 +175,14 @@ class Runner:
             self._query("INSERT INTO answers VALUES (?, ?)", key, answer)
             return answer
 
-    def _insist(self, service, request, attempts: int) -> str:
+    def _insist(self, service, request, cost: dict, attempts: int) -> str:
         delay, patience = BACKOFF, LONGEST_WAIT
         while True:
             # whoever wakes first tells, refused again, all others to sleep on; so a few are refused, not all
             while (pause := self._resume_at.get(service.name, 0) - time.monotonic()) > 0:
                 self._wait(pause * random.uniform(1, 1.25))
             try:
-                return self._once(service, request)
+                return self._once(service, request, cost)
             except Failure as failure:
                 attempts -= not failure.after  # to be told to come later is no failed attempt
                 patience -= failure.after or 0
@@ -196,8 +194,8 @@ class Runner:
                     self._wait(delay * random.uniform(0.5, 1.5))
                     delay *= 2
 
-    def _once(self, service, request) -> str:
-        self._reserve(cost := service.cost(request))
+    def _once(self, service, request, cost: dict) -> str:
+        self._reserve(cost)
         used = cost
         try:
             answer, used = service.ask(request)
@@ -217,12 +215,11 @@ class Runner:
 
     def _check_size(self, cost: dict) -> None:
         if above := {unit: amount for unit, amount in cost.items() if amount > self.limits.get(unit, math.inf)}:
-            raise TooLarge(f"the budget of {_amounts(self.limits)} is too small: one request may need up to "
-                           f"{_amounts(above)}", again=False)
+            raise Failure(f"the budget of {_amounts(self.limits)} is too small: one request may need up to "
+                          f"{_amounts(above)}")
 
     def _reserve(self, cost: dict) -> None:
         """Take a request's highest cost out of the budget; wait while only what is on its way stands against it."""
-        self._check_size(cost)
         with self._settled:
             while any(self.spent[unit] + self._reserved[unit] + amount > self.limits.get(unit, math.inf)
                       for unit, amount in cost.items()):
