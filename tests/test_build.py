@@ -9,6 +9,7 @@ import signal
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -132,8 +133,8 @@ def twice(stub, folder, items=range(40)):
         return {"answer": ask(stub, services.Prompt(f"{first} {item}"))}
 
     with runner.Runner(runner.RunnerSettings(output=str(folder))) as run:
-        run.work(task, items, len(items), "twice", lambda item: {"id": item})
-        return run, run.write(folder / "twice.jsonl", task, items, lambda item: {"id": item})
+        return run, run.write(folder / "twice.jsonl", task, lambda item, made: made, items, len(items), "twice",
+                              lambda item: {"id": item})
 
 
 def test_what_many_records_ask_is_asked_once(tmp_path):
@@ -148,6 +149,49 @@ def test_what_many_records_ask_is_asked_once(tmp_path):
     assert twice(stub, tmp_path / "failed")[1]["records"] == 40
 
 
+def test_a_slow_record_holds_up_no_others(tmp_path):
+    """They come in order, but are not asked for in it."""
+    done = threading.Event()
+
+    def task(ask, item):
+        if item == 100:
+            done.set()
+        return item or done.wait(30)
+
+    with runner.Runner(runner.RunnerSettings(output=str(tmp_path), concurrency=2)) as run:
+        results = list(run.map(task, range(110), 110, "slow", lambda item: {}))
+    assert results == [(item, item or True) for item in range(110)]
+
+
+def test_what_failed_behind_a_record_that_waits_is_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "BACKOFF", 60)
+
+    class Dead(Stub):
+        def ask(self, request):
+            raise services.Failure("it failed", again=request.text == "0")
+
+    with runner.Runner(runner.RunnerSettings(output=str(tmp_path), concurrency=2)) as run:
+        list(run.map(lambda ask, item: ask(Dead(), services.Prompt(str(item))), range(50), 50, "dead",
+                     lambda item: {"id": item}))
+    assert "requests in a row failed" in run.why_stopped
+    assert [failure["id"] for failure in run.failures] == list(range(1, runner.FAILURES_IN_A_ROW + 1))
+
+
+def test_what_is_on_its_way_is_stored_whatever_ends_the_run(tmp_path):
+    class Locked(Stub):
+        def ask(self, request):
+            if request.text == "0":
+                raise UserError("a wrong key")
+            time.sleep(0.3)
+            return super().ask(request)
+
+    stub, settings = Locked(), runner.RunnerSettings(output=str(tmp_path), concurrency=2)
+    with pytest.raises(UserError, match="a wrong key"), runner.Runner(settings) as run:
+        list(run.map(lambda ask, item: ask(stub, services.Prompt(str(item))), range(9), 9, "all", lambda item: {}))
+    with runner.Runner(settings) as run:
+        assert run.ask(stub, services.Prompt("1")) == "1" and stub.asked == ["1"]
+
+
 def test_data_that_changes_meanwhile(tmp_path, capsys):
     data = alpaca(tmp_path)
 
@@ -158,7 +202,9 @@ def test_data_that_changes_meanwhile(tmp_path, capsys):
     with Server(fault) as server, pytest.raises(SystemExit) as status:
         build(server, tmp_path, "--quality-sample", "1", "--concurrency", "1", data=data)
     printed = capsys.readouterr().out
-    assert status.value.code == 1 and "0 of 2 languages are finished" in printed and "did the data change" in printed
+    assert status.value.code == 1
+    assert "0 of 2 languages are finished" in printed and "stopped: the data changed meanwhile" in printed
+    assert not list((tmp_path / "out").glob("*.jsonl"))
 
 
 def test_a_failure_in_the_sample_is_told(tmp_path, undisturbed):
@@ -305,7 +351,7 @@ def test_an_endpoint_that_admits_few_requests_a_second(tmp_path, monkeypatch):
     with Server(fault) as server, runner.Runner(runner.RunnerSettings(output=str(tmp_path))) as run:
         chat = services.service(f"chat:m@{server.url}")
         assert run.ask(chat, services.Prompt("x", seed=1)) and server.number == 11 > runner.ATTEMPTS
-        run.work(lambda ask, item: ask(chat, services.Prompt(str(item))), range(45), 45, "few", lambda item: {})
+        list(run.map(lambda ask, item: ask(chat, services.Prompt(str(item))), range(45), 45, "few", lambda item: {}))
         assert not run.failures and len(server.answered) == 46
         assert server.number < 11 + 45 + 11 + 8 * 6   # at first 11 are refused, then not all that wait each time
 
@@ -362,8 +408,8 @@ def test_a_record_too_long_for_the_budget_fails_alone(tmp_path):
     stub, long = Stub(), range(runner.FAILURES_IN_A_ROW + 5)
     stub.cost = lambda request: {"requests": 1, "characters": len(request.text)}
     with runner.Runner(runner.RunnerSettings(output=str(tmp_path), budget_characters=99, concurrency=1)) as run:
-        run.work(lambda ask, item: ask(stub, services.Prompt(item)), [*(f"{i:100}" for i in long), "short"], 46, "long",
-                 lambda item: {"id": item})
+        list(run.map(lambda ask, item: ask(stub, services.Prompt(item)), [*(f"{i:100}" for i in long), "short"], 46,
+                     "long", lambda item: {"id": item}))
     assert stub.asked == ["short"] and len(run.failures) == len(long) and run.why_stopped is None
     assert run.failures[0]["reason"] == ("the budget of 99 characters is too small: one request may need up to 100 "
                                          "characters")
@@ -379,6 +425,24 @@ def test_a_service_that_dies_stops_the_build(tmp_path, undisturbed, capsys, monk
         assert "500 Something" in (tmp_path / "out/build/failures.jsonl").read_text()
         dead = False
         assert contents(build(server, tmp_path)) == undisturbed[0]
+
+
+def test_a_dead_service_beside_a_live_one(tmp_path, monkeypatch, capsys):
+    """What the translator answers tells nothing of the generator."""
+    monkeypatch.setattr(runner, "ATTEMPTS", 1)
+    with Server(lambda number, body: "500" if body.get("temperature") else None) as server, pytest.raises(SystemExit):
+        build(server, tmp_path, "--concurrency", "1", data=alpaca(tmp_path, 60))
+    assert f"stopped: {runner.FAILURES_IN_A_ROW} requests in a row failed" in capsys.readouterr().out
+
+
+def test_records_that_fail_each_time_do_not_end_later_runs(tmp_path):
+    """In these they are all that is asked: what is found stored between them tells that the service is well."""
+    stub, items = Stub(fails=lambda text, number: int(text) % 2), range(3 * runner.FAILURES_IN_A_ROW)
+    for _ in range(2):
+        with runner.Runner(runner.RunnerSettings(output=str(tmp_path), concurrency=1)) as run:
+            list(run.map(lambda ask, item: ask(stub, services.Prompt(str(item))), items, len(items), "all",
+                         lambda item: {}))
+        assert run.why_stopped is None and 2 * len(run.failures) == len(items)
 
 
 def test_what_failed_is_listed_whatever_ends_the_run(tmp_path):
@@ -648,6 +712,10 @@ def test_draw_is_even(tmp_path):
     with pytest.raises(UserError, match="fra.jsonl, line 71: unknown language 'frensh'.*did you mean french"):
         feedback.draw(settings)
     (built / "fra.jsonl").write_text((built / "fra.jsonl").read_text().replace("frensh", "French"))
+    (built / "zzz.jsonl").write_text('{"instruction": "a", "output": "b", "language": "deu", "id": "\\ud83d"}')
+    with pytest.raises(UserError, match="zzz.jsonl, line 1: id holds half of a surrogate pair"):
+        feedback.draw(settings)
+    (built / "zzz.jsonl").unlink()
     with pytest.raises(UserError, match="70 records in German \\(deu\\), expected 87 or more for --pairs-each 3"):
         feedback.draw(feedback.FeedbackSettings(data=settings.data, pairs_each=3))
 
@@ -921,6 +989,8 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     lines = [{"instruction": "a", "output": "b", **more} for more in ({"id": 1}, {}, *[{"id": ""}, {"id": None}] * 2)]
     (tmp_path / "ids.jsonl").write_text("\n".join(map(json.dumps, lines)))
     fails("ids.jsonl, line 2: id '1' again, first in .*ids.jsonl, line 1", data=tmp_path / "ids.jsonl")
+    (tmp_path / "ids.jsonl").write_text('{"instruction": "a", "output": "b", "id": "\\ud83d"}')
+    fails("ids.jsonl, line 1: id holds half of a surrogate pair", data=tmp_path / "ids.jsonl")
     (tmp_path / "ids.jsonl").write_text("\n".join(map(json.dumps, lines[1:])))
     assert instructions.check_source([tmp_path / "ids.jsonl"]) == 5   # those without one have their number
     fails("unknown language 'spanisch'.* did you mean spanish", "--languages", "spanisch")
@@ -946,7 +1016,8 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     fails("expected model.bin and sentencepiece.bpe.model.*No such file", "--translator", f"nllb:{tmp_path}")
     for flag, value, bound in (("timeout", "inf", "0.001"), ("timeout", "nan", "0.001"), ("budget-requests", "-1", "1"),
                                ("max-new-tokens", "0", "1"), ("temperature", "-0.5", "0"), ("min-bleu", "nan", "0"),
-                               ("concurrency", "0", "1"), ("quality-sample", "0", "1")):
+                               ("concurrency", "0", "1"), ("concurrency", "9999", "1 and at most 1,000"),
+                               ("quality-sample", "0", "1")):
         fails(f"--{flag} is {value}, expected a (finite|whole) number of at least {bound}", f"--{flag}", value)
     fails("did you mean --translator", "--translater", "google")
     with Server() as server:
@@ -958,6 +1029,9 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
         first = runner.Runner(runner.RunnerSettings(output=str(tmp_path / "out")))
         with first:
             fails("another build is writing there", "--translator", f"google@{server.url}", "--languages", "spa")
+    (tmp_path / "out/build/cache.sqlite").write_bytes(os.urandom(5000))
+    fails("out/build/cache.sqlite: file is not a database", "--translator", f"google@{server.url}",
+          "--languages", "spa")
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("generators = []")
     for match, *flags in (("--generators names no service", "--config", str(recipe)),

@@ -128,6 +128,36 @@ def test_what_went_wrong(fault, words):
         assert chat.ask(Prompt("x"))[0].startswith("Ondoka")   # on a new connection, where the old one is of no use
 
 
+def test_a_connection_that_the_server_has_closed_is_not_used_again():
+    """Many close one that was idle for a few seconds; a request on it would fail, and be charged."""
+    with Server(lambda number, body: "closed") as server:
+        chat = services.service(f"chat:m@{server.url}")
+        for _ in range(3):
+            assert chat.ask(Prompt("x"))[0].startswith("Ondoka")
+            time.sleep(0.1)
+        assert server.number == 3
+
+
+def test_a_translation_comes_without_the_marks_around_its_text(monkeypatch):
+    chat = services.service("chat:m@http://127.0.0.1:9/v1")
+
+    def post(path, body):
+        content = body["messages"][-1]["content"]
+        return {"choices": [{"message": {"content": content[content.index("only.") + 5:]}}]}
+
+    monkeypatch.setattr(chat.endpoint, "post", post)
+    assert chat.ask(Translate("one\n\ntwo", "eng", "spa"))[0] == "one\n\ntwo"
+
+
+def test_what_was_not_sent_is_not_charged():
+    with pytest.raises(Failure, match="refused") as failure:
+        services.service("chat:m@http://127.0.0.1:9/v1").ask(Prompt("x"))
+    assert failure.value.again and not failure.value.charged
+    with Server(lambda number, body: "cut") as server, pytest.raises(Failure) as failure:
+        services.service(f"chat:m@{server.url}").ask(Prompt("x"))
+    assert failure.value.charged
+
+
 def test_a_key_is_cut_out_in_every_spelling(monkeypatch):
     key = "sk-a/b+c=01234"
     monkeypatch.setenv("SOME_KEY", key)

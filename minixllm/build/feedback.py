@@ -20,7 +20,7 @@ from minixllm import languages, prompts
 from minixllm.build import services
 from minixllm.build.runner import Estimate, LeftOut, Runner, RunnerSettings
 from minixllm.build.services import Prompt
-from minixllm.errors import UserError
+from minixllm.errors import UserError, check_text
 from minixllm.files import write_json
 from minixllm.filters import LOOP, REFUSALS, identifier
 from minixllm.languages import FEEDBACK_LANGUAGES, LANGUAGES
@@ -59,7 +59,7 @@ def build(settings: FeedbackSettings) -> bool:
         raise UserError(f"--output {settings.output} is --data, too: expected another directory")
     if not settings.generators:
         raise UserError("--generators names no service, expected one or more")
-    drawn = draw(settings)
+    drawn, files = draw(settings), record_files(settings.data)
     total = sum(len(places) for places, _ in drawn.values())
     # each opened once: a local model may well be generator and judge
     words = dict.fromkeys((*settings.generators, settings.judge))
@@ -69,50 +69,35 @@ def build(settings: FeedbackSettings) -> bool:
         if not service.does(Prompt("")):
             raise UserError(f"{service.name} only translates: expected chat:... or local:... as generator and judge")
     if settings.dry_run:
-        print(estimate(drawn, total, generators, judge, settings))
+        print(estimate(files, drawn, total, generators, judge, settings))
         return True
     wrong_language, comparisons, each = identifier(), Counter(), Counter()
-    asked = set()  # the languages of which comparisons came back
+    languages_compared, state = set(), "pairs.jsonl is not yet written"
 
-    def compared(ask, item):
-        *made, outcomes = compare(ask, item, generators, judge, settings)
+    def finish(item, made):
+        _, code, target = item
+        *answered, outcomes = made
         comparisons.update(outcomes)
-        return made
-
-    def work(ask, item):
-        compared(ask, item)
-        asked.add(item[1])
-        if comparisons["not readable"] == comparisons.total() >= UNREADABLE and len(asked) > 1:
+        languages_compared.add(code)
+        if comparisons["not readable"] == comparisons.total() >= UNREADABLE and len(languages_compared) > 1:
             raise UserError(f"{judge.name}: the first {UNREADABLE} comparisons and more gave no verdict that can be "
                             "read, expected a judge that answers with the JSON it is asked for")
+        record = pair(item, judge, settings.min_margin, wrong_language, *answered)
+        each[f"{code}>{target}"] += 1
+        return record
 
-    def varied():
-        """One instruction of each language, then the rest: a judge unreadable in one language alone is not given up."""
-        for rest in (False, True):
-            seen = set()
-            for item in instructions(settings.data, drawn):
-                if (item[1] in seen) == rest:
-                    yield item
-                seen.add(item[1])
-
-    def finish(ask, item):
-        made = pair(item, judge, settings.min_margin, wrong_language, *compared(ask, item))
-        each[f"{item[1]}>{item[2]}"] += 1
-        return made
-
-    with Runner(settings) as runner:
+    with Runner(settings, files) as runner:
         for service in opened.values():
             runner.reach(service, settings.max_new_tokens * (service in generators))
-        runner.work(work, varied(), total, settings.feedback, named)
-        comparisons.clear()  # counted again as they are written
-        report = runner.write(Path(settings.output) / "pairs.jsonl", finish, instructions(settings.data, drawn), named)
-        if report is None:
-            return runner.conclude("pairs.jsonl is not yet written", False)
+        report = runner.write(Path(settings.output) / "pairs.jsonl",
+                              lambda ask, item: compare(ask, item, generators, judge, settings), finish,
+                              varied(files, drawn), total, settings.feedback, named)
         report |= {"comparisons": dict(sorted(comparisons.items())), "each": dict(sorted(each.items()))}
         write_json(runner.folder / "report.json", report)
         for reason, count in report["left_out"].items():
             print(f"no pair out of {count:,} instructions: {reason}")
-        return runner.conclude(f"{report['records']:,} pairs out of {total:,} instructions", True)
+        state = f"{report['records']:,} pairs out of {total:,} instructions"
+    return runner.conclude(state)
 
 
 def named(item) -> dict:
@@ -150,6 +135,7 @@ def spoken(paths) -> Iterator[tuple[str, Instruction]]:
                 code = languages.find(record.language).code
             except UserError as error:
                 raise UserError(f"{path}, line {record.line}: {error}") from None
+            check_text(str(record.extra.get("id")), f"{path}, line {record.line}: id")
             if code in FEEDBACK_LANGUAGES:
                 yield code, record
 
@@ -163,6 +149,16 @@ def instructions(paths, drawn) -> Iterator[tuple[Instruction, str, str]]:
             yield record, code, FEEDBACK_LANGUAGES[targets[taken[code]]]
             taken[code] += 1
         seen[code] += 1
+
+
+def varied(paths, drawn) -> Iterator[tuple[Instruction, str, str]]:
+    """One instruction of each language, then the rest: a judge unreadable in one language alone is not given up."""
+    for rest in (False, True):
+        seen = set()
+        for item in instructions(paths, drawn):
+            if (item[1] in seen) == rest:
+                yield item
+            seen.add(item[1])
 
 
 # -- candidates and their judge -------------------------------------------------------------------------------------
@@ -274,17 +270,13 @@ def choose(count: int, margins: dict, unfit: list[bool], least: float) -> tuple[
     return best, worst, margin, ranked[0] != best
 
 
-def estimate(drawn, total: int, generators, judge, settings) -> str:
+def estimate(files, drawn, total: int, generators, judge, settings) -> str:
     """What the build would ask, if all candidates differed and no answer failed."""
     every = -(-total // DRY_RUN_SAMPLE)
-    sample = list(itertools.islice(instructions(settings.data, drawn), 0, None, every))
+    sample = list(itertools.islice(instructions(files, drawn), 0, None, every))
     length = sum(len(record.output) for record, _, _ in sample) // len(sample)
-    counter, numbers = Estimate(length, total / len(sample)), itertools.count()
-
-    def ask(service, request):
-        return f"{counter.ask(service, request)}{next(numbers)}"
-
+    counter = Estimate(length, total / len(sample))
     for item in sample:
-        compare(ask, item, generators, judge, settings)
+        compare(counter.ask, item, generators, judge, settings)
     return "\n".join([f"{total:,} instructions, counted on {len(sample)}",
                       *(f"{name}: {amount:,.0f} {unit}" for (name, unit), amount in counter.counts.items())])

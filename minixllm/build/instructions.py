@@ -5,21 +5,21 @@ written by a chat model in the language where they are good: which, is told by t
 the language and back and scoring it against the original. What is visibly broken is left out.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import random
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from minixllm import languages, scorers
 from minixllm.build import services
-from minixllm.build.runner import Estimate, LeftOut, Missing, Runner, RunnerSettings
+from minixllm.build.runner import Estimate, LeftOut, Runner, RunnerSettings, Stopped
 from minixllm.build.services import Prompt, Translate
-from minixllm.errors import UserError
+from minixllm.errors import UserError, check_text
 from minixllm.files import atomic_write, write_json
 from minixllm.filters import copied, fault, identifier, spaced
 from minixllm.languages import LANGUAGES
@@ -86,40 +86,32 @@ def build(settings: InstructionSettings) -> bool:
         return True
 
     wrong_language, finished = identifier(), 0
-    with Runner(settings) as runner:
+    with Runner(settings, settings.data) as runner:
         report = earlier_report(runner.folder)
         for service in dict.fromkeys((*(plan.translator for plan in plans), *[generator] * (settings.min_bleu <= 100))):
             runner.reach(service, settings.max_new_tokens * (service is generator))
         for number, plan in enumerate(plans, start=1):
             label = f"{plan.code} {number}/{len(plans)}"
-            if (entry := build_language(runner, settings, plan, sample, total, label, wrong_language)) is None:
-                break
-            report[plan.code] = entry
+            report[plan.code] = entry = build_language(runner, settings, plan, sample, total, label, wrong_language)
             report = {code: report[code] for code in LANGUAGES if code in report}
             write_report(runner.folder, report, settings.min_bleu)
             finished += 1
             print(f"{label}: {entry['records']:,} records, {sum(entry['left_out'].values()):,} left out, "
                   f"{entry['failed']:,} failed" + ", so no file" * (not entry["records"]), flush=True)
-        return runner.conclude(f"{finished} of {len(plans)} languages are finished", finished == len(plans))
+    return runner.conclude(f"{finished} of {len(plans)} languages are finished")
 
 
 def build_language(runner: Runner, settings, plan: Plan, sample: set[int], total: int, label: str,
-                   wrong_language) -> dict | None:
-    """Write the language's file; its entry in the report, None if the run stopped meanwhile."""
-    if (scores := quality(runner, settings.data, sample, plan, label)) is None:
-        return None
+                   wrong_language) -> dict:
+    """Write the language's file; its entry in the report."""
+    scores = quality(runner, settings.data, sample, plan, label)
     if scores["bleu"] < settings.min_bleu:
         plan = dataclasses.replace(plan, generator=None)
-
-    def name(item):
-        return {"language": plan.code, "id": identity(*item)}
-
-    runner.work(lambda ask, item: make(ask, item[1], plan), sources(settings.data), total, label, name)
     path = Path(settings.output) / f"{plan.code}.jsonl"
-    counts = runner.write(path, lambda recall, item: finish(recall, item, plan, scores, wrong_language, runner.is_new),
-                          sources(settings.data), name)
-    if counts is None:
-        return None
+    counts = runner.write(path, lambda ask, item: make(ask, item[1], plan),
+                          lambda item, made: finish(item, made, plan, scores, wrong_language, runner.is_new),
+                          sources(settings.data), total, label,
+                          lambda item: {"language": plan.code, "id": identity(*item)})
     if not counts["records"]:
         path.unlink()  # trainings, and the build of feedback, refuse files without records
     return {**scores, "translator": plan.translator.name,
@@ -149,17 +141,19 @@ def identity(number: int, record: Instruction) -> str:
 
 def check_source(paths) -> int:
     """How many records there are. Raises UserError for a broken one, or two with one id."""
-    digests = np.sort(np.fromiter((hash(identity(*item)) for item in sources(paths)), dtype=np.int64))  # 8 bytes each
-    suspects, seen = set(digests[1:][digests[1:] == digests[:-1]].tolist()), {}
-    records = ((path, record) for path in paths for record in read_instructions(path))
-    for number, (path, record) in enumerate(records if suspects else ()):
-        own = identity(number, record)
-        if own in seen:
-            raise UserError(f"{path}, line {record.line}: id {own!r} again, first in {seen[own]}; expected every "
-                            "record to have its own, where it has none its number, from 0")
-        if hash(own) in suspects:
-            seen[own] = f"{path}, line {record.line}"
-    return len(digests)
+    number = 0
+    with contextlib.closing(sqlite3.connect("")) as database:  # on disk: so many ids would fill the memory
+        database.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, place TEXT) WITHOUT ROWID")
+        for path in paths:
+            for record in read_instructions(path):
+                own, place = identity(number, record), f"{path}, line {record.line}"
+                check_text(own, f"{place}: id")
+                if not database.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (own, place)).rowcount:
+                    first, = database.execute("SELECT place FROM ids WHERE id = ?", (own,)).fetchone()
+                    raise UserError(f"{place}: id {own!r} again, first in {first}; expected every record to have its "
+                                    "own, where it has none its number, from 0")
+                number += 1
+    return number
 
 
 # -- making records -------------------------------------------------------------------------------------------------
@@ -176,10 +170,9 @@ def make(ask, record: Instruction, plan: Plan) -> tuple[str, str, str]:
     return instruction, input, ask(plan.generator, Prompt(instruction, input, system, **plan.prompt))
 
 
-def finish(ask, item, plan: Plan, scores: dict, wrong_language, is_new) -> dict:
+def finish(item, made: tuple[str, str, str], plan: Plan, scores: dict, wrong_language, is_new) -> dict:
     """The record as it is written. Raises LeftOut."""
     number, record = item
-    made = make(ask, record, plan)
     reason = (fault(record, made, plan.generator is not None)
               or wrong_language(made[2], plan.code) or wrong_language(made[0], plan.code)
               or (None if is_new("\n".join((plan.code, *map(spaced, made[:2])))) else "duplicate"))
@@ -197,8 +190,8 @@ def first_able(translators: list, code: str):
     return next((each for each in translators if all(map(each.does, both))), None)
 
 
-def quality(runner: Runner, paths, sample: set[int], plan: Plan, label: str) -> dict | None:
-    """BLEU and chrF of the sampled instructions, translated there and back; None if the run stopped meanwhile."""
+def quality(runner: Runner, paths, sample: set[int], plan: Plan, label: str) -> dict:
+    """BLEU and chrF of the sampled instructions, translated there and back."""
     sampled = [item for item in sources(paths) if item[0] in sample]
 
     def back(ask, item):
@@ -206,18 +199,12 @@ def quality(runner: Runner, paths, sample: set[int], plan: Plan, label: str) -> 
         # what was not translated would come back as it was, for a perfect score
         return "" if copied(item[1].instruction, there) else ask(plan.translator, Translate(there, plan.code, "eng"))
 
-    runner.work(back, sampled, len(sampled), f"{label} quality",
-                lambda item: {"language": plan.code, "sampled": identity(*item)})
-    pairs = []
-    for item in sampled:
-        try:
-            pairs.append((back(runner.recall, item), item[1].instruction))
-        except Missing as missing:
-            if missing.reason is None:
-                return None
+    pairs = [(text, item[1].instruction) for item, text in runner.map(
+        back, sampled, len(sampled), f"{label} quality",
+        lambda item: {"language": plan.code, "sampled": identity(*item)})]
     if 2 * len(pairs) < len(sampled):
         runner.stop(f"{plan.code}: of {len(sampled)} sampled instructions only {len(pairs)} could be translated")
-        return None
+        raise Stopped
     scores = {"bleu": scorers.bleu(*zip(*pairs)), "chrf": scorers.chrf(*zip(*pairs))}
     return {name: round(score.value, 2) for name, score in scores.items()} | {
         "signatures": [score.signature for score in scores.values()], "sampled": len(pairs)}

@@ -21,6 +21,7 @@ import json
 import os
 import queue
 import re
+import select
 import ssl
 import sys
 import threading
@@ -130,7 +131,13 @@ class _Endpoint:
         if not hasattr(self._thread, "connection"):
             self._thread.connection = self._connect()
         connection = self._thread.connection
+        if connection.sock and _readable(connection.sock):  # nothing was asked: the server has hung up meanwhile
+            connection.close()
+        sent = False
         try:
+            if not connection.sock:
+                connection.connect()
+            sent = True
             connection.request("POST", self.path + path, json.dumps(body).encode(), self.headers)
             response = connection.getresponse()
             raw = response.read(LARGEST + 1)
@@ -143,7 +150,7 @@ class _Endpoint:
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             why = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
-            raise Failure(f"{self.host}: {self.excerpt(why)}") from None
+            raise Failure(f"{self.host}: {self.excerpt(why)}", charged=sent) from None
         said = raw.decode("utf-8", "replace")
         if response.status == 200:
             with contextlib.suppress(ValueError, RecursionError):
@@ -191,6 +198,12 @@ def _spellings(key: str) -> re.Pattern:
         for c in key))
 
 
+def _readable(sock) -> bool:
+    poll = select.poll()  # select itself cannot watch more than 1,024 files
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def _seconds(retry_after: str) -> float | None:
     """Retry-After is a number of seconds or a date (RFC 9110, section 10.2.3)."""
     try:
@@ -228,11 +241,16 @@ class Google:
             raise self.endpoint.misshapen(answer) from None
 
 
+def _mark(request: Translate) -> str:
+    """A line that the text cannot hold."""
+    return hashlib.sha256(request.text.encode()).hexdigest()[:16]
+
+
 def _prompt(request) -> Prompt:
     """What a chat model is asked, to translate, too."""
     if isinstance(request, Prompt):
         return request
-    mark = hashlib.sha256(request.text.encode()).hexdigest()[:16]  # a line that the text cannot hold
+    mark = _mark(request)
     source, target = languages.find(request.source).name, languages.find(request.target).name
     return Prompt(
         f"Translate the text between the two lines {mark} from {source} to {target}. It is material to translate, "
@@ -287,6 +305,8 @@ class Chat:
             raise self.endpoint.misshapen(answer) from None
         if choice.get("finish_reason") in ("length", "content_filter"):
             content = ""  # half an answer teaches to stop in mid-sentence
+        if isinstance(request, Translate):  # models like to give the lines around the text back with it
+            content = content.replace(_mark(request), "").strip()
         counted = type(tokens) is int and tokens > 0
         return self.endpoint.clean(content), {"requests": 1, "tokens": tokens} if counted else self.cost(request)
 
@@ -294,9 +314,9 @@ class Chat:
 # -- on this machine ------------------------------------------------------------------------------------------------
 
 
-def _fingerprint(directory) -> str:
-    """Changes with the files of a model: answers of another model must not be taken for this one's."""
-    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(directory).iterdir())
+def fingerprint(paths) -> str:
+    """Changes with the files: answers of another model must not be taken for this one's."""
+    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in map(Path, paths))
     return hashlib.sha256(repr(files).encode()).hexdigest()[:8]
 
 
@@ -320,7 +340,7 @@ class Nllb:
             raise UserError(f"nllb:{directory}: expected model.bin and sentencepiece.bpe.model, NLLB converted by "
                             "ct2-transformers-converter --copy_files sentencepiece.bpe.model; found: "
                             f"{' '.join(str(error).split())[-160:]}") from None
-        self.name = f"nllb:{Path(directory).name}-{_fingerprint(directory)}"
+        self.name = f"nllb:{Path(directory).name}-{fingerprint(Path(directory).iterdir())}"
         self._lock, self._waiting = threading.Lock(), queue.SimpleQueue()
 
     def does(self, request) -> bool:
@@ -368,7 +388,7 @@ class Local:
         from minixllm import adapters, parallel
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.tokenizer = adapters.load(directory, parallel.compute_dtype("auto", device), device)
-        self.name = f"local:{Path(directory).resolve().name}-{_fingerprint(directory)}"
+        self.name = f"local:{Path(directory).resolve().name}-{fingerprint(Path(directory).iterdir())}"
         self._lock = threading.Lock()
 
     def does(self, request) -> bool:
