@@ -29,7 +29,7 @@ from minixllm.settings import setting
 
 CRITERIA = ("helpfulness", "correctness", "language")
 DRY_RUN_SAMPLE = 200
-UNREADABLE = 40  # comparisons after which a judge that never gave a verdict is given up
+TRIED = 4  # languages in which one instruction each is asked first, to see whether the judge can be read
 
 
 @dataclass
@@ -72,26 +72,30 @@ def build(settings: FeedbackSettings) -> bool:
         print(estimate(files, drawn, total, generators, judge, settings))
         return True
     wrong_language, comparisons, each = identifier(), Counter(), Counter()
-    languages_compared, state = set(), "pairs.jsonl is not yet written"
+    state = "pairs.jsonl is not yet written"
+
+    def answer(ask, item):
+        return compare(ask, item, generators, judge, settings)
 
     def finish(item, made):
-        _, code, target = item
         *answered, outcomes = made
         comparisons.update(outcomes)
-        languages_compared.add(code)
-        if comparisons["not readable"] == comparisons.total() >= UNREADABLE and len(languages_compared) > 1:
-            raise UserError(f"{judge.name}: the first {UNREADABLE} comparisons and more gave no verdict that can be "
-                            "read, expected a judge that answers with the JSON it is asked for")
         record = pair(item, judge, settings.min_margin, wrong_language, *answered)
-        each[f"{code}>{target}"] += 1
+        each[f"{item[1]}>{item[2]}"] += 1
         return record
 
     with Runner(settings, files) as runner:
         for service in opened.values():
             runner.reach(service, settings.max_new_tokens * (service in generators))
-        report = runner.write(Path(settings.output) / "pairs.jsonl",
-                              lambda ask, item: compare(ask, item, generators, judge, settings), finish,
-                              varied(files, drawn), total, settings.feedback, named)
+        tried = Counter()
+        for _, (*_, outcomes) in runner.map(answer, firsts(files, drawn), TRIED, "judge", named):
+            tried.update(outcomes)
+        if tried.total() == tried["not readable"] > 0:
+            raise UserError(f"{judge.name}: the first {tried.total()} comparisons, in {TRIED} languages, gave no verdict "
+                            "that can be read, expected a judge that answers with the JSON it is asked for")
+        runner.failures.clear()  # they are met again
+        report = runner.write(Path(settings.output) / "pairs.jsonl", answer, finish, instructions(files, drawn), total,
+                              settings.feedback, named)
         report |= {"comparisons": dict(sorted(comparisons.items())), "each": dict(sorted(each.items()))}
         write_json(runner.folder / "report.json", report)
         for reason, count in report["left_out"].items():
@@ -151,14 +155,14 @@ def instructions(paths, drawn) -> Iterator[tuple[Instruction, str, str]]:
         seen[code] += 1
 
 
-def varied(paths, drawn) -> Iterator[tuple[Instruction, str, str]]:
-    """One instruction of each language, then the rest: a judge unreadable in one language alone is not given up."""
-    for rest in (False, True):
-        seen = set()
-        for item in instructions(paths, drawn):
-            if (item[1] in seen) == rest:
-                yield item
-            seen.add(item[1])
+def firsts(paths, drawn) -> list[tuple[Instruction, str, str]]:
+    """The first drawn record of each of some languages."""
+    found = {}
+    for item in instructions(paths, drawn):
+        found.setdefault(item[1], item)
+        if len(found) == TRIED:
+            break
+    return list(found.values())
 
 
 # -- candidates and their judge -------------------------------------------------------------------------------------
