@@ -159,7 +159,7 @@ def _pawsx(reader: _Reader) -> list[Item]:
                 raise UserError(f"{file}, line {number}: {len(row)} columns, "
                                 "expected 4: id, sentence1, sentence2, label")
             id, first, second, label = row
-            if "NS" in (first.strip(), second.strip()):
+            if {first.strip(), second.strip()} & {"", "NS"}:             # both are found in the published files
                 skipped += 1
                 continue
             if label not in ("0", "1"):
@@ -173,7 +173,7 @@ def _pawsx(reader: _Reader) -> list[Item]:
         if not count + skipped:
             raise UserError(f"{file}: holds no rows, expected id, sentence1, sentence2, label in each")
         if skipped:
-            reader.note(f"{file}: {skipped} rows skipped, a sentence is the placeholder NS")
+            reader.note(f"{file}: {skipped} rows skipped, a sentence is empty or the placeholder NS")
     return items
 
 
@@ -239,7 +239,11 @@ def _translation(reader: _Reader) -> list[Item]:
             continue
         template, asked_in = reader.template(source)
         language = source if target == "eng" else target
-        for number, (text, reference) in enumerate(list(zip(lines(source), lines(target)))[:reader.limit], 1):
+        pairs = [(number, *pair) for number, pair in enumerate(zip(lines(source), lines(target)), 1)
+                 if all(map(str.strip, pair))]
+        if empty := len(lines(source)) - len(pairs):
+            reader.note(f"{source}-{target}: {empty} lines skipped, a sentence is empty")
+        for number, text, reference in pairs[:reader.limit]:
             fields = {"source": text, "source_language": _name(source, asked_in),
                       "target_language": _name(target, asked_in), "language": _name(target, asked_in)}
             items.append(Item("translation", f"{title}({column})", f"{source}-{target}", language,

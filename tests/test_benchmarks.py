@@ -326,6 +326,16 @@ def test_blank_lines_and_a_header_in_capitals(tmp_path):
     assert [item.id for item in read(tmp_path, Wanted())[0]] == ["1", "3"]
 
 
+def test_empty_sentences_are_not_asked(tmp_path, flores):
+    lines(tmp_path / "pawsx/de/test_2k.tsv", [*PAWSX_ROWS, "4\t\t\t0", "5\tCats.\t \t1"])
+    items, notes = read(tmp_path / "pawsx", Wanted())
+    assert [item.id for item in items] == ["1", "3"] and "3 rows skipped, a sentence is empty or the" in notes[0]
+    lines(flores / "fra.devtest", ["Un.", "", *["Un."] * 203])
+    items, notes = read(flores, Wanted(directions=("eng-fra",), limit=3))
+    assert [item.id for item in items] == ["1", "3", "4"]
+    assert notes[0] == "Translation: eng-fra: 1 lines skipped, a sentence is empty"
+
+
 def test_line_separators_inside_a_sentence_do_not_shift_the_file(flores):
     for name in ("eng", "fra"):
         lines(flores / f"{name}.devtest", [f"a\u2028b\x0bc {name} {i}" for i in range(205)])
