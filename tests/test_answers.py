@@ -136,6 +136,16 @@ OPTIONS = [
     (PAIR, "Seçenek A veya B", UNCLEAR), (PAIR, "விருப்பம் B", B), (PAIR, "பதில்: A", A),
     (ITALIAN, "Opzione B", B), (ITALIAN, "La risposta è A", A),
     (ITALIAN, "Opzione A non è plausibile", UNCLEAR), (ITALIAN, "B è più plausibile dell'opzione A", UNCLEAR),
+    (ITALIAN, "L'opzione più plausibile è B", B), (ITALIAN, "L'opzione migliore è la B, perché", B),
+    (PAIR, "Opsi yang lebih masuk akal adalah -A", A), (PAIR, "Opsyon ki pi posib la se A.", A),
+    (PAIR, "Chaguo linalowezekana zaidi ni B", B), (PAIR, "ตัวเลือกที่เป็นไปได้มากกว่าคือ B", B),
+    (PAIR, "Phương án hợp lý hơn là B", B), (PAIR, "Variant B on usutavam kui variant A", B),
+    (PAIR, "A seçeneği B seçeneğinden daha olasıdır.", A), (PAIR, "A seems more plausible.", A),
+    (CHINESE, "B更合理", B), (CHINESE, "我认为A更合理，因为B不合理。", A), (CHINESE, "B比A更可能", B), (CHINESE, "选B而不是A", B),
+    (PAIR, "เลือก B ไม่ใช่ A", B), (PAIR, "It is A, I think.", A), (PAIR, "A is B", UNCLEAR),
+    (PAIR, "The less plausible option is A", UNCLEAR), (ITALIAN, "L'opzione meno plausibile è A", UNCLEAR),
+    (PAIR, "Opsi yang kurang masuk akal adalah A", UNCLEAR), (CHINESE, "更不合理的是A", UNCLEAR),
+    (PAIR, "ตัวเลือกที่เป็นไปได้น้อยกว่าคือ A", UNCLEAR), (ITALIAN, "La risposta non è A", UNCLEAR),
     (NESTED, "He ran away.", B), (NESTED, "He ran.", A), (NESTED, "He ran. He ran away.", UNCLEAR),
 ]
 
