@@ -82,7 +82,7 @@ _TURN = re.compile(r"(?:^|\n)### (?:Instruction|Input|Response):")
 _BOTH = re.compile(_OPENING + r"(?:(?i:both|neither)\b|A\s*(?:and|or|[/&,])\s*-?B\b|B\s*(?:and|or|[/&,])\s*-?A\b)")
 _OR = (r"""["'“”„«»「」]*\s*(?:/|\b(?:or|oder|ou|o|and|und|et|y)\b|또는|または|か|或者|或|그리고|と|和)\s*"""
        r"""["'“”„«»「」]*""")
-_UNKNOWING = r"\bno (?:(?:lo )?sé|estoy segur[oa]|idea)\b"
+_UNKNOWING = r"\bno (?:(?:lo )?sé|se puede|es posible|estoy segur[oa]|idea)\b"
 _MARKED = re.compile(
     rf"""{_BEFORE}(?:\(([AB])\)|\[([AB])\]|([AB])(?=\s*[:.)。])|(?:{_IS}|(?<=:))[\s\-"'*]*([AB])(?=[,，]|\W*$))""")
 
