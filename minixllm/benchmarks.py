@@ -37,7 +37,7 @@ class Item:
     group: str                    # what is scored together: a language, or a direction "eng-fra"
     language: str                 # whose tier the group counts to
     target: str                   # the language an answer must be in
-    id: str                       # unique in the group
+    id: str                       # the file's own, or the place in it
     instruction: str              # with the fields' names in braces
     input: str
     fields: dict
@@ -285,11 +285,12 @@ def translation_directions(codes: list[str], asked, seed: int, note=print) -> li
 READERS = {"pawsx": _pawsx, "xcopa": _xcopa, "translation": _translation, "xlsum": _xlsum,
            "self-instruct": _self_instruct}
 
-def _translation_set(files) -> str:
+
+def _translation_set(texts) -> str:
     """What the tables call aligned texts: the set that publishes files of such names."""
-    if all(file.suffix in (".dev", ".devtest") for file in files):
+    if all(file.suffix in (".dev", ".devtest") for file in texts):
         return "FLORES"
-    return "NTREX" if all(file.name.startswith("newstest2019-") for file in files) else TITLES["translation"]
+    return "NTREX" if all(file.name.startswith("newstest2019-") for file in texts) else TITLES["translation"]
 
 
 def _lines(file: Path) -> list[str]:
