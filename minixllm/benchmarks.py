@@ -98,7 +98,7 @@ class _Reader:
     def asked(self) -> list[str]:
         return [languages.find(text).code for text in self.wanted.languages]
 
-    def files(self) -> dict[str, Path]:
+    def by_language(self) -> dict[str, Path]:
         """{language code: file}, the last of each language; what is left out, and languages asked without a file, are
         noted."""
         codes = files(self.benchmark, self.path)
@@ -115,7 +115,8 @@ class _Reader:
 
     def choose(self) -> dict[str, Path]:
         """The files of the wanted languages that can be asked; languages without an instruction are noted."""
-        chosen = {code: file for code, file in sorted(self.files().items()) if not self.asked or code in self.asked}
+        chosen = {code: file for code, file in sorted(self.by_language().items())
+                  if not self.asked or code in self.asked}
         if self.wanted.mode == "understanding" and self.benchmark in FIELDS:
             if without := [code for code in chosen if (self.benchmark, code) not in self.templates]:
                 self.note(f"no instruction in the language itself for {', '.join(without)}: left out")
@@ -224,7 +225,7 @@ def _self_instruct(reader: _Reader) -> list[Item]:
 
 
 def _translation(reader: _Reader) -> list[Item]:
-    texts = reader.files()
+    texts = reader.by_language()
     codes = [code for code in texts if not reader.asked or code in [*reader.asked, "eng"]]
     lines = functools.cache(lambda code: _lines(texts[code]))
     title = _translation_set(texts.values())
