@@ -13,14 +13,16 @@ yes / no (the words of the instruction's language, the item's, and English)
 
 options A, B with their texts, in English and XCOPA's other languages. Only a capital is a letter, as in the question
 ("a" is a word), and not if it begins an option's text ("A dog barked"). An option is passed over behind "than", "over",
-"instead of" or "not" and before "is wrong", "is less" or "makes no", as are both where the question is repeated.
+"instead of", "not" or "the less plausible is" and before "is wrong", "is less" or "makes no", as are both where the
+question is repeated.
   1. "A and B", "A or B", "both", "neither" at the start: cannot tell;
-  2. "answer is B", "option B", "choose B", "B is more plausible", "选项B", naming one letter: that one; both: cannot
-     tell;
+  2. "answer is B", "option B", "choose B", "B is more plausible", "选项B", "B更合理", naming one letter: that one; both:
+     cannot tell;
   3. the texts of both options occur: cannot tell (the options were repeated);
   4. the answer is one letter, or begins with one followed by punctuation or its option's text ("-B:", "(A)", "B. He");
-  5. one letter occurs between brackets, before a colon or full stop, or after a colon at the end ("... is plausible:
-     -A."): that one; if the other stands anywhere as a word: cannot tell;
+  5. one letter occurs between brackets, before a colon or full stop, or before a comma or at the end after a colon or
+     "is" ("... is plausible: -A.", "L'opzione più plausibile è B"): that one; if the other stands anywhere as a word:
+     cannot tell;
   6. the text of one option occurs, the other's does not, case and punctuation aside: that one.
 
 Of a longer answer only what these rules find is read. The share of answers that cannot be told is reported.
@@ -57,12 +59,12 @@ _QUOTES = r"""[("'*\[]{0,9}"""
 _OPTION = _any("answer, option, choice, choose, pick, select, variant, valik, vastus, opsyon, repons, opsi, pilihan, "
                "jawaban(?:nya)?, memilih, opzione, risposta, scelta, scelgo, chaguo, jibu, seçenek, cevap, yanıt, "
                "chọn, phương án, đáp án, câu trả lời, விருப்பம், பதில், விடை, ตัวเลือก, เลือก, คำตอบ, ข้อ, 选项, 选择?, 答案")
-_IS = _any("is, was, seems, looks, does, do, would, can, could, on, se, adalah, è, ni, là, คือ, 是, 为")
+_IS = _any("is, was, seems, looks, does, do, would, can, could, on, se, adalah, è(?: la)?, ni, là, คือ, 是, 为")
 _AND = "(?:[/&、,]|" + _any("and, or, või, ja, oswa, ak, atau, dan, o, e, au, na, veya, ve, ya da, hoặc, hay, và, "
                            "அல்லது, หรือ, 和, 或者?, 还是") + ")"
-_THAN = _any("than, over, instead of, daripada, kuliko, hơn, กว่า, 比, 而非, dell")
-_NOT = _any(r"\w*n't, not, non, pa, bukan, tidak, si[oy]?o?, hali?na, hai?na, không, ei, அல்ல, இல்லை, ไม่(?:ใช่)?, "
-            "不(?:是|会)?, 没")
+_THAN = _any("than, over, instead of, kui, pase, daripada, kuliko, hơn, กว่า, 比, 而非, dell")
+_NOT = _any(r"\w*n't, not, non, pa, bukan, tidak, si[oy]?o?, hali?na, hai?na, không, ei, அல்ல, இல்லை, ไม่(?:ใช่)?+, "
+            "不(?:是|会)?+, 没")
 _POOR = _any("wrong, incorrect, false, less, least, unlikely, implausible, makes? no, vale, vähem, kurang, salah, "
              "meno, sbagliat[ao], yanlış, mantıksız, daha az, değil\\w*, ít, sai, தவறு, குறைவு, ผิด, น้อยกว่า, 错, 较小")
 _ONE = rf"(?:{_OPTION}\s{{0,9}})?{_QUOTES}{_BEFORE}[AB]{_AFTER}"
@@ -71,15 +73,18 @@ _DOUBTED = rf"(?:[^\s,.;，。；]{{0,16}}|(?:[ \t]+(?![AB]\b)\w+){{0,2}}[ \t]+)
 _NAMED = re.compile(
     rf"{_OPTION}\s{{0,9}}(?:{_IS}\s{{0,9}})?(?:{_OPTION}\s{{0,9}})?[\s:\-]{{0,9}}{_QUOTES}([AB]){_AFTER}"
     rf"(?!\s{{0,9}}{_AND}\s{{0,9}}-?[AB]{_AFTER})"
-    r"|\b([AB])\s+(?:seçeneği|is\s+(?:the\s+)?(?:better|best|correct|right|(?:more|most)\s+(?:plausible|likely))\b)")
-_PASSED_OVER = re.compile(rf"(?:{_THAN}['’]?|{_NOT}(?:\s+\w+){{0,2}})\s{{0,9}}{_ONE}|{_ONE}{_DOUBTED}")
+    rf"|{_BEFORE}([AB])\s*(?:更|\bseçeneği\b|\b(?:is|seems|sounds|looks|would\s+be)\s+(?:the\s+)?"
+    r"(?:better|best|correct|right|(?:more|most)\s+(?:plausible|likely))\b)")
+# the less plausible option is A, 更不合理的是A
+_LESSER = rf"(?:{_POOR}|不)(?:[^\s,.;，。；]{{0,16}}?|(?:[ \t]+\w+){{0,3}}[ \t]+){_IS}\s{{0,9}}{_ONE}"
+_PASSED_OVER = re.compile(rf"(?:{_THAN}['’]?|{_NOT}(?:\s+\w+){{0,2}})\s{{0,9}}{_ONE}|{_LESSER}|{_ONE}{_DOUBTED}")
 _TURN = re.compile(r"(?:^|\n)### (?:Instruction|Input|Response):")
 _BOTH = re.compile(_OPENING + r"(?:(?i:both|neither)\b|A\s*(?:and|or|[/&,])\s*-?B\b|B\s*(?:and|or|[/&,])\s*-?A\b)")
 _OR = (r"""["'“”„«»「」]*\s*(?:/|\b(?:or|oder|ou|o|and|und|et|y)\b|또는|または|か|或者|或|그리고|と|和)\s*"""
        r"""["'“”„«»「」]*""")
-_UNKNOWING = r"\bno (?:(?:lo )?sé|estoy segur[oa]|idea)\b"
+_UNKNOWING = r"\bno (?:(?:lo )?sé|se puede|es posible|estoy segur[oa]|idea)\b"
 _MARKED = re.compile(
-    _BEFORE + r"""(?:\(([AB])\)|\[([AB])\]|([AB])(?=\s*[:.)。])|(?<=:)[\s\-"'*]*([AB])(?=\W*$))""")
+    rf"""{_BEFORE}(?:\(([AB])\)|\[([AB])\]|([AB])(?=\s*[:.)。])|(?:{_IS}|(?<=:))[\s\-"'*]*([AB])(?=[,，]|\W*$))""")
 
 
 def clean(raw: str, prompt: str = "") -> str:

@@ -9,26 +9,22 @@
 | self-instruct | `{lang}.jsonl`: instruction, instances [{input, output}]; `user_oriented_instructions` | text | all |
 
 Instructions come from templates/instructions.toml (the paper's wording), or a file of the same form. Limits are the
-default, per language or direction, from the start of the file. The directory tells the benchmark: see `detect`.
+default, per language or direction, from the start of the file. The directory tells the benchmark: benchmark_files.py.
 """
 
-import collections
-import contextlib
 import functools
 import itertools
 import random
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from minixllm import languages
+from minixllm.benchmark_files import TITLES, detect, files
 from minixllm.errors import UserError, check_text
 from minixllm.prompts import alpaca
 from minixllm.records import read_objects
 from minixllm.wording import FIELDS, read_templates
 
-TITLES = {"pawsx": "PAWS-X", "xcopa": "XCOPA", "translation": "Translation", "xlsum": "XL-Sum",
-          "self-instruct": "Self-Inst*"}
 LIMITS = {"translation": 200, "xlsum": 250}
 
 
@@ -41,7 +37,7 @@ class Item:
     group: str                    # what is scored together: a language, or a direction "eng-fra"
     language: str                 # whose tier the group counts to
     target: str                   # the language an answer must be in
-    id: str                       # unique in the group
+    id: str                       # the file's own, or the place in it
     instruction: str              # with the fields' names in braces
     input: str
     fields: dict
@@ -83,60 +79,6 @@ def read(path, wanted: Wanted) -> tuple[list[Item], list[str]]:
     return items, notes
 
 
-def detect(path) -> str:
-    """Which of the five benchmarks a directory holds, from its file names.
-
-    Raises UserError where it has files of another one, too, or a folder up to two below it has, as deep as archives of
-    benchmarks go: only one would be evaluated.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        found = "found a file" if path.exists() else "no such directory"
-        raise UserError(f"{path}: {found}; expected a directory of a benchmark's files")
-    own, where = _held(path), collections.defaultdict(list)
-    for folder in [*sorted(path.glob("*/")), *sorted(path.glob("*/*/"))]:
-        with contextlib.suppress(OSError):
-            for name in _held(folder, below=True):
-                if not any(parent in where[name] for parent in folder.parents):
-                    where[name].append(folder)
-    where = {name: [path] for name in own} | where
-    if len(where) == len(own) == 1:
-        return own[0]
-    if len(where) == 1:
-        [(name, folders)] = where.items()
-        raise UserError(f"{path}: holds {TITLES[name]} below, expected one of: {', '.join(map(str, folders[:5]))}"
-                        + ", ..." * (len(folders) > 5))
-    if where:
-        held = ", ".join(f"{TITLES[name]} in {where[name][0]}" for name in TITLES if name in where)
-        raise UserError(f"{path}: holds {held}: expected each benchmark by itself")
-    found = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
-    raise UserError(f"{path}: none of the five benchmarks: found {found}; expected */test_2k.tsv (PAWS-X), "
-                    "test.*.jsonl (XCOPA), *_test.jsonl (XL-Sum), *.jsonl with instances from its first line on "
-                    "(Self-Instruct), or texts named by language, such as fra.devtest (translation)")
-
-
-def _held(folder: Path, below: bool = False) -> list[str]:
-    """The benchmarks of which a directory has files where their readers look for them.
-
-    below: it is a folder in the directory given; two languages there may well be those of docs/fr.md or locale/fr.po.
-    """
-    texts = {_language_of_file(file) for file in folder.iterdir() if file.is_file()
-             and (not below or file.suffix in (".dev", ".devtest", ".txt", ""))} - {None}
-    held = {"pawsx": any(folder.glob("*/test_2k.tsv")), "xcopa": any(_xcopa_files(folder)),
-            "xlsum": any(folder.glob("*_test.jsonl")), "translation": len(texts) >= 2,
-            "self-instruct": any(map(_has_instances, sorted(folder.glob("*.jsonl"))))}
-    return [name for name, found in held.items() if found]
-
-
-def _has_instances(file: Path) -> bool:
-    try:
-        return "instances" in next(read_objects(file))[1]
-    except UserError:                                  # empty or damaged, it may be anything's
-        return False
-
-
-# ---- the five formats -----------------------------------------------------------------------------------------------
-
 @dataclass
 class _Reader:
     """What the five readers share: which languages are wanted, which instruction each gets, and the notes."""
@@ -156,25 +98,25 @@ class _Reader:
     def asked(self) -> list[str]:
         return [languages.find(text).code for text in self.wanted.languages]
 
-    def files(self, paths, code_of) -> dict[str, Path]:
-        """{language code: file}, by code_of(file), the last of each language; what is left out, and languages asked
-        without a file, are noted."""
-        codes = {path: code_of(path) for path in paths}
-        files = {code: path for path, code in codes.items() if code}
-        left_out = {f"{path.relative_to(self.path)}": code for path, code in codes.items() if files.get(code) != path}
+    def by_language(self) -> dict[str, Path]:
+        """{language code: file}, the last of each language; what is left out, and languages asked without a file, are
+        noted."""
+        codes = files(self.benchmark, self.path)
+        found = {code: path for path, code in codes.items() if code}
+        left_out = {f"{path.relative_to(self.path)}": code for path, code in codes.items() if found.get(code) != path}
         second = [f"{name} is a second file of {languages.find(code).name} ({code})"
                   for name, code in left_out.items() if code]
         for what, some in ((" of no known language", [name for name in left_out if not left_out[name]]), ("", second)):
             if some:
                 self.note(f"{len(some)} files{what} left out: {', '.join(some[:5])}" + ", ..." * (len(some) > 5))
-        if missing := [code for code in self.asked if code not in files]:
+        if missing := [code for code in self.asked if code not in found]:
             self.note(f"no file for {', '.join(missing)} in {self.path}")
-        return files
+        return found
 
-    def choose(self, paths, name) -> dict[str, Path]:
-        """The files of the wanted languages that can be asked, by name(file); languages without are noted."""
-        files = self.files(sorted(paths, reverse=True), lambda path: _code(name(path)))
-        chosen = {code: file for code, file in sorted(files.items()) if not self.asked or code in self.asked}
+    def choose(self) -> dict[str, Path]:
+        """The files of the wanted languages that can be asked; languages without an instruction are noted."""
+        chosen = {code: file for code, file in sorted(self.by_language().items())
+                  if not self.asked or code in self.asked}
         if self.wanted.mode == "understanding" and self.benchmark in FIELDS:
             if without := [code for code in chosen if (self.benchmark, code) not in self.templates]:
                 self.note(f"no instruction in the language itself for {', '.join(without)}: left out")
@@ -205,7 +147,7 @@ def _name(code: str, asked_in: str) -> str:
 
 def _pawsx(reader: _Reader) -> list[Item]:
     items = []
-    for code, file in reader.choose(reader.path.glob("*/test_2k.tsv"), lambda file: file.parent.name).items():
+    for code, file in reader.choose().items():
         template, asked_in = reader.template(code)
         own, english = reader.templates.get(("pawsx", code), template), reader.templates["pawsx", "eng"]
         words = tuple(tuple(dict.fromkeys([*template[k], *own[k], *english[k]])) for k in ("yes", "no"))
@@ -218,7 +160,7 @@ def _pawsx(reader: _Reader) -> list[Item]:
                 raise UserError(f"{file}, line {number}: {len(row)} columns, "
                                 "expected 4: id, sentence1, sentence2, label")
             id, first, second, label = row
-            if "NS" in (first.strip(), second.strip()):
+            if {first.strip(), second.strip()} & {"", "NS"}:             # both are found in the published files
                 skipped += 1
                 continue
             if label not in ("0", "1"):
@@ -232,17 +174,13 @@ def _pawsx(reader: _Reader) -> list[Item]:
         if not count + skipped:
             raise UserError(f"{file}: holds no rows, expected id, sentence1, sentence2, label in each")
         if skipped:
-            reader.note(f"{file}: {skipped} rows skipped, a sentence is the placeholder NS")
+            reader.note(f"{file}: {skipped} rows skipped, a sentence is empty or the placeholder NS")
     return items
-
-
-def _xcopa_files(path: Path) -> list[Path]:
-    return [*path.glob("test.*.jsonl"), *path.glob("*/test.*.jsonl"), *path.glob("data/*/test.*.jsonl")]
 
 
 def _xcopa(reader: _Reader) -> list[Item]:
     items = []
-    for code, file in reader.choose(_xcopa_files(reader.path), lambda file: file.name.split(".")[1]).items():
+    for code, file in reader.choose().items():
         template, asked_in = reader.template(code)
         for count, (line, entry) in enumerate(itertools.islice(read_objects(file), reader.limit)):
             texts = {key: _text(file, line, entry, key) for key in ("premise", "choice1", "choice2", "question")}
@@ -260,8 +198,7 @@ def _xcopa(reader: _Reader) -> list[Item]:
 
 def _xlsum(reader: _Reader) -> list[Item]:
     items = []
-    files = reader.choose(reader.path.glob("*_test.jsonl"), lambda file: file.name.removesuffix("_test.jsonl"))
-    for code, file in files.items():
+    for code, file in reader.choose().items():
         template, asked_in = reader.template(code)
         for count, (line, entry) in enumerate(itertools.islice(read_objects(file), reader.limit)):
             fields = {"article": _text(file, line, entry, "text"), "language": _name(code, asked_in)}
@@ -274,7 +211,7 @@ def _self_instruct(reader: _Reader) -> list[Item]:
     """Instruction and input as the file has them, in its language, in both modes."""
     template, items = {"instruction": "{instruction}", "input": "{input}"}, []
     reader.note(f"{reader.wanted.mode} mode, instructions as its files have them")
-    for code, file in reader.choose(reader.path.glob("*.jsonl"), lambda f: f.stem).items():
+    for code, file in reader.choose().items():
         for count, (line, entry) in enumerate(itertools.islice(read_objects(file), reader.limit)):
             instances = entry.get("instances")
             if not isinstance(instances, list) or not instances or not isinstance(instances[0], dict):
@@ -288,23 +225,26 @@ def _self_instruct(reader: _Reader) -> list[Item]:
 
 
 def _translation(reader: _Reader) -> list[Item]:
-    texts = sorted(filter(Path.is_file, reader.path.iterdir()))  # fra.dev before fra.devtest, which is taken
-    files = reader.files(texts, _language_of_file)
-    codes = [code for code in files if not reader.asked or code in [*reader.asked, "eng"]]
-    lines = functools.cache(lambda code: _lines(files[code]))
-    title = _translation_set(files.values())
+    texts = reader.by_language()
+    codes = [code for code in texts if not reader.asked or code in [*reader.asked, "eng"]]
+    lines = functools.cache(lambda code: _lines(texts[code]))
+    title = _translation_set(texts.values())
     items = []
     directions = translation_directions(codes, reader.wanted.directions, reader.wanted.seed, reader.note)
     for source, target, column in directions:
         if len(lines(source)) != len(lines(target)):
-            raise UserError(f"{files[source]} has {len(lines(source))} lines, {files[target]} {len(lines(target))}: "
+            raise UserError(f"{texts[source]} has {len(lines(source))} lines, {texts[target]} {len(lines(target))}: "
                             "expected texts aligned line by line")
         if reader.wanted.mode == "understanding" and ("translation", source) not in reader.templates:
             reader.note(f"{source}-{target}: no instruction in {source}: left out")
             continue
         template, asked_in = reader.template(source)
         language = source if target == "eng" else target
-        for number, (text, reference) in enumerate(list(zip(lines(source), lines(target)))[:reader.limit], 1):
+        pairs = [(number, *pair) for number, pair in enumerate(zip(lines(source), lines(target)), 1)
+                 if all(map(str.strip, pair))]
+        if empty := len(lines(source)) - len(pairs):
+            reader.note(f"{source}-{target}: {empty} lines skipped, a sentence is empty")
+        for number, text, reference in pairs[:reader.limit]:
             fields = {"source": text, "source_language": _name(source, asked_in),
                       "target_language": _name(target, asked_in), "language": _name(target, asked_in)}
             items.append(Item("translation", f"{title}({column})", f"{source}-{target}", language,
@@ -346,42 +286,12 @@ def translation_directions(codes: list[str], asked, seed: int, note=print) -> li
 READERS = {"pawsx": _pawsx, "xcopa": _xcopa, "translation": _translation, "xlsum": _xlsum,
            "self-instruct": _self_instruct}
 
-# FLORES-200's and NTREX's codes where FLORES-101 has another; XL-Sum's names and the English file of Self-Instruct
-OTHER_NAMES = {
-    "arb": "ara", "fuv": "ful", "lvs": "lav", "zsm": "msa", "khk": "mon", "gaz": "orm", "pbt": "pus", "pes": "fas",
-    "uzn": "uzb", "aze": "azj", "nep": "npi", "swa": "swh", "fil": "tgl", "zho_Hans": "zho_simpl",
-    "zho_Hant": "zho_trad", "zho_CN": "zho_simpl", "zho_TW": "zho_trad", "chinese_simplified": "zho_simpl",
-    "chinese_traditional": "zho_trad", "serbian_cyrillic": "srp", "scottish_gaelic": "gla", "pidgin": "pcm",
-    "user_oriented_instructions": "eng"}
 
-
-def _code(name: str) -> str | None:
-    """The language of this name, tag or code, those of OTHER_NAMES too; None for any other text."""
-    try:
-        return languages.find(OTHER_NAMES.get(name, name)).code
-    except UserError:
-        return None
-
-
-def _language_of_file(file: Path) -> str | None:
-    """fra.devtest, fra_Latn.devtest, newstest2019-ref.fra.txt, fra.txt -> fra; None for what names no language, and for
-    records."""
-    if file.suffix in (".json", ".jsonl", ".tsv"):
-        return None
-    name = re.sub(r"^newstest\d+-(src|ref)\.", "", file.name).split(".")[0].replace("-", "_")
-    first, _, script = name.partition("_")
-    whole, code = _code(name), _code(first)
-    if whole or not code:
-        return whole
-    known = languages.find(code).script
-    return code if script in (known, "Hang" if known == "Kore" else "") else None
-
-
-def _translation_set(files) -> str:
+def _translation_set(texts) -> str:
     """What the tables call aligned texts: the set that publishes files of such names."""
-    if all(file.suffix in (".dev", ".devtest") for file in files):
+    if all(file.suffix in (".dev", ".devtest") for file in texts):
         return "FLORES"
-    return "NTREX" if all(file.name.startswith("newstest2019-") for file in files) else TITLES["translation"]
+    return "NTREX" if all(file.name.startswith("newstest2019-") for file in texts) else TITLES["translation"]
 
 
 def _lines(file: Path) -> list[str]:

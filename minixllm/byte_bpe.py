@@ -148,9 +148,11 @@ class ByteLevelBPE(Tokenizer):
         super().__init__(path)
         content = read_json(self.path)
         model = self.get(content, "model", dict, "model")
+        if model.get("byte_fallback"):
+            self.refuse("model.byte_fallback", model["byte_fallback"], "false: this was converted from SentencePiece; "
+                        "put its tokenizer.model beside it, which is read instead")
         if self.get(content, "normalizer", dict, "normalizer", {}):
-            self.refuse("normalizer", content["normalizer"].get("type"), "none (a file converted from SentencePiece "
-                        "has one: put its tokenizer.model beside it, which is read instead)")
+            self.refuse("normalizer", content["normalizer"].get("type"), "none")
         self.steps = self._pre_tokenizer(content)
         decoder = self.get(content, "decoder", dict, "decoder", {}).get("type")
         if decoder != "ByteLevel":
@@ -263,7 +265,7 @@ class ByteLevelBPE(Tokenizer):
         """All tokens by text, the added ones among them, and the list of added ones; ids are checked."""
         if model.get("type", "BPE") != "BPE":
             self.refuse("model.type", model["type"], "'BPE'")
-        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(key):
                 self.refuse(f"model.{key}", model[key], "none: byte-level BPE has no such thing")
         vocab = self.get(model, "vocab", dict, "model.vocab")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from minixllm import benchmarks, wording
+from minixllm import benchmark_files, benchmarks, wording
 from minixllm.benchmarks import Wanted, read
 from minixllm.errors import UserError
 
@@ -63,7 +63,7 @@ def test_pawsx(pawsx):
 def test_a_second_file_of_a_language_is_told(xcopa):
     lines(xcopa / "it" / "test.it.jsonl", XCOPA_ROWS)
     _, notes = read(xcopa, Wanted(languages=("it",)))
-    assert "XCOPA: 1 files left out: test.it.jsonl is a second file of Italian (ita)" in notes
+    assert "XCOPA: 1 files left out: it/test.it.jsonl is a second file of Italian (ita)" in notes
 
 
 def test_xcopa(xcopa):
@@ -116,7 +116,15 @@ def test_directions():
     ("newstest2019-src.eng.txt", "eng"),
     ("newstest2019-ref.zho-CN.txt", "zho_simpl"), ("zsm_Latn.devtest", "msa"), ("README.md", None), ("xyz.txt", None)])
 def test_language_of_a_translation_file(tmp_path, name, code):
-    assert benchmarks._language_of_file(tmp_path / name) == code
+    assert benchmark_files.LAYOUTS["translation"][1](tmp_path / name) == code
+
+
+def test_a_backup_or_an_archive_of_a_text_is_not_taken_for_it(flores):
+    for name in ("fra.devtest~", "fra.devtest.bak", "fra.devtest.gz"):
+        lines(flores / name, ["Old."] * 205)
+    items, notes = read(flores, Wanted(directions=("eng-fra",), limit=1))
+    assert items[0].reference == "Un. 0" and notes[0].endswith(
+        "3 files of no known language left out: fra.devtest.bak, fra.devtest.gz, fra.devtest~")
 
 
 @pytest.mark.parametrize("name, column", [
@@ -300,22 +308,32 @@ def test_a_directory_of_several_benchmarks(tmp_path, pawsx, xcopa, flores):
 def test_what_else_stands_in_a_benchmarks_directory(xcopa, flores, tmp_path):
     for name in ("log.jsonl", "val.et.jsonl", "docs/en.md", "docs/fr.md", "lib/locale/de.po", "lib/locale/fr.po"):
         lines(xcopa / name, ["{bro"] if name == "val.et.jsonl" else [])
-    assert benchmarks.detect(xcopa) == "xcopa"
+    assert benchmark_files.detect(xcopa) == "xcopa"
     lines(xcopa / "more/deu.txt", ["Eins."])
     lines(xcopa / "more/fra", ["Un."])
     with pytest.raises(UserError, match="holds XCOPA in .*xcopa, Translation in .*xcopa/more: expected each"):
-        benchmarks.detect(xcopa)
+        benchmark_files.detect(xcopa)
     for folder, suffix in (("a/dev", "dev"), ("a/devtest", "devtest")):
         for code in ("eng", "fra"):
             lines(tmp_path / f"root/{folder}/{code}.{suffix}", ["x"])
     lines(tmp_path / "root/log.jsonl", [])
     with pytest.raises(UserError, match="holds Translation below, expected one of: .*/root/a/dev, .*/root/a/devtest$"):
-        benchmarks.detect(tmp_path / "root")
+        benchmark_files.detect(tmp_path / "root")
 
 
 def test_blank_lines_and_a_header_in_capitals(tmp_path):
     lines(tmp_path / "de/test_2k.tsv", [PAWSX_ROWS[0].upper(), *PAWSX_ROWS[1:], "", ""])
     assert [item.id for item in read(tmp_path, Wanted())[0]] == ["1", "3"]
+
+
+def test_empty_sentences_are_not_asked(tmp_path, flores):
+    lines(tmp_path / "pawsx/de/test_2k.tsv", [*PAWSX_ROWS, "4\t\t\t0", "5\tCats.\t \t1"])
+    items, notes = read(tmp_path / "pawsx", Wanted())
+    assert [item.id for item in items] == ["1", "3"] and "3 rows skipped, a sentence is empty or the" in notes[0]
+    lines(flores / "fra.devtest", ["Un.", "", *["Un."] * 203])
+    items, notes = read(flores, Wanted(directions=("eng-fra",), limit=3))
+    assert [item.id for item in items] == ["1", "3", "4"]
+    assert notes[0] == "Translation: eng-fra: 1 lines skipped, a sentence is empty"
 
 
 def test_line_separators_inside_a_sentence_do_not_shift_the_file(flores):

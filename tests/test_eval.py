@@ -16,7 +16,7 @@ import transformers
 from test_benchmarks import PAWSX_ROWS, XCOPA_ROWS, lines
 
 import eval as script
-from minixllm import benchmarks, checkpoint, evaluation, languages, report, scorers, wording
+from minixllm import benchmark_files, benchmarks, checkpoint, evaluation, languages, report, scorers, wording
 from minixllm.build import demo_benchmarks
 from minixllm.errors import UserError
 from minixllm.significance import democratization
@@ -129,7 +129,7 @@ def test_a_prompt_too_long_is_cut_from_the_article_alone(tmp_path, five, archite
 
 
 def test_every_benchmark_has_a_main_score():
-    assert report.MAIN.keys() == benchmarks.TITLES.keys()
+    assert report.MAIN.keys() == benchmark_files.TITLES.keys()
 
 
 def test_the_report_says_what_was_unread_cut_and_too_long():
@@ -447,8 +447,8 @@ def test_stand_ins_are_read_as_the_published_files_and_held_out(tmp_path, monkey
 
     monkeypatch.setattr(demo, "render", remember)
     folders, templates = demo_benchmarks.build(tmp_path / "a")
-    assert [benchmarks.detect(folder) for folder in folders] == ["pawsx", "xcopa", "translation", "xlsum",
-                                                                 "self-instruct"]
+    assert [benchmark_files.detect(folder) for folder in folders] == ["pawsx", "xcopa", "translation", "xlsum",
+                                                                      "self-instruct"]
     items = items_of(folders, templates=templates)
     assert len(items) > 1000 and len({(item.column, item.group, item.id) for item in items}) == len(items)
     telling = {"pawsx": ["sentence1"], "xcopa": ["premise"], "translation": ["source"], "xlsum": ["article"],
