@@ -7,6 +7,7 @@ same items, the predictions come out the same.
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 from tqdm import tqdm
@@ -86,8 +87,10 @@ def _read_partial(folder: Path, key: str) -> dict[int, dict]:
 
 
 def _fingerprint(model, tokenizer) -> tuple:
-    """Changes with the weights: their sums are cheap beside one forward."""
+    """Changes with the weights: their sums are cheap beside one forward. Raises UserError for what no numbers are."""
     weights = [(name, str(p.dtype), p.double().sum().item()) for name, p in model.named_parameters()]
+    if broken := [name for name, _, total in weights if not math.isfinite(total)]:
+        raise UserError(f"{broken[0]} holds infinite numbers or NaN: nothing that such a model answers counts")
     return tokenizer.fingerprint, repr(model.config), weights
 
 
