@@ -220,7 +220,8 @@ def hold_out(data, per_language: int, seed: int = 0) -> tuple[np.ndarray, np.nda
     Where every language has under ten, a tenth of all records, with as many of a language at most.
     """
     order = np.random.default_rng(seed).permutation(len(data))
-    languages = [order[data.languages[order] == language] for language in range(len(data.language_names))]
+    sorted_by_language = order[np.argsort(data.languages[order], kind="stable")]
+    languages = np.split(sorted_by_language, np.cumsum(np.bincount(data.languages))[:-1])
     held = np.concatenate([each[:min(per_language, len(each) // 10)] for each in languages])
     if not len(held):
         few = np.concatenate([each[:per_language] for each in languages])
