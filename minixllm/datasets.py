@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from minixllm import prompts
-from minixllm.attention import Packed
+from minixllm.attention import Packed, to_device
 from minixllm.errors import UserError
 from minixllm.languages import find
 from minixllm.records import Instruction, Preference, read_instructions, read_preferences
@@ -184,7 +184,7 @@ class Batch:
     def logps(self, model) -> torch.Tensor:
         """(N,) fp32: the log-probability of each label, 0 where there is none."""
         device = model.embedding.weight.device
-        return model(self.input_ids.to(device), Packed(self.documents, device), self.labels.to(device))
+        return model(to_device(self.input_ids, device), Packed(self.documents, device), to_device(self.labels, device))
 
     def answer_logps(self, model) -> torch.Tensor:
         """(answers,) fp32, one for each record, of pairs two: their labels' log-probabilities, EOS included, summed."""
