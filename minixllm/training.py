@@ -9,6 +9,7 @@ import json
 import math
 import os
 import signal
+import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -231,6 +232,9 @@ def claimed(settings, world: World):
                                 "model, which would replace it; expected another --output")
             if world.first:  # for all
                 held.enter_context(locked(output / ".lock", f"{output}: another run is writing there"))
+            elif not (output / ".lock").exists():
+                raise UserError(f"{output}: {socket.gethostname()} does not see what the first process made there: "
+                                "expected --output on a disk that all machines share, for the checkpoints")
             begun = resume.latest(output / "checkpoints") or (metrics.exists() and metrics.stat().st_size > 0)
             if begun and not settings.resume:
                 raise UserError(f"{output}: holds a run already, expected a new directory; "

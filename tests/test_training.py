@@ -520,6 +520,15 @@ def test_one_run_at_a_time(reference, tmp_path):
     run_here(tmp_path / "new", "--steps", 1)
 
 
+def test_a_directory_that_another_machine_does_not_see_is_refused(tmp_path, monkeypatch):
+    """Its processes would write their parts of a checkpoint elsewhere, and only a resume would tell."""
+    monkeypatch.setattr(parallel.World, "gather", lambda world, value: [None, None])
+    second = dataclasses.replace(parallel.setup("cpu"), rank=1, size=2)
+    with pytest.raises(UserError, match="does not see what the first process made there.*all machines share"):
+        with claimed(Settings(output=str(tmp_path / "run")), second):
+            pass
+
+
 def test_where_the_file_system_has_no_locks_there_are_none(tmp_path, monkeypatch, capsys):
     def flock(file, how):
         raise OSError(errno.ENOLCK, "No locks available")
