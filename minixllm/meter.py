@@ -102,7 +102,7 @@ def memory_needed(model, world, settings) -> float:
     parameters = list(model.parameters())
     state = sum((16 if p.requires_grad else p.element_size()) * p.numel() for p in parameters) / world.size
     if getattr(settings, "reference", None) == "live" and all(p.requires_grad for p in parameters):
-        state += sum(4 * p.numel() for p in parameters) / world.size
+        state += sum(dtype.itemsize * p.numel() for p in parameters) / world.size
     blocks = set(model.blocks.parameters())
     # What is gathered: embedding and head, never freed in a step, and two blocks at a time. The computing copy; of what
     # is trained the gradient, before and while reduced.
