@@ -264,6 +264,7 @@ class Stream:
         if max_length is not None and (longest := data.lengths[self.records].max()) > max_length:
             raise UserError(f"rows of {max_length} tokens cannot hold the longest record, of {longest}")
         self._plan = functools.lru_cache(maxsize=1)(self._plan)
+        self.batch = functools.lru_cache(maxsize=1)(self.batch)
         self.steps_per_epoch = 0  # the fewest rows that an epoch may have: any, for the first
         self.steps_per_epoch = -(-(len(self._plan(0)[1]) - 1) // batch_size)
 

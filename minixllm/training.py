@@ -161,6 +161,7 @@ def train_step(model, world, settings, stream, loss_fn, optimizer, meter, step, 
     squares = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
     tokens = sum(len(m.input_ids) for m in batch.micro_batches if m.records)
     totals = torch.stack([torch.stack(losses).double().sum(), squares, *(sums[name].double() for name in sorted(sums))])
+    stream.batch(step)  # the next one, made and kept while a GPU is still at this one
     totals = torch.cat([totals, totals.new_tensor([tokens, meter.flops(batch.micro_batches), bool(stopped)])])
     loss, squares, *values, tokens, flops, stop = world.sum(totals).tolist()
     norm = math.sqrt(squares)

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import free_port
-from minixllm import parallel, resume
+from minixllm import datasets, parallel, resume
 from minixllm.bloom import Bloom, BloomConfig
 from minixllm.checkpoint import build, initialise
 from minixllm.datasets import Stream
@@ -458,6 +458,18 @@ def test_gradient_checkpointing_changes_nothing(reference, tmp_path):
     run_here(tmp_path / "plain", "--dtype", "bfloat16")  # FSDP2 shards it, for the weights are held in fp32
     run_here(tmp_path / "bf16", "--dtype", "bfloat16", "--gradient-checkpointing")
     assert same(weights(tmp_path / "bf16"), weights(tmp_path / "plain"))
+
+
+def test_the_next_batch_is_made_before_this_step_is_waited_for(tmp_path, monkeypatch):
+    settings = Settings(output=str(tmp_path), steps=3)
+    world, model = setup(settings)
+    stream, events = make_stream(settings, world), []
+    collate, add_up = datasets.collate, parallel.World.sum
+    monkeypatch.setattr(datasets, "collate", lambda *args: events.append("micro-batch") or collate(*args))
+    monkeypatch.setattr(parallel.World, "sum", lambda *args: events.append("sum") or add_up(*args))
+    train(model, world, settings, stream, sft_loss)
+    a_step = ["micro-batch"] * 3 + ["sum"]
+    assert events == ["micro-batch"] * 3 + 3 * a_step + ["sum"]  # the last is that of the weights to be saved
 
 
 def test_every_step_draws_its_own_dropout(tmp_path, monkeypatch):
