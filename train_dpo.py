@@ -117,7 +117,8 @@ def align(settings, world, embedded: bool):
     elif settings.lora_r:
         reference = held_out_reference = dpo.adapters_off
     else:
-        reference = held_out_reference = dpo.frozen(open_model(config, model_class, world, settings, settings.model))
+        reference = held_out_reference = dpo.frozen(
+            open_model(config, model_class, world, settings, settings.model, frozen=True))
 
     options = dict(kind=settings.loss, beta=settings.beta, label_smoothing=settings.label_smoothing,
                    nll_weight=settings.nll_weight)

@@ -84,7 +84,7 @@ def run_ours(mode: str, count: int, dtype: str) -> float:
     elif "lora" in mode:
         reference = dpo.adapters_off
     else:
-        reference = dpo.frozen(open_model(config, Llama, world, settings).eval())
+        reference = dpo.frozen(open_model(config, Llama, world, settings, frozen=True).eval())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     stream, meter = Stream(data, 0, BATCH, BATCH), Meter(model, world, settings)
 

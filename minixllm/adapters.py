@@ -38,14 +38,15 @@ class LoraSettings:
                                           "query_key_value in BLOOM")
 
 
-def open_model(config, model_class, world, settings, directory=None):
+def open_model(config, model_class, world, settings, directory=None, frozen=False):
     """The model to train, sharded and filled: from `directory`, or with random weights where that is None.
 
     With settings.lora_r the base is frozen and held once, in bf16 (fp32 with --dtype float32), and only adapters train.
+    frozen: nothing trains, and the weights are held in the type that is computed in, which changes no number.
     """
     dtype = parallel.compute_dtype(settings.dtype, world.device)
     adapted = settings.lora_r > 0
-    held = torch.bfloat16 if adapted and settings.dtype != "float32" else torch.float32
+    held = dtype if frozen else torch.bfloat16 if adapted and settings.dtype != "float32" else torch.float32
     model = checkpoint.build(config, model_class, held)
     if adapted:
         add_lora(model, lora_config(config, settings))

@@ -16,6 +16,13 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 BLOCK = 128  # of queries, or keys, in FlexAttention
 
 
+def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
+    """A tensor of the CPU on `device`, without waiting for what a GPU still computes: meanwhile the CPU goes ahead."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()  # from other memory the driver may wait all the same
+    return tensor.to(device, non_blocking=True)
+
+
 def alibi_slopes(num_heads: int, device="cpu") -> torch.Tensor:
     """The slope of each head, (H,) fp32 (Press et al. 2022, "Train Short, Test Long", section 3).
 
@@ -25,7 +32,7 @@ def alibi_slopes(num_heads: int, device="cpu") -> torch.Tensor:
     below = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * h / below) for h in range(1, below + 1)]
     slopes += [2 ** (-4 * h / below) for h in range(1, 2 * (num_heads - below), 2)]
-    return torch.tensor(slopes, dtype=torch.float32, device=device)
+    return to_device(torch.tensor(slopes, dtype=torch.float32), device)
 
 
 def causal_mask(length: int, slopes, dtype, device) -> torch.Tensor:
@@ -72,7 +79,7 @@ class Packed:
         self.device = torch.device(device)
         position_ids = [torch.arange(start, start + length) for trunk, branches in self.documents
                         for start, length in [(0, trunk), *((trunk, branch) for branch in branches)]]
-        self.position_ids = torch.cat(position_ids).to(device)
+        self.position_ids = to_device(torch.cat(position_ids), device)
         self._longest_mask = None
         # (count, trunk, branches): neighbours of one length and no branches are computed by one call
         self.runs = []
@@ -127,7 +134,7 @@ class Packed:
     @functools.cached_property
     def mask_mod(self):
         """Whether query q sees key k, as FlexAttention asks it."""
-        document, branch = (ids.to(self.device) for ids in self.segments)
+        document, branch = (to_device(ids, self.device) for ids in self.segments)
 
         def sees(b, h, q, k):
             return (q >= k) & (document[q] == document[k]) & ((branch[k] == 0) | (branch[k] == branch[q]))
@@ -152,7 +159,7 @@ class Packed:
 
         def ordered(blocks):  # for each block of queries: how many blocks of keys, and their numbers before the others
             order = blocks.int().argsort(dim=-1, descending=True, stable=True)
-            return (x[None, None].int().to(self.device) for x in (blocks.sum(-1), order))
+            return (to_device(x[None, None].int(), self.device) for x in (blocks.sum(-1), order))
 
         return BlockMask.from_kv_blocks(*ordered(seen & ~whole), *ordered(seen & whole), BLOCK_SIZE=BLOCK,
                                         mask_mod=self.mask_mod, seq_lengths=(N, N))

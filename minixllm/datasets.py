@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from minixllm import prompts
-from minixllm.attention import Packed
+from minixllm.attention import Packed, to_device
 from minixllm.errors import UserError
 from minixllm.languages import find
 from minixllm.records import Instruction, Preference, read_instructions, read_preferences
@@ -184,7 +184,7 @@ class Batch:
     def logps(self, model) -> torch.Tensor:
         """(N,) fp32: the log-probability of each label, 0 where there is none."""
         device = model.embedding.weight.device
-        return model(self.input_ids.to(device), Packed(self.documents, device), self.labels.to(device))
+        return model(to_device(self.input_ids, device), Packed(self.documents, device), to_device(self.labels, device))
 
     def answer_logps(self, model) -> torch.Tensor:
         """(answers,) fp32: the summed log-probability, EOS included, of each record's answer, or of a pair's two."""
@@ -220,7 +220,8 @@ def hold_out(data, per_language: int, seed: int = 0) -> tuple[np.ndarray, np.nda
     Where every language has under ten, a tenth of all records, with as many of a language at most.
     """
     order = np.random.default_rng(seed).permutation(len(data))
-    languages = [order[data.languages[order] == language] for language in range(len(data.language_names))]
+    sorted_by_language = order[np.argsort(data.languages[order], kind="stable")]
+    languages = np.split(sorted_by_language, np.cumsum(np.bincount(data.languages))[:-1])
     held = np.concatenate([each[:min(per_language, len(each) // 10)] for each in languages])
     if not len(held):
         few = np.concatenate([each[:per_language] for each in languages])
@@ -263,6 +264,7 @@ class Stream:
         if max_length is not None and (longest := data.lengths[self.records].max()) > max_length:
             raise UserError(f"rows of {max_length} tokens cannot hold the longest record, of {longest}")
         self._plan = functools.lru_cache(maxsize=1)(self._plan)
+        self.batch = functools.lru_cache(maxsize=1)(self.batch)
         self.steps_per_epoch = 0  # no epoch has fewer rows than this (see _plan); the first may have any number
         self.steps_per_epoch = -(-(len(self._plan(0)[1]) - 1) // batch_size)
 

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from minixllm import lora
+from minixllm.attention import to_device
 from minixllm.datasets import in_order
 from minixllm.files import atomic_write
 from minixllm.losses import dpo_loss, ipo_loss
@@ -95,14 +96,13 @@ def cached(model, world, data, directory, folder, dtype: str, tokens: int):
                 with torch.no_grad():
                     table[batch.records] = pair_logps(model, batch)
                 bar.update(len(batch.records) * world.size)
-        world.sum(table)
+        table = world.sum(table).cpu()
         if world.first:
             with atomic_write(path, "wb") as file:
-                np.save(file, table.cpu().numpy())
-    table = table.to(world.device)
+                np.save(file, table.numpy())
 
     def reference(model, batch):
-        return table[batch.records]
+        return to_device(table[batch.records], world.device)
     return reference
 
 

@@ -106,7 +106,7 @@ def memory_needed(model, world, settings) -> float:
     parameters = list(model.parameters())
     state = sum((16 if p.requires_grad else p.element_size()) * p.numel() for p in parameters) / world.size
     if getattr(settings, "reference", None) == "live" and all(p.requires_grad for p in parameters):
-        state += sum(4 * p.numel() for p in parameters) / world.size
+        state += sum(dtype.itemsize * p.numel() for p in parameters) / world.size
     blocks = set(model.blocks.parameters())
     # What FSDP2 gathers: embedding and head, which are not freed within a step, and two blocks at a time. Each takes a
     # copy to compute with and, if it is trained, its gradient before and while that is reduced.

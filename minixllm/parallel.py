@@ -237,6 +237,6 @@ def explain_lost_peers(doing: str, remedy: str = ""):
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         if alone or not (isinstance(error, dist.DistError) or any(part in text for part in lost)):
             raise
-        told = text.splitlines()[0].split("] ", 1)[-1][:100]  # without the place in gloo's sources
+        told = " ".join(text.split()).split("] ", 1)[-1][-200:]  # no place in gloo's sources; NCCL ends with the cause
         raise UserError(f"{doing}: another process died or hangs, see its own message "
                         f"(rank {dist.get_rank()} on {socket.gethostname()} was told: {told}). {remedy}") from None

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import signal
+import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -161,6 +162,7 @@ def train_step(model, world, settings, stream, loss_fn, optimizer, meter, step, 
     squares = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
     tokens = sum(len(m.input_ids) for m in batch.micro_batches if m.records)
     totals = torch.stack([torch.stack(losses).double().sum(), squares, *(sums[name].double() for name in sorted(sums))])
+    stream.batch(step)  # the next one, made and kept while a GPU is still at this one
     totals = torch.cat([totals, totals.new_tensor([tokens, meter.flops(batch.micro_batches), bool(stopped)])])
     loss, squares, *values, tokens, flops, stop = world.sum(totals).tolist()
     norm = math.sqrt(squares)
@@ -237,6 +239,9 @@ def claimed(settings, world: World):
                                 "model, which would replace it; expected another --output")
             if world.first:  # for all
                 held.enter_context(locked(output / ".lock", f"{output}: another run is writing there"))
+            elif not (output / ".lock").exists():
+                raise UserError(f"{output}: {socket.gethostname()} does not see what the first process made there: "
+                                "expected --output on a disk that all machines share, for the checkpoints")
             begun = resume.latest(output / "checkpoints") or (metrics.exists() and metrics.stat().st_size > 0)
             if begun and not settings.resume:
                 raise UserError(f"{output}: holds a run already, expected a new directory; "

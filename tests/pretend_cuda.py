@@ -7,6 +7,7 @@ computed as its definition says, from the block mask's rule; of a GPU's speed an
 
 import contextlib
 import math
+from collections import Counter
 from unittest import mock
 
 import torch
@@ -81,12 +82,23 @@ def is_cuda(device) -> bool:
     return isinstance(device, (str, torch.device)) and torch.device(device).type == "cuda"
 
 
+WAITS = ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "nonzero", "new_tensor")
+
+
 class _Moves(TorchFunctionMode):
-    """Where tensors are made on a device, moved to one, or read."""
+    """Where tensors are made on a device, moved to one, or read; `waits` counts what would wait for the GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = Counter()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
+        if name in WAITS and isinstance(args[0], OnGpu) or name == "tensor" and is_cuda(kwargs.get("device")):
+            self.waits[name] += 1
+        if name == "pin_memory":
+            return args[0]
         if name == "numpy" and isinstance(args[0], OnGpu) and not kwargs.get("force"):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()")
         if name in ("tolist", "numpy", "cpu", "data_ptr") and isinstance(args[0], OnGpu):
@@ -101,6 +113,7 @@ class _Moves(TorchFunctionMode):
                 if isinstance(x, torch.dtype):
                     moved = moved.to(x)
                 elif isinstance(x, (str, torch.device)) and is_cuda(x) != isinstance(moved, OnGpu):
+                    self.waits[name] += not kwargs.get("non_blocking")
                     moved = (_ToGpu if is_cuda(x) else _ToCpu).apply(moved)
             return moved
         if name == "backward":  # and for what its functions do
@@ -159,7 +172,7 @@ gloo = parallel.dist.init_process_group  # there is no NCCL without GPUs
 
 @contextlib.contextmanager
 def pretend_cuda():
-    with (_Moves(), mock.patch.object(attention, "_compiled_flex", lambda: flex_attention),
+    with (_Moves() as moves, mock.patch.object(attention, "_compiled_flex", lambda: flex_attention),
           mock.patch.object(parallel, "init_device_mesh", lambda kind, shape: init_device_mesh("cpu", shape)),
           mock.patch.object(parallel.dist, "init_process_group", lambda backend, **rest: gloo("gloo", **rest)),
           # writing a checkpoint would wait for a GPU's streams
@@ -169,4 +182,4 @@ def pretend_cuda():
           mock.patch("torch.cuda.get_device_name", lambda device: "NVIDIA H200"),
           mock.patch("torch.cuda.get_device_capability", lambda device: (9, 0)),
           mock.patch("torch.cuda.mem_get_info", lambda device: (140 * 10**9, 141 * 10**9))):
-        yield
+        yield moves

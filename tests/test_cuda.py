@@ -20,9 +20,11 @@ import train_sft
 from conftest import REAL_GPU
 from minixllm import generate, parallel, plots
 from minixllm.bloom import Bloom, BloomConfig
-from minixllm.checkpoint import initialise, save_model
+from minixllm.checkpoint import initialise, load, save_model
+from minixllm.datasets import SFTData, collate
 from minixllm.llama import Llama, LlamaConfig
 from minixllm.tokenizers import train_sentencepiece
+from minixllm.training import sft_loss
 from pretend_cuda import pretend_cuda
 
 WORDS = "red green blue one two three four five cat dog bird fish runs sleeps sings".split()
@@ -107,6 +109,17 @@ def test_a_training_and_its_answers(files, tmp_path, training, capsys, monkeypat
             shutil.rmtree(tmp_path / "gpu/checkpoints/step-00000004")
             script.main([*given, "--resume"])
     same(metrics(tmp_path / "gpu"), metrics(tmp_path / "cpu"))
+
+
+@pytest.mark.parametrize("arch", ["llama", "bloom"])
+def test_a_micro_batch_waits_for_the_gpu_at_its_head_alone(files, arch):
+    """Its inputs and masks are made and sent while the GPU is still at the micro-batch before."""
+    with pretend_cuda() as moves:
+        model, tokenizer = load(files / arch, device="cuda")
+        batch = collate(SFTData(files / "sft.jsonl", tokenizer, 999, files / "cache"), range(3))
+        moves.waits.clear()
+        sft_loss(model, batch)[0].backward()
+    assert +moves.waits == {"nonzero": 1, "__bool__": 1}
 
 
 @pytest.mark.parametrize("arch", ["llama", "bloom"])

@@ -444,6 +444,25 @@ def test_few_records_of_each_language_are_held_out_from_all():
     assert not len(hold_out(Few(), 0)[1])
 
 
+def test_many_languages_are_held_out_from_in_one_pass():
+    class Lookups(np.ndarray):
+        count = 0
+
+        def __getitem__(self, index):
+            Lookups.count += 1
+            return super().__getitem__(index)
+
+    class Many:
+        languages = np.tile(np.arange(50), 20).view(Lookups)
+        language_names = list(map(str, range(50)))
+
+        def __len__(self):
+            return len(self.languages)
+
+    _, held = hold_out(Many(), per_language=2)
+    assert np.bincount(held % 50).tolist() == [2] * 50 and Lookups.count < 10
+
+
 # What a model makes of them
 
 @pytest.fixture(scope="module")

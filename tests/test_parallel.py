@@ -96,6 +96,13 @@ def test_only_lost_peers_are_explained(monkeypatch):
     with pytest.raises(UserError, match="step 3: another process died or hangs.*Connection closed by peer"):
         with parallel.explain_lost_peers("step 3"):
             raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3511")
+    nccl = ("NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled system error (run with "
+            "NCCL_DEBUG=INFO for details), NCCL version 2.29.3\nncclSystemError: System call (e.g. socket, malloc) or "
+            "external library call failed or device error. \nLast error:\n")
+    with pytest.raises(UserError, match="Last error: Error while creating shared memory segment /dev/shm"):
+        with parallel.explain_lost_peers("step 1"):
+            raise torch.distributed.DistBackendError(
+                f"{nccl}Error while creating shared memory segment /dev/shm/nccl-K9Qq8F (size 9637888)")
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         with parallel.explain_lost_peers("step 3"):
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

@@ -18,8 +18,9 @@ import train_dpo
 import train_sft
 from conftest import ROOT
 from minixllm import dpo, parallel
+from minixllm.adapters import open_model
 from minixllm.bloom import Bloom, BloomConfig
-from minixllm.checkpoint import initialise, load, load_model, save_model
+from minixllm.checkpoint import initialise, load, load_model, read_directory, save_model
 from minixllm.datasets import PreferenceData, collate
 from minixllm.dpo import compare, pair_logps
 from minixllm.errors import UserError
@@ -165,6 +166,18 @@ def test_a_cached_reference_equals_a_live_one(mode, runs):
     for a, b in zip(sum(metrics(live), []), sum(metrics(cached), [])):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["margin"] == pytest.approx(b["margin"], abs=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["llama", "bloom"])
+def test_a_frozen_reference_is_held_as_it_is_computed_in(arch, models, pairs, tmp_path):
+    """Half of fp32 in bf16, and the policy's numbers all the same."""
+    config, model_class, tokenizer = read_directory(models / arch)
+    world, settings = parallel.setup("cpu"), train_dpo.Settings(dtype="bfloat16", model=".", data=["."])
+    policy, reference = (open_model(config, model_class, world, settings, models / arch, frozen) for frozen in (0, 1))
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    assert {p.dtype for p in reference.parameters()} == {torch.bfloat16}
+    batch = collate(PreferenceData([pairs], tokenizer, 200, tmp_path), range(5))
+    assert torch.equal(dpo.frozen(reference)(policy, batch), pair_logps(policy, batch))
 
 
 def test_a_reference_of_weights_held_in_bf16_is_another(models, pairs, tmp_path):

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import free_port
-from minixllm import parallel, resume
+from minixllm import datasets, parallel, resume
 from minixllm.bloom import Bloom, BloomConfig
 from minixllm.checkpoint import build, initialise
 from minixllm.datasets import Stream
@@ -466,6 +466,18 @@ def test_gradient_checkpointing_changes_nothing(reference, tmp_path):
     assert same(weights(tmp_path / "bf16"), weights(tmp_path / "plain"))
 
 
+def test_the_next_batch_is_made_before_this_step_is_waited_for(tmp_path, monkeypatch):
+    settings = Settings(output=str(tmp_path), steps=3)
+    world, model = setup(settings)
+    stream, events = make_stream(settings, world), []
+    collate, add_up = datasets.collate, parallel.World.sum
+    monkeypatch.setattr(datasets, "collate", lambda *args: events.append("micro-batch") or collate(*args))
+    monkeypatch.setattr(parallel.World, "sum", lambda *args: events.append("sum") or add_up(*args))
+    train(model, world, settings, stream, sft_loss)
+    a_step = ["micro-batch"] * 3 + ["sum"]
+    assert events == ["micro-batch"] * 3 + 3 * a_step + ["sum"]  # the last is that of the weights to be saved
+
+
 def test_every_step_draws_its_own_dropout(tmp_path, monkeypatch):
     seeds, manual_seed = [], torch.manual_seed
     monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or manual_seed(seed))
@@ -524,6 +536,15 @@ def test_one_run_at_a_time(reference, tmp_path):
     run_here(tmp_path / "run", "--resume", "--steps", 13)
     (tmp_path / "new/metrics.jsonl").touch()  # of a run that failed before its first step
     run_here(tmp_path / "new", "--steps", 1)
+
+
+def test_a_directory_that_another_machine_does_not_see_is_refused(tmp_path, monkeypatch):
+    """Its processes would write their parts of a checkpoint elsewhere, and only a resume would tell."""
+    monkeypatch.setattr(parallel.World, "gather", lambda world, value: [None, None])
+    second = dataclasses.replace(parallel.setup("cpu"), rank=1, size=2)
+    with pytest.raises(UserError, match="does not see what the first process made there.*all machines share"):
+        with claimed(Settings(output=str(tmp_path / "run")), second):
+            pass
 
 
 def test_where_the_file_system_has_no_locks_there_are_none(tmp_path, monkeypatch, capsys):
