@@ -91,8 +91,8 @@ def build(settings: FeedbackSettings) -> bool:
         for _, (*_, outcomes) in runner.map(answer, firsts(files, drawn), TRIED, "judge", named):
             tried.update(outcomes)
         if tried.total() == tried["not readable"] > 0:
-            raise UserError(f"{judge.name}: the first {tried.total()} comparisons, in {TRIED} languages, gave no verdict "
-                            "that can be read, expected a judge that answers with the JSON it is asked for")
+            raise UserError(f"{judge.name}: the first {tried.total()} comparisons, in {TRIED} languages, gave no "
+                            "verdict that can be read, expected a judge that answers with the JSON it is asked for")
         runner.failures.clear()  # they are met again
         report = runner.write(Path(settings.output) / "pairs.jsonl", answer, finish, instructions(files, drawn), total,
                               settings.feedback, named)
