@@ -99,7 +99,8 @@ def main(argv=None) -> None:
         print(report.write(settings.output, tables, predictions, dataclasses.asdict(settings), notes))
         for name in models:
             evaluation.forget(Path(settings.output) / name)
-        print(f"{settings.output}/report.md, results.json, predictions.jsonl; {time.perf_counter() - start:.0f} s")
+        print(f"every language: {settings.output}/report.md; results.json and predictions.jsonl are beside it; "
+              f"{time.perf_counter() - start:.0f} s")
     parallel.close()
 
 

@@ -139,12 +139,13 @@ def check_output(folder, names, items, settings: dict) -> None:
 def write(folder, models: dict[str, dict], predictions: dict[str, list[dict]], settings: dict, notes: list[str]) -> str:
     """Write predictions.jsonl of each model, results.json, report.md and, with matplotlib, scores.png.
 
-    models: {name: what `results` gave}. Returns the tables as Markdown.
+    models: {name: what `results` gave}. Returns the report's tables of all languages together.
     """
     folder = Path(folder)
     for name, lines in predictions.items():
         write_json_lines(folder / name / "predictions.jsonl", lines)
-    report = markdown(models, notes)
+    summary = overview(models, notes)
+    report = f"{summary}\n{details(models)}"  # before what they need is taken out
     for name, table in models.items():
         for entry in table.values():
             for group in entry["groups"].values():
@@ -153,11 +154,11 @@ def write(folder, models: dict[str, dict], predictions: dict[str, list[dict]], s
     with atomic_write(folder / "report.md") as file:
         file.write(report)
     plots.scores(folder / "scores.png", models)
-    return report
+    return summary
 
 
-def markdown(models: dict[str, dict], notes: list[str]) -> str:
-    """The paper's table (models side by side, low / mid / high), the analyses, then every language."""
+def overview(models: dict[str, dict], notes: list[str]) -> str:
+    """Markdown: the paper's table (models side by side, low / mid / high) and the analyses."""
     columns = list(dict.fromkeys(column for table in models.values() for column in table))
 
     def having(metric):
@@ -174,7 +175,13 @@ def markdown(models: dict[str, dict], notes: list[str]) -> str:
         parts += ["## Off-target rate (%, less is better)", _tier_table(models, placed, lambda entry: "off_target")]
     parts += ["## Language democratization (the mean over languages in % of the best one)",
               _model_table(models, [(column,) for column in columns], lambda entry: f"{entry['democratization']:.2f}")]
-    parts += [_languages(models, column) for column in columns]
+    return "\n\n".join(parts) + "\n"
+
+
+def details(models: dict[str, dict]) -> str:
+    """Markdown: every language of each benchmark, and how they were scored."""
+    columns = dict.fromkeys(column for table in models.values() for column in table)
+    parts = [_languages(models, column) for column in columns]
     parts += ["## How it was scored", "\n".join(f"- {line}" for line in (*LEGEND, *_signatures(models)))]
     return "\n\n".join(parts) + "\n"
 
