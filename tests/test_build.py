@@ -1005,7 +1005,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
         "spa",
     )
     fails("nllb:nllb: expected model.bin and sentencepiece.bpe.model", "--languages", "umb", "--generator",
-          "chat:m@http://127.0.0.1:9", "--dry-run")  # the default's second translator, which Umbundu needs
+          "chat:m@http://127.0.0.1:9")  # the default's second translator, which Umbundu needs
     fails("no service is written 'deepl...'", "--translator", "deepl")
     fails("keys and passwords belong in the environment", "--translator", "google@https://127.0.0.1/v2?key=abc")
     for address, host in (("[::1/v1", "[::1"), ("[bad", "[bad"), ("a..b/v1", "a..b"), (f"{'a' * 64}.org/v1", "a" * 64),
@@ -1094,3 +1094,5 @@ def test_a_dry_run_asks_nothing_and_counts_right(tmp_path, undisturbed, capsys, 
         )
         build(server, tmp_path, "--dry-run", "--pairs-each", "1", kind="feedback", data=spoken(tmp_path, 30))
         assert f"{870 * 16:,} requests" in capsys.readouterr().out and not server.asked
+        build(server, tmp_path, "--dry-run", "--languages", "umb", "--translator", "nllb:not/there/yet")
+        assert re.search("^nllb:yet-[0-9a-f]{8}: 55 to 85 requests", capsys.readouterr().out, re.MULTILINE)

@@ -219,11 +219,12 @@ def test_nllb_in_ctranslate2(tmp_path, monkeypatch):
     )
 
     nllb = services.service(f"nllb:{directory}")
+    pieces = sentencepiece.SentencePieceProcessor(model_file=f"{directory}/sentencepiece.bpe.model")
     first, second = "the town lies by the river.", "people live there since years."
     translations = {}
     for text in (first, second):
         ids = torch.tensor(
-            [tokenizer.convert_tokens_to_ids(["eng_Latn", *nllb.pieces.encode(text, out_type=str), "</s>"])]
+            [tokenizer.convert_tokens_to_ids(["eng_Latn", *pieces.encode(text, out_type=str), "</s>"])]
         )
         with torch.no_grad():
             beams = model.generate(
@@ -277,7 +278,7 @@ def test_nllb_in_ctranslate2(tmp_path, monkeypatch):
     for name in ("model.bin", "sentencepiece.bpe.model"):
         (directory / name).write_bytes((directory / name).read_bytes()[:99])
         with pytest.raises(UserError, match="expected model.bin and sentencepiece.bpe.model, NLLB converted"):
-            services.service(f"nllb:{directory}")
+            services.service(f"nllb:{directory}").ask(Translate("x", "eng", "umb"))
 
 
 def test_a_local_model_directory(tmp_path, monkeypatch):

@@ -328,20 +328,10 @@ class Nllb:
     """
 
     def __init__(self, directory: str):
-        try:
-            import ctranslate2
-        except ImportError:
-            raise UserError(f"nllb:{directory} needs the package ctranslate2: pip install 'minixllm[nllb]'") from None
-        import sentencepiece
-        device = "cuda" if ctranslate2.get_cuda_device_count() else "cpu"
-        try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_file=f"{directory}/sentencepiece.bpe.model")
-            self.model = ctranslate2.Translator(directory, device=device)
-        except (OSError, RuntimeError, ValueError) as error:  # of either: a file that is missing, or is none of theirs
-            raise UserError(f"nllb:{directory}: expected model.bin and sentencepiece.bpe.model, NLLB converted by "
-                            "ct2-transformers-converter --copy_files sentencepiece.bpe.model; found: "
-                            f"{' '.join(str(error).split())[-160:]}") from None
-        self.name = f"nllb:{Path(directory).name}-{fingerprint(Path(directory).iterdir())}"
+        self.directory = Path(directory)
+        files = self.directory.iterdir() if self.directory.is_dir() else ()  # a dry run does without them
+        self.name = f"nllb:{self.directory.name}-{fingerprint(files)}"
+        self.pieces = self.model = None
         self._lock, self._waiting = threading.Lock(), queue.SimpleQueue()
 
     def does(self, request) -> bool:
@@ -349,7 +339,26 @@ class Nllb:
 
     cost = Google.cost
 
+    def open(self) -> None:
+        """Load tokenizer and model, the first time. Raises UserError."""
+        if self.model:
+            return
+        try:
+            import ctranslate2
+        except ImportError:
+            raise UserError(f"nllb:{self.directory} needs the package ctranslate2: pip install 'minixllm[nllb]'") from None
+        import sentencepiece
+        device = "cuda" if ctranslate2.get_cuda_device_count() else "cpu"
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=f"{self.directory}/sentencepiece.bpe.model")
+            self.model = ctranslate2.Translator(str(self.directory), device=device)
+        except (OSError, RuntimeError, ValueError) as error:  # of either: a file that is missing, or is none of theirs
+            raise UserError(f"nllb:{self.directory}: expected model.bin and sentencepiece.bpe.model, NLLB converted by "
+                            "ct2-transformers-converter --copy_files sentencepiece.bpe.model; found: "
+                            f"{' '.join(str(error).split())[-160:]}") from None
+
     def ask(self, request: Translate) -> tuple[str, dict]:
+        self.open()
         done = Future()
         self._waiting.put((request, done))
         with self._lock:  # whoever has it translates for all
