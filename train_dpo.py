@@ -129,12 +129,12 @@ def align(settings, world, embedded: bool):
         return held_out_means(world, held_out_data, held_out, tokens, measure)
 
     # The loop, and what comes out of it.
-    before = demo_feedback.measure(model, tokenizer, folder) if embedded else None
+    before = demo_feedback.measure(model, tokenizer, folder, world) if embedded else None
     if not train(model, world, settings, stream, loss, evaluate):
         return STOPPED
     save_trained(model, settings, tokenizer)
     if embedded:
-        demo_feedback.report(before, demo_feedback.measure(model, tokenizer, folder), settings.output, world)
+        demo_feedback.report(before, demo_feedback.measure(model, tokenizer, folder, world), settings.output, world)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from minixllm import parallel
 from minixllm.adapters import LoraSettings, open_model, save_trained
@@ -21,7 +20,7 @@ from minixllm.checkpoint import ARCHITECTURES, read_directory
 from minixllm.datasets import SFTData, Stream, encode_prompt, hold_out
 from minixllm.exact_match import describe, exact_match
 from minixllm.files import write_json
-from minixllm.generation import generate
+from minixllm.generation import answer
 from minixllm.prompts import alpaca
 from minixllm.records import read_instructions, record_files
 from minixllm.settings import STOPPED, parse, run, setting
@@ -110,29 +109,27 @@ def fine_tune(settings, world):
     if settings.model:
         some = [held_out_data.read(record) for record in held_out[::max(1, len(held_out) // 12)]]
         prompts = [prompt.tolist() for prompt, _ in some]
-        answer(model, tokenizer, world, settings, prompts, [tokenizer.decode(right.tolist()) for _, right in some])
+        expected = [tokenizer.decode(right.tolist()) for _, right in some]
     else:
         test = list(read_instructions(folder / "test.jsonl"))
         prompts = [encode_prompt(tokenizer, alpaca(record.instruction, record.input)) for record in test]
-        answers = answer(model, tokenizer, world, settings, prompts, [record.output for record in test])
-        if world.first:
+        expected = [record.output for record in test]
+    answers = answer(model, tokenizer, prompts, settings.max_new_tokens, world)
+    if world.first:
+        show(tokenizer, prompts, answers, expected)
+        if not settings.model:
             result = exact_match(test, answers)
             print("\n" + describe(result))
             write_json(Path(settings.output) / "exact_match.json", result)
 
 
-def answer(model, tokenizer, world, settings, prompts, expected) -> list[str]:
-    """The model's answers to held-out prompts; a dozen of them are printed. A collective."""
-    with tqdm(total=len(prompts[world.rank::world.size]), unit="answer", disable=not world.first,
-              dynamic_ncols=True) as bar:
-        answers = [tokenizer.decode(ids) for ids in generate(model, tokenizer, prompts, settings.max_new_tokens,
-                                                             finished=lambda *_: bar.update())]
-    if world.first:
-        print("some of its answers to held-out prompts:" if answers else "no record was held out")
-        for i in range(0, len(answers), max(1, len(answers) // 12)):
-            asked = tokenizer.decode(prompts[i]).partition("### Instruction:\n")[2].removesuffix("\n\n### Response:")
-            print(f"\n{asked}\n-> {answers[i]}{'' if answers[i] == expected[i] else f'   (expected {expected[i]})'}")
-    return answers
+def show(tokenizer, prompts, answers, expected) -> None:
+    """Print a dozen of the answers to held-out prompts."""
+    print("some of its answers to held-out prompts:" if answers else "no record was held out")
+    for i in range(0, len(answers), max(1, len(answers) // 12)):
+        asked = tokenizer.decode(prompts[i]).partition("### Instruction:\n")[2].removesuffix("\n\n### Response:")
+        asked = asked.replace("\n\n### Input:\n", "\n")
+        print(f"\n{asked}\n-> {answers[i]}{'' if answers[i] == expected[i] else f'   (expected {expected[i]})'}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
+from tqdm import tqdm
 
 from minixllm.attention import Packed
 from minixllm.errors import UserError
@@ -120,6 +121,14 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, ba
         dist.all_gather_object(shares, answers)
         answers = {i: answer for share in shares for i, answer in share.items()}
     return [answers.get(i, []) for i in range(len(prompts))]
+
+
+def answer(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, world) -> list[str]:
+    """The likeliest continuations as text, with a progress bar. Collective as `generate` is."""
+    with tqdm(total=len(prompts[world.rank::world.size]), unit="answer", disable=not world.first,
+              dynamic_ncols=True) as bar:
+        return [tokenizer.decode(ids) for ids in generate(model, tokenizer, prompts, max_new_tokens,
+                                                          finished=lambda *_: bar.update())]
 
 
 def stream(model, tokenizer, prompt: list[int], max_new_tokens: int, **sampling):

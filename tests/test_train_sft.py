@@ -69,7 +69,7 @@ def test_a_model_directory_and_records(files, tmp_path, capsys, torchrun):
     assert "resuming after step" in done.stdout and "epochs 2.0 -> 3.0" in done.stdout
     assert held_out()[-1]["loss"] < before
     model, tokenizer = load(tmp_path / "run/model")
-    number, shown = re.search(r"Say the number\.\n\n### Input:\n(\d+)\n-> (.*)", done.stdout).groups()
+    number, shown = re.search(r"Say the number\.\n(\d+)\n-> (.*)", done.stdout).groups()
     prompt = encode_prompt(tokenizer, train_sft.alpaca("Say the number.", number))
     answer = tokenizer.decode(generate(model, tokenizer, [prompt], 64)[0])
     assert answer and shown.startswith(answer.split("\n")[0])
@@ -85,7 +85,7 @@ def test_adapters_and_a_handful_of_records(files, tmp_path, dtype, capsys):
     train_sft.main([*flags, "--data", str(few), "--output", str(tmp_path / "few")])  # too few to hold any out
     train_sft.main([*flags, "--data", str(files / "data"), "--output", str(tmp_path / "run")])
     model, tokenizer = load(tmp_path / "run/model", dtype=getattr(torch, dtype))
-    shown = re.findall(r"Say the number\.\n\n### Input:\n(\d+)\n-> (.*)", capsys.readouterr().out)
+    shown = re.findall(r"Say the number\.\n(\d+)\n-> (.*)", capsys.readouterr().out)
     prompts = [encode_prompt(tokenizer, train_sft.alpaca("Say the number.", number)) for number, _ in shown]
     answers = [tokenizer.decode(ids) for ids in generate(model, tokenizer, prompts, 64, 128)]
     assert shown and all(text.startswith(answer.split("\n")[0]) for (_, text), answer in zip(shown, answers))

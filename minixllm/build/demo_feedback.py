@@ -16,7 +16,7 @@ from minixllm.build.demo import ASKED, KINDS, NAMES, draw, feedback_record, reco
 from minixllm.datasets import encode_prompt
 from minixllm.errors import UserError
 from minixllm.files import write_json, write_json_lines
-from minixllm.generation import generate
+from minixllm.generation import answer
 from minixllm.languages import FEEDBACK_LANGUAGES, LANGUAGES, find
 from minixllm.prompts import alpaca
 
@@ -123,23 +123,23 @@ def languages_of(answer: str, subject: str) -> set[str]:
 
 # What the model does with held-out questions
 
-def measure(model, tokenizer, directory) -> dict:
+def measure(model, tokenizer, directory, world) -> dict:
     """Greedy answers to the test questions, in percent: exact, off target (not in the language asked for, as far as
     CLDR tells), and of these in the language of the question. A collective.
     """
     lines = (Path(directory) / "test.jsonl").read_text(encoding="utf-8").splitlines()
     questions = [json.loads(line) for line in lines]
     prompts = [encode_prompt(tokenizer, alpaca(each["instruction"], each["input"])) for each in questions]
-    answers = [tokenizer.decode(ids).strip() for ids in generate(model, tokenizer, prompts, MAX_NEW_TOKENS)]
+    answers = [text.strip() for text in answer(model, tokenizer, prompts, MAX_NEW_TOKENS, world)]
     exact = off_target = echoed = 0
-    for question, answer in zip(questions, answers):
-        languages = languages_of(answer, question["kind"].removeprefix("own "))
-        exact += answer == question["output"]
+    for question, text in zip(questions, answers):
+        languages = languages_of(text, question["kind"].removeprefix("own "))
+        exact += text == question["output"]
         off_target += question["response_language"] not in languages
         echoed += question["response_language"] not in languages and question["language"] in languages
     figures = {"exact match": exact, "off target": off_target, "in the question's language": echoed}
     return {"questions": len(questions), **{name: 100 * count / len(questions) for name, count in figures.items()},
-            "answers": [{**question, "answer": answer} for question, answer in zip(questions, answers)]}
+            "answers": [{**question, "answer": text} for question, text in zip(questions, answers)]}
 
 
 def report(before: dict, after: dict, output, world):

@@ -346,7 +346,8 @@ class Nllb:
         try:
             import ctranslate2
         except ImportError:
-            raise UserError(f"nllb:{self.directory} needs the package ctranslate2: pip install 'minixllm[nllb]'") from None
+            raise UserError(f"nllb:{self.directory} needs the package ctranslate2: pip install 'minixllm[nllb]'"
+                            ) from None
         import sentencepiece
         device = "cuda" if ctranslate2.get_cuda_device_count() else "cpu"
         try:
