@@ -242,9 +242,10 @@ def _translation(reader: _Reader) -> list[Item]:
         language = source if target == "eng" else target
         pairs = [(number, *pair) for number, pair in enumerate(zip(lines(source), lines(target)), 1)
                  if all(map(str.strip, pair))]
-        if empty := len(lines(source)) - len(pairs):
+        pairs = pairs[:reader.limit]
+        if empty := (pairs[-1][0] if len(pairs) == reader.limit else len(lines(source))) - len(pairs):
             reader.note(f"{source}-{target}: {empty} lines skipped, a sentence is empty")
-        for number, text, reference in pairs[:reader.limit]:
+        for number, text, reference in pairs:
             fields = {"source": text, "source_language": _name(source, asked_in),
                       "target_language": _name(target, asked_in), "language": _name(target, asked_in)}
             items.append(Item("translation", f"{title}({column})", f"{source}-{target}", language,

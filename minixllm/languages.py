@@ -220,6 +220,6 @@ def find(text: str) -> Language:
         return language
     near = difflib.get_close_matches(text.lower(), _KNOWN, n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    if "," in text:
+    if "," in text and all(part.strip().lower() in _KNOWN for part in text.split(",")):
         hint = "; several are parted by spaces, not commas"
     raise UserError(f"unknown language {text!r}: expected a FLORES-101 code, a BCP-47 tag or an English name{hint}")

@@ -330,7 +330,7 @@ def test_empty_sentences_are_not_asked(tmp_path, flores):
     lines(tmp_path / "pawsx/de/test_2k.tsv", [*PAWSX_ROWS, "4\t\t\t0", "5\tCats.\t \t1"])
     items, notes = read(tmp_path / "pawsx", Wanted())
     assert [item.id for item in items] == ["1", "3"] and "3 rows skipped, a sentence is empty or the" in notes[0]
-    lines(flores / "fra.devtest", ["Un.", "", *["Un."] * 203])
+    lines(flores / "fra.devtest", ["Un.", "", *["Un."] * 202, ""])  # the last is not reached
     items, notes = read(flores, Wanted(directions=("eng-fra",), limit=3))
     assert [item.id for item in items] == ["1", "3", "4"]
     assert notes[0] == "Translation: eng-fra: 1 lines skipped, a sentence is empty"

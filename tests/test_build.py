@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import signal
 import ssl
 import subprocess
@@ -111,8 +112,8 @@ class Stub:
 
     name = "stub"
 
-    def __init__(self, fails=lambda text, number: False):
-        self.fails, self.asked = fails, []
+    def __init__(self, fails=lambda text, number: False, again=False):
+        self.fails, self.again, self.asked = fails, again, []
 
     def cost(self, request):
         return {"requests": 1}
@@ -122,7 +123,7 @@ class Stub:
         number = len(self.asked)
         time.sleep(0.01)
         if self.fails(request.text, number):
-            raise services.Failure("it failed", again=False)
+            raise services.Failure("it failed", again=self.again)
         return str(number), {"requests": 1}
 
 
@@ -445,6 +446,38 @@ def test_records_that_fail_each_time_do_not_end_later_runs(tmp_path):
         assert run.why_stopped is None and 2 * len(run.failures) == len(items)
 
 
+def test_a_service_that_is_gone_ends_a_run_that_finds_stored_answers_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "ATTEMPTS", 1)
+    stub, items = Stub(), range(3 * runner.FAILURES_IN_A_ROW)
+
+    def task(ask, item):
+        ask(stub, services.Prompt("what all ask"))
+        ask(stub, services.Prompt(str(item)))
+
+    for again in (True, False):
+        with runner.Runner(runner.RunnerSettings(output=str(tmp_path), concurrency=1)) as run:
+            stub.again, stub.fails = again, lambda text, number: text != "what all ask"
+            list(run.map(task, items, len(items), "all", lambda item: {}))
+        assert (run.why_stopped is not None) == again and len(run.failures) == (
+            runner.FAILURES_IN_A_ROW if again else len(items))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, sqlite3.OperationalError, UserError])
+def test_an_error_stops_the_asking_at_once(tmp_path, error):
+    """Not when its turn comes: hundreds of answers would be paid for and thrown away."""
+    stub = Stub()
+
+    def task(ask, item):
+        if item == 1:
+            raise error("an error")
+        ask(stub, services.Prompt(str(item)))
+        time.sleep(0.5 * (item == 0))
+
+    with pytest.raises(error), runner.Runner(runner.RunnerSettings(output=str(tmp_path), concurrency=2)) as run:
+        list(run.map(task, range(100), 100, "all", lambda item: {}))
+    assert len(stub.asked) < 5
+
+
 def test_what_failed_is_listed_whatever_ends_the_run(tmp_path):
     def fault(number, body):
         return "400" if "100th" in str(body) and body.get("source") == "en" else end if number > 60 else None
@@ -725,7 +758,7 @@ def test_a_judge_that_cannot_be_read_is_given_up(tmp_path):
         with pytest.raises(UserError, match="chat:talker@127.*no verdict that can be read"):
             build(server, tmp_path, "--pairs-each", "1", "--candidates", "2", "--judge", f"chat:talker@{talker.url}",
                   kind="feedback", data=spoken(tmp_path, 30))
-        assert talker.number == 1 + 4 * 2 and server.number < 20   # not all 870 instructions
+        assert talker.number == 1 + 12 * 2 and server.number < 40   # not all 870 instructions
 
 
 def test_a_judge_that_cannot_be_read_in_one_language_is_kept(tmp_path, monkeypatch):

@@ -104,6 +104,8 @@ def test_half_an_answer_is_none(monkeypatch):
     assert chat.ask(Prompt("x"))[0] == ""
     choice = {"message": {"content": "<think>\nShort or long?\n</think>\n\nShort."}}
     assert chat.ask(Prompt("x"))[0] == "Short."
+    choice = {"message": {"content": "It ends with </think>."}}
+    assert chat.ask(Prompt("What does </think> mean?"))[0] == "It ends with </think>."
     choice = {"message": {"content": ["text"]}}
     with pytest.raises(Failure, match="not the JSON that was expected"):
         chat.ask(Prompt("x"))

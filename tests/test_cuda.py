@@ -45,6 +45,7 @@ gpu = contextlib.nullcontext if REAL_GPU else pretend_cuda
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Two tiny models that sit on one tokenizer, instructions and preferences."""
+    assert torch.cuda.is_available() or not REAL_GPU
     folder, rng = tmp_path_factory.mktemp("files"), random.Random(0)
 
     def say(least, most):

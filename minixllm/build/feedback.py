@@ -7,6 +7,7 @@ candidates answer it; a judge compares each two, in both orders; the best is kep
 import hashlib
 import itertools
 import json
+import math
 import random
 import statistics
 from collections import Counter
@@ -29,7 +30,8 @@ from minixllm.settings import setting
 
 CRITERIA = ("helpfulness", "correctness", "language")
 DRY_RUN_SAMPLE = 200
-TRIED = 4  # languages in which one instruction each is asked first, to see whether the judge can be read
+TRIED = 4, 3   # languages, and instructions in each, that are asked first, to see whether the judge can be read
+FEWEST = 10    # comparisons of these that tell
 
 
 @dataclass
@@ -87,11 +89,12 @@ def build(settings: FeedbackSettings) -> bool:
     with Runner(settings, files) as runner:
         for service in opened.values():
             runner.reach(service, settings.max_new_tokens * (service in generators))
-        tried = Counter()
-        for _, (*_, outcomes) in runner.map(answer, firsts(files, drawn), TRIED, "judge", named):
+        tried, codes = Counter(), set()
+        for (_, code, _), (*_, outcomes) in runner.map(answer, firsts(files, drawn), math.prod(TRIED), "judge", named):
             tried.update(outcomes)
-        if tried.total() == tried["not readable"] > 0:
-            raise UserError(f"{judge.name}: the first {tried.total()} comparisons, in {TRIED} languages, gave no "
+            codes.update([code] * bool(outcomes))
+        if len(codes) > 1 and tried["not readable"] == tried.total() >= FEWEST:
+            raise UserError(f"{judge.name}: the first {tried.total()} comparisons, in {len(codes)} languages, gave no "
                             "verdict that can be read, expected a judge that answers with the JSON it is asked for")
         runner.failures.clear()  # they are met again
         report = runner.write(Path(settings.output) / "pairs.jsonl", answer, finish, instructions(files, drawn), total,
@@ -156,13 +159,14 @@ def instructions(paths, drawn) -> Iterator[tuple[Instruction, str, str]]:
 
 
 def firsts(paths, drawn) -> list[tuple[Instruction, str, str]]:
-    """The first drawn record of each of some languages."""
+    """The first drawn records of the first languages, TRIED of them."""
     found = {}
     for item in instructions(paths, drawn):
-        found.setdefault(item[1], item)
-        if len(found) == TRIED:
+        if len(found) < TRIED[0] or item[1] in found:
+            found.setdefault(item[1], []).append(item)
+        if sum(len(items[:TRIED[1]]) for items in found.values()) == math.prod(TRIED):
             break
-    return list(found.values())
+    return [item for items in found.values() for item in items[:TRIED[1]]]
 
 
 # -- candidates and their judge -------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ is written depends neither on the order in which answers came nor on how often t
 is asked by one thread alone, and how it ended, with an answer or for good without, holds for the whole run.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -83,7 +84,7 @@ class Runner:
         self._settled = threading.Condition()
         self._alone = [threading.Lock() for _ in range(2**16)]  # by the first two bytes of a request's key
         self._stop, self.why_stopped = threading.Event(), None
-        self._failed_in_a_row, self._resume_at = Counter(), {}  # by the names of services
+        self._failed_in_a_row, self._resume_at = Counter(), {}  # by service, and by how it failed
         self._reasons = {}  # why a request got no answer in this run
         self.failures = []  # the records that this concerns, as they are listed
 
@@ -112,7 +113,8 @@ class Runner:
         self._stop.set()
         self._pool.close()
         if kind is not KeyboardInterrupt:
-            self._pool.join()  # for the answers that are on their way
+            with contextlib.suppress(KeyboardInterrupt):
+                self._pool.join()  # for the answers that are on their way
         with self._lock:
             self._database.close()
         stopped = isinstance(error, Stopped)
@@ -156,7 +158,7 @@ class Runner:
             if self._stop.is_set():
                 raise Stopped
             if row := self._query("SELECT answer FROM answers WHERE request = ?", key):
-                self._failed_in_a_row[service.name] = 0
+                self._failed_in_a_row[service.name, "refused"] = 0  # that it is well now is not told by this
                 return row[0]
             if key in self._reasons:
                 raise Failure(self._reasons[key])
@@ -165,14 +167,12 @@ class Runner:
                 answer = self._insist(service, request, cost, ATTEMPTS)
             except Failure as failure:
                 self._reasons[key] = str(failure)
-                self._failed_in_a_row[service.name] += 1
-                if self._failed_in_a_row[service.name] >= FAILURES_IN_A_ROW:
+                kind = service.name, "gone" if failure.again else "refused"
+                self._failed_in_a_row[kind] += 1
+                if self._failed_in_a_row[kind] >= FAILURES_IN_A_ROW:
                     self.stop(f"{FAILURES_IN_A_ROW} requests in a row failed, the last with: {failure}")
                 raise
-            except UserError:  # a wrong key, say: nor can others be asked
-                self._stop.set()
-                raise
-            self._failed_in_a_row[service.name] = 0
+            self._failed_in_a_row[service.name, "gone"] = self._failed_in_a_row[service.name, "refused"] = 0
             self._query("INSERT INTO answers VALUES (?, ?)", key, answer)
             return answer
 
@@ -244,7 +244,16 @@ class Runner:
         Items whose task raises Failure are left out, and listed under name(item), what tells an item from others.
         Raises what reading the items raised, UserErrors of services, and Stopped.
         """
-        asked = ((item, self._pool.apply_async(task, (self.ask, item))) for item in items)
+        def attempt(item):
+            try:
+                return task(self.ask, item)
+            except (Failure, Stopped):
+                raise
+            except BaseException:  # a wrong key, a full disk: the others would be asked for nothing
+                self._stop.set()
+                raise
+
+        asked = ((item, self._pool.apply_async(attempt, (item,))) for item in items)
         waiting = deque(itertools.islice(asked, self.ahead))
         with tqdm(total=total, desc=label, unit="record", smoothing=0.05, disable=None, file=sys.stderr) as bar:
             while waiting:

@@ -305,7 +305,8 @@ class Chat:
             raise self.endpoint.misshapen(answer) from None
         if choice.get("finish_reason") in ("length", "content_filter"):
             content = ""  # half an answer teaches to stop in mid-sentence
-        content = content.rpartition("</think>")[2].strip()  # of models that think aloud
+        if content.startswith("<think>") or "</think>" in content and "</think>" not in text:  # a model thought aloud
+            content = content.partition("</think>")[2].strip()
         if isinstance(request, Translate):  # models like to give the lines around the text back with it
             content = content.replace(_mark(request), "").strip()
         counted = type(tokens) is int and tokens > 0
