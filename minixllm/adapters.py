@@ -50,6 +50,8 @@ def open_model(config, model_class, world, settings, directory=None, frozen=Fals
     model = checkpoint.build(config, model_class, held)
     if adapted:
         add_lora(model, lora_config(config, settings))
+    elif not frozen and world.first and (settings.lora_targets or settings.lora_alpha != LoraSettings.lora_alpha):
+        print("every weight is trained: lora_alpha and lora_targets count only with --lora-r, a rank above 0")
     parallel.shard(model, world, dtype)
     if directory:
         checkpoint.load_weights(model, directory, world.device)

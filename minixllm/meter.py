@@ -88,10 +88,6 @@ def announce(model, world, settings, steps: int, tokens_per_step: float):
         if settings.warmup_steps > steps:
             print(f"warmup_steps {settings.warmup_steps} is more than the run's {steps} steps: its learning rate rises "
                   "to the last; a smaller --warmup-steps lets it fall again", flush=True)
-        if getattr(settings, "lora_r", None) == 0 and (
-                settings.lora_targets or settings.lora_alpha != type(settings).lora_alpha):
-            print("every weight is trained: lora_alpha and lora_targets count only with --lora-r, a rank above 0",
-                  flush=True)
     if disk > free:
         raise UserError(f"{output}: {gigabytes(free)} free on its disk, expected {gigabytes(disk)} for {settings.keep} "
                         "checkpoints, the one being written and the model: --keep fewer, or another --output")
