@@ -158,15 +158,16 @@ def instructions(paths, drawn) -> Iterator[tuple[Instruction, str, str]]:
         seen[code] += 1
 
 
-def firsts(paths, drawn) -> list[tuple[Instruction, str, str]]:
+def firsts(paths, drawn) -> Iterator[tuple[Instruction, str, str]]:
     """The first drawn records of the first languages, TRIED of them."""
-    found = {}
+    languages, each = TRIED
+    found = Counter()
     for item in instructions(paths, drawn):
-        if len(found) < TRIED[0] or item[1] in found:
-            found.setdefault(item[1], []).append(item)
-        if sum(len(items[:TRIED[1]]) for items in found.values()) == math.prod(TRIED):
-            break
-    return [item for items in found.values() for item in items[:TRIED[1]]]
+        if found[item[1]] < each and (item[1] in found or len(found) < languages):
+            found[item[1]] += 1
+            yield item
+        if found.total() == languages * each:
+            return
 
 
 # -- candidates and their judge -------------------------------------------------------------------------------------

@@ -142,9 +142,9 @@ class Runner:
         if not service.does(request):
             request = Translate("Good morning.", "eng", "spa")
         try:
-            for each in (Prompt("", max_new_tokens=max_new_tokens), request):
-                if service.does(each):
-                    self._check_size(cost := service.cost(each))
+            if service.does(shortest := Prompt("", max_new_tokens=max_new_tokens)):
+                self._check_size(service.cost(shortest))
+            self._check_size(cost := service.cost(request))
             self._insist(service, request, cost, 3)
         except Failure as failure:
             raise UserError(f"{service.name} cannot be asked: {failure}") from None

@@ -71,7 +71,7 @@ class Failure(Exception):
 
 
 def service(word: str, timeout: float = 120.0):
-    """The service that `word` names (see above), opened but not yet asked anything. Raises UserError."""
+    """The service that `word` names (see above), not yet asked anything. Raises UserError."""
     kind, _, rest = word.partition(":")
     if word == "google" or word.startswith("google@"):
         return Google(word.partition("@")[2] or Google.URL, timeout)
@@ -85,22 +85,6 @@ def service(word: str, timeout: float = 120.0):
     start = re.match("[a-z]{0,9}", word)[0]  # what follows may be secret
     raise UserError(f"no service is written '{start}...': expected google, nllb:DIR, local:DIR or chat:MODEL@URL, such "
                     "as chat:gpt-4o-mini@https://api.openai.com/v1")
-
-
-# what a sentence does not end with: a number in a list, an abbreviation, an initial, as in e.g. and U.S.
-UNFINISHED = re.compile(r"(?:^\d{1,3}|\b(?:Mrs?|Ms|Dr|Prof|St|vs|etc)|(?:^|(?<=[\s.(\[\"“]))[^\W\d_])\.$")
-
-
-def sentences(text: str) -> list[str]:
-    """The text in pieces that together are the text: sentences and lines, and the white space between them."""
-    parts = re.split(r"(\s*\n\s*|(?<=[.!?])\s+|(?<=[。！？।]))", text)
-    pieces = parts[:1]
-    for before, space, part in zip(parts[::2], parts[1::2], parts[2::2]):
-        if "\n" not in space and UNFINISHED.search(before):
-            pieces[-1] += space + part
-        else:
-            pieces += space, part
-    return pieces
 
 
 # -- over HTTP ------------------------------------------------------------------------------------------------------
@@ -317,9 +301,25 @@ class Chat:
 
 
 def fingerprint(paths) -> str:
-    """Changes with the files: answers of another model must not be taken for this one's."""
+    """Changes with the files: answers of another model must not be taken for this one's, nor data that changed."""
     files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in map(Path, paths))
     return hashlib.sha256(repr(files).encode()).hexdigest()[:8]
+
+
+# what a sentence does not end with: a number in a list, an abbreviation, an initial, as in e.g. and U.S.
+UNFINISHED = re.compile(r"(?:^\d{1,3}|\b(?:Mrs?|Ms|Dr|Prof|St|vs|etc)|(?:^|(?<=[\s.(\[\"“]))[^\W\d_])\.$")
+
+
+def sentences(text: str) -> list[str]:
+    """The text in pieces that together are the text: sentences and lines, and the white space between them."""
+    parts = re.split(r"(\s*\n\s*|(?<=[.!?])\s+|(?<=[。！？।]))", text)
+    pieces = parts[:1]
+    for before, space, part in zip(parts[::2], parts[1::2], parts[2::2]):
+        if "\n" not in space and UNFINISHED.search(before):
+            pieces[-1] += space + part
+        else:
+            pieces += space, part
+    return pieces
 
 
 class Nllb:
