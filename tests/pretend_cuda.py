@@ -70,14 +70,6 @@ def check_devices(func, args, kwargs):
                            f"{tuple(strangers[0].shape)} beside those on {CUDA}")
 
 
-def on_gpu(x):
-    return x if isinstance(x, OnGpu) else OnGpu(x)
-
-
-def on_cpu(x):
-    return x.data_on_cpu if isinstance(x, OnGpu) else x
-
-
 def is_cuda(device) -> bool:
     return isinstance(device, (str, torch.device)) and torch.device(device).type == "cuda"
 
@@ -101,7 +93,7 @@ class _Moves(TorchFunctionMode):
             return args[0]
         if name == "numpy" and isinstance(args[0], OnGpu) and not kwargs.get("force"):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()")
-        if name in ("tolist", "numpy", "cpu", "data_ptr") and isinstance(args[0], OnGpu):
+        if name in ("tolist", "numpy", "cpu") and isinstance(args[0], OnGpu):
             if name == "cpu" and args[0].requires_grad:
                 return _ToCpu.apply(args[0])
             return func(args[0].detach().data_on_cpu, *args[1:], **kwargs)
@@ -124,7 +116,7 @@ class _Moves(TorchFunctionMode):
             return OnGpu(func(args[0].data_on_cpu, *args[1:], **kwargs))
         if "device" in kwargs and name != "__get__":
             if is_cuda(kwargs["device"]):
-                return on_gpu(func(*map_cpu(args), **map_cpu({**kwargs, "device": "cpu"})))
+                return OnGpu(func(*map_cpu(args), **map_cpu({**kwargs, "device": "cpu"})))
             if any(isinstance(x, OnGpu) for x in args):  # such as empty_like(x, device="cpu")
                 return func(*map_cpu(args), **kwargs)
         return func(*args, **kwargs)
