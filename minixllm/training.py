@@ -73,7 +73,8 @@ class TrainingSettings:
 def train(model, world: World, settings: TrainingSettings, stream, loss_fn, evaluate=None) -> bool:
     """Train `model` (sharded, weights loaded) to the last step; False when a signal ended it earlier.
 
-    stream.batch(step) -> Step(micro_batches of this process, count of the global batch), a pure function of the step.
+    stream.batch(step) -> Step(micro_batches of this process, count of the global batch), a pure function of the step
+    that keeps its last result: each is asked for a step ahead.
     loss_fn(model, micro_batch) -> (summed loss, {name: summed quantity}); both are logged divided by the count.
     evaluate() -> {name: value} is logged every `eval_every` steps and at the end.
 
