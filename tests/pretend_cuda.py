@@ -171,6 +171,7 @@ def pretend_cuda():
           mock.patch.object(filesystem, "_OverlappingCpuLoader", lambda f, **_: filesystem._SerialCpuLoader(f)),
           mock.patch("torch.cuda.is_available", lambda: True), mock.patch("torch.cuda.device_count", lambda: 1),
           mock.patch("torch.cuda.set_device", lambda device: None),
+          mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
           mock.patch("torch.cuda.get_device_name", lambda device: "NVIDIA H200"),
           mock.patch("torch.cuda.get_device_capability", lambda device: (9, 0)),
           mock.patch("torch.cuda.mem_get_info", lambda device: (140 * 10**9, 141 * 10**9))):

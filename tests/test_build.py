@@ -56,7 +56,7 @@ def build(server, folder, *flags, data=None, kind="instructions") -> Path:
     chosen = {"instructions": ["--languages", "mri", "nya", "--translator", f"google@{server.url}", "--generator", chat,
                                "--quality-sample", "10"],
               "feedback": ["--generators", chat, "--judge", chat]}[kind]
-    command.main([kind, "--data", str(data or alpaca(folder)), "--output", str(folder / "out"), "--timeout", "0.5",
+    command.main([kind, "--data", str(data or alpaca(folder)), "--output", str(folder / "out"), "--timeout", "20",
                   *chosen, *flags])
     return folder / "out"
 
@@ -99,7 +99,7 @@ def test_no_fault_loses_or_doubles_a_record(tmp_path, undisturbed, monkeypatch):
     monkeypatch.setattr(services, "_seconds", lambda header: 0.01 if header else None)
     monkeypatch.setattr(runner, "ATTEMPTS", 12)   # every third request fails: by chance, six of one in a row
     with Server(lambda number, body: FAULTS[number // 3 % 9] if number % 3 == 0 and number < 150 else None) as server:
-        out = build(server, tmp_path)
+        out = build(server, tmp_path, "--timeout", "1")
     assert {fault for number in range(3, 150, 3) for fault in [FAULTS[number // 3 % 9]]} == set(FAULTS)
     assert contents(out) == undisturbed[0]
     # nothing that was answered is asked again
