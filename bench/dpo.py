@@ -1,31 +1,33 @@
 """Preference optimisation: pairs a second and peak memory, against TRL's DPOTrainer on the same pairs.
 
-    python bench/dpo.py [--pairs 48] [--rounds 2] [--dtype float32]
+    python bench/dpo.py [--pairs 48] [--rounds 2] [--dtype float32] [--size 1b]
 
-Model: LLaMA, vocabulary 32,000, width 512, 8 layers, 8 heads, feed-forward 1,376, random weights. Pairs: prompts and
-answers of 60 to 190 random tokens; 8 pairs a step, AdamW. Each side runs in a process of its own, the sides in turn;
-the first step of each is not timed, nor is the making of a cached reference.
+Model: LLaMA, by default vocabulary 32,000, width 512, 8 layers, 8 heads, feed-forward 1,376, random weights; on a GPU
+where there is one. Pairs: prompts and answers of 60 to 190 random tokens; 8 pairs a step, AdamW. Each side runs in a
+process of its own, the sides in turn; the first steps of each, on a GPU those that compile, are not timed, nor is the
+making of a cached reference.
 """
 
 import argparse
 import copy
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-SIZE = dict(vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8)
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # and not this folder, whose tokenizers.py hides the library
+from bench import machine  # noqa: E402
+
 LORA = dict(lora_r=16, lora_alpha=32.0, lora_dropout=0.0, lora_targets=["q_proj", "v_proj"])
 MODES = ("lora", "lora cached", "full", "full cached")
 BATCH = 8
+WARMUP = 1 if machine.DEVICE == "cpu" else 8
 
 
 def make_pairs(count: int):
@@ -62,7 +64,7 @@ class Pairs:
         return len(records)
 
 
-def run_ours(mode: str, count: int, dtype: str) -> float:
+def run_ours(mode: str, count: int, dtype: str, size: dict) -> float:
     """Seconds a step, through the functions train_dpo.py is made of."""
     from minixllm import dpo, parallel
     from minixllm.adapters import open_model
@@ -71,12 +73,12 @@ def run_ours(mode: str, count: int, dtype: str) -> float:
     from minixllm.meter import Meter
     from minixllm.training import train_step
 
-    world, data = parallel.setup("cpu"), Pairs(make_pairs(count))
+    world, data = parallel.setup(machine.DEVICE), Pairs(make_pairs(count))
     settings = SimpleNamespace(dtype=dtype, seed=0, clip=1.0, **LORA | ({} if "lora" in mode else {"lora_r": 0}))
-    config = LlamaConfig(**SIZE)
+    config = LlamaConfig(**size)
     model = open_model(config, Llama, world, settings).eval()
     if "cached" in mode:
-        table = torch.zeros(count, 2)
+        table = torch.zeros(count, 2, device=machine.DEVICE)
         with torch.no_grad():
             for batch in in_order(data, np.arange(count), 4096):
                 table[batch.records] = dpo.pair_logps(model, batch)
@@ -93,13 +95,13 @@ def run_ours(mode: str, count: int, dtype: str) -> float:
 
     times = []
     for step in range(1, count // BATCH + 1):
-        start = time.perf_counter()
+        start = machine.now()
         train_step(model, world, settings, stream, loss, optimizer, meter, step, [])
-        times.append(time.perf_counter() - start)
-    return sum(times[1:]) / len(times[1:])
+        times.append(machine.now() - start)
+    return sum(times[WARMUP:]) / len(times[WARMUP:])
 
 
-def run_trl(mode: str, count: int, dtype: str) -> float:
+def run_trl(mode: str, count: int, dtype: str, size: dict) -> float:
     """Seconds a step of DPOTrainer, without activation checkpointing (its default, which is slower)."""
     import transformers
     from datasets import Dataset
@@ -118,15 +120,15 @@ def run_trl(mode: str, count: int, dtype: str) -> float:
 
     # TRL appends EOS to each answer: one token less of ours makes as many
     rows = [dict(prompt=text(p), chosen=text(c[:-1]), rejected=text(r[:-1])) for p, c, r in make_pairs(count)]
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZE))
+    model = machine.theirs("llama", size)
     times = []
 
     class Clock(transformers.TrainerCallback):
         def on_step_begin(self, *_, **__):
-            self.start = time.perf_counter()
+            self.start = machine.now()
 
         def on_step_end(self, *_, **__):
-            times.append(time.perf_counter() - self.start)
+            times.append(machine.now() - self.start)
 
     with tempfile.TemporaryDirectory() as folder:
         DPOTrainer(
@@ -136,9 +138,9 @@ def run_trl(mode: str, count: int, dtype: str) -> float:
             else None,
             args=DPOConfig(output_dir=folder, per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=1e-5,
                            precompute_ref_log_probs="cached" in mode, max_length=1024, gradient_checkpointing=False,
-                           use_cpu=True, bf16=dtype == "bfloat16", report_to=[], save_strategy="no", logging_steps=1000,
-                           disable_tqdm=True)).train()
-    return sum(times[1:]) / len(times[1:])
+                           use_cpu=machine.DEVICE == "cpu", bf16=dtype == "bfloat16", report_to=[],
+                           save_strategy="no", logging_steps=1000, disable_tqdm=True)).train()
+    return sum(times[WARMUP:]) / len(times[WARMUP:])
 
 
 def main():
@@ -146,24 +148,24 @@ def main():
     parser.add_argument("--pairs", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--size", choices=list(machine.LLAMA), default="small")
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
     parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        seconds = {"ours": run_ours, "trl": run_trl}[args.side](args.modes[0], args.pairs, args.dtype)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        print(json.dumps({"pairs/s": BATCH / seconds, "peak GB": peak}))
+        seconds = {"ours": run_ours, "trl": run_trl}[args.side](args.modes[0], args.pairs, args.dtype,
+                                                                machine.LLAMA[args.size])
+        print(json.dumps({"pairs/s": BATCH / seconds, "peak GB": machine.peak_memory()}))
         return
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent), "TQDM_DISABLE": "1"}
-    print(f"{torch.get_num_threads()} threads, {args.dtype}; load {os.getloadavg()[0]:.1f} at the start\n"
+    environment = {**os.environ, "TQDM_DISABLE": "1"}
+    print(f"{args.size}, {machine.description()}, {args.dtype}; load {os.getloadavg()[0]:.1f} at the start\n"
           f"{'':<14}{'ours pairs/s':>22}{'TRL pairs/s':>22}{'ratio':>8}{'ours GB':>10}{'TRL GB':>10}")
     for mode in args.modes:
         results = {"ours": [], "trl": []}
         for _ in range(args.rounds):
             for side in results:
-                done = subprocess.run([sys.executable, __file__, "--side", side, "--modes", mode, "--pairs",
-                                       str(args.pairs), "--dtype", args.dtype], env=environment, text=True,
-                                      stdout=subprocess.PIPE, check=True)
+                done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--side", side, "--modes", mode],
+                                      env=environment, text=True, stdout=subprocess.PIPE, check=True)
                 results[side].append(json.loads(done.stdout.splitlines()[-1]))
         speed = {side: [r["pairs/s"] for r in each] for side, each in results.items()}
         memory = {side: max(r["peak GB"] for r in each) for side, each in results.items()}

@@ -1,7 +1,7 @@
 """Generated tokens per second, ours and transformers', on the same weights: python -m bench.generation [llama|bloom]
 
 LLaMA: vocabulary 32,000, width 512, 8 layers, 8 heads, feed-forward 1,376; BLOOM of the same vocabulary, width, layers
-and heads. Random weights, prompts of 32 tokens and answers of 128, greedy and drawn; then, greedy, prompts and answers
+and heads; or of --size. On a GPU where there is one. Random weights, prompts of 32 tokens and answers of 128, greedy and drawn; then, greedy, prompts and answers
 of mixed lengths, which transformers runs in left-padded batches (of the size at which it is fastest here, --their-batch). The two sides
 take turns; medians and the range of the ratios over the rounds. The share of bandwidth counts the bytes of weights
 (embedding aside, but for a tied head) and of past keys and values that the decoding steps must read, against what
@@ -10,14 +10,12 @@ summing a large array reads. In bf16 answers part ways where the best two of the
 
 import argparse
 import statistics
-import time
 
 import torch
 import transformers
 
-from minixllm.bloom import Bloom, BloomConfig
+from bench import machine
 from minixllm.generation import generate
-from minixllm.llama import Llama, LlamaConfig
 
 NEW, PROMPT, ROUNDS = 128, 32, 3
 
@@ -26,47 +24,31 @@ class Tokenizer:
     eos_id = None
 
 
-def make(kind: str, vocabulary: int, dtype: torch.dtype):
+def make(kind: str, size: dict, dtype: torch.dtype):
     torch.manual_seed(0)
-    special = dict(bos_token_id=1, eos_token_id=None, pad_token_id=0)
-    if kind == "llama":
-        config = transformers.LlamaConfig(vocab_size=vocabulary, hidden_size=512, num_hidden_layers=8,
-                                          num_attention_heads=8, intermediate_size=1376, **special)
-        theirs, ours = transformers.LlamaForCausalLM(config), Llama(LlamaConfig.from_dict(config.to_dict()))
-    else:
-        config = transformers.BloomConfig(vocab_size=vocabulary, hidden_size=512, n_layer=8, n_head=8, **special)
-        theirs, ours = transformers.BloomForCausalLM(config), Bloom(BloomConfig.from_dict(config.to_dict()))
+    ours, theirs = machine.ours(kind, size, dtype).eval(), machine.theirs(kind, size, dtype).eval()
     ours.load_state_dict(theirs.state_dict())
-    return ours.to(dtype).eval(), theirs.to(dtype).eval()
+    return ours, theirs
 
 
 def their_batch(model, prompts, new: int, **sampling) -> list[list[int]]:
     """transformers' answers to one batch, padded on the left."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=machine.DEVICE)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=machine.DEVICE)
     output = model.generate(ids, attention_mask=mask, max_new_tokens=new,
                             do_sample=bool(sampling), **({"top_k": 0} | sampling if sampling else {}))
     return output[:, longest:].tolist()
-
-
-def timed(function, *args, **kwargs):
-    start = time.perf_counter()
-    result = function(*args, **kwargs)
-    return time.perf_counter() - start, result
-
-
-def bandwidth() -> float:
-    array = torch.randn(2**27)
-    return array.numel() * 4 / min(timed(array.sum)[0] for _ in range(3))
 
 
 def bytes_read(model, rows: int) -> int:
     """What the steps of decoding must read: every layer's weights a step, and each row's past."""
     weights = sum(p.numel() for p in model.blocks.parameters()) + model.head.weight.numel()
     seen = rows * sum(range(PROMPT + 1, PROMPT + NEW))
-    past = seen * 2 * model.config.hidden_size * model.config.num_hidden_layers
-    return model.head.weight.element_size() * (NEW - 1) * weights + 4 * past  # the cache is fp32 on a CPU
+    key_heads = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
+    past = seen * 2 * key_heads * model.config.head_dim * model.config.num_hidden_layers
+    width = model.head.weight.element_size()
+    return width * (NEW - 1) * weights + (4 if machine.DEVICE == "cpu" else width) * past  # a CPU's cache is fp32
 
 
 def report(name, ours, theirs, tokens, share=""):
@@ -81,9 +63,9 @@ def uniform(kind, ours, theirs, rows: int, peak: float, **sampling):
     their_batch(theirs, prompts, 4, **sampling), generate(ours, Tokenizer, prompts, 4, **sampling)
     our_times, their_times = [], []
     for _ in range(ROUNDS):
-        seconds, expected = timed(their_batch, theirs, prompts, NEW, **sampling)
+        seconds, expected = machine.seconds(their_batch, theirs, prompts, NEW, **sampling)
         their_times.append(seconds)
-        seconds, answers = timed(generate, ours, Tokenizer, prompts, NEW, **sampling)
+        seconds, answers = machine.seconds(generate, ours, Tokenizer, prompts, NEW, **sampling)
         our_times.append(seconds)
     same = sum(a == b for a, b in zip(answers, expected))
     share = bytes_read(ours, rows) / statistics.median(our_times) / peak
@@ -115,9 +97,9 @@ def mixed(kind, ours, theirs, count: int, batch: int):
 
     their_times, our_times = [], []
     for _ in range(ROUNDS):
-        seconds, expected = timed(their_side)
+        seconds, expected = machine.seconds(their_side)
         their_times.append(seconds)
-        seconds, answers = timed(generate, ours, Eos, prompts, NEW)
+        seconds, answers = machine.seconds(generate, ours, Eos, prompts, NEW)
         our_times.append(seconds)
     tokens = sum(len(answer) + 1 for answer in answers)
     same = sum(a == b for a, b in zip(answers, expected))
@@ -128,15 +110,15 @@ def mixed(kind, ours, theirs, count: int, batch: int):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=["llama", "bloom"], nargs="?", default="llama")
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--size", choices=list(machine.LLAMA), default="small")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--mixed", type=int, default=192, help="prompts of mixed lengths")
     parser.add_argument("--their-batch", type=int, default=16, help="of those, how many transformers runs at a time")
     args = parser.parse_args()
-    ours, theirs = make(args.model, args.vocabulary, getattr(torch, args.dtype))
-    peak = bandwidth()
-    print(f"{args.dtype}, {torch.get_num_threads()} threads, memory read {peak / 1e9:.1f} GB/s, "
-          f"torch {torch.__version__}, transformers {transformers.__version__}")
+    ours, theirs = make(args.model, machine.SIZES[args.model][args.size], getattr(torch, args.dtype))
+    peak = machine.bandwidth()
+    print(f"{args.size}, {args.dtype}, memory read {peak / 1e9:,.1f} GB/s, {machine.description()}, "
+          f"transformers {transformers.__version__}")
     for rows in (1, 8):
         for sampling in ({}, {"temperature": 1.0, "top_k": 50}, {"temperature": 0.7, "top_p": 0.9}):
             uniform(args.model, ours, theirs, rows, peak, **sampling)

@@ -1,16 +1,18 @@
-"""Full fine-tuning of a small LLaMA or BLOOM: real tokens a second and peak memory, beside `transformers` and TRL.
+"""Fine-tuning of LLaMA or BLOOM: real tokens a second and peak memory, beside `transformers`, litgpt and TRL.
 
     python bench/sft.py                       # speed and memory, the allocator as shipped
     python bench/sft.py --malloc              # both sides with malloc's mmap and trim thresholds raised
     python bench/sft.py --sides ours transformers trl --rounds 3 --steps 4 --dtype bfloat16
     python bench/sft.py --model bloom --vocabulary 250880
     python bench/sft.py --sides ours litgpt --litgpt PYTHON    # the interpreter of an environment with litgpt
+    python bench/sft.py --size 7b --lora --rows 16 --length 1024 --dtype bfloat16    # on a GPU, where there is one
 
-Random weights, vocabulary 32,000, width 512, 8 layers, 8 heads, LLaMA's feed-forward 1,376; documents of lognormal
-length, mean 120, at most 512; 4 x 512 tokens a step; AdamW. The sides take turns, each in a process of its own, and a
-machine's timings drift: the table gives the range over the rounds. `masked` supervises the second half of each
-document, as instruction tuning does; the others supervise every token. The peers' rows of 512 hold no padding. Peak
-memory is also given less the 16 bytes a parameter of weights, gradients and AdamW's two moments.
+Random weights, by default vocabulary 32,000, width 512, 8 layers, 8 heads, LLaMA's feed-forward 1,376; documents of
+lognormal length, mean 120, at most --length; 4 x 512 tokens a step; AdamW over every weight or, with --lora, over
+adapters of rank 16 beside a base in --dtype. The sides take turns, each in a process of its own, and a machine's
+timings drift: the table gives the range over the rounds. `masked` supervises the second half of each document, as
+instruction tuning does; the others supervise every token. The peers' rows hold no padding. Peak memory is also given
+less the 16 bytes a parameter of weights, gradients and AdamW's two moments.
 """
 
 import argparse
@@ -18,102 +20,115 @@ import itertools
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
-import time
 
 import numpy as np
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[0] = ROOT  # for minixllm, and away from this folder, whose tokenizers.py would hide the library
-SHAPES = {"llama": dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8),
-          "bloom": dict(hidden_size=512, n_layer=8, n_head=8)}
-ROWS, LENGTH = 4, 512
+from bench import machine  # noqa: E402
+
 SIDES = ["ours", "ours-masked", "transformers", "litgpt", "trl"]
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
+RANK, TARGETS = 16, {"llama": ["q_proj", "v_proj"], "bloom": ["query_key_value"]}
 
 
-def documents(rng):
-    """Endless document lengths: log-normal, mean 120 before they are cut at 512."""
+def documents(rng, longest: int):
+    """Endless document lengths: log-normal, mean 120 before they are cut."""
     sigma = 0.8
     while True:
-        yield int(np.clip(rng.lognormal(math.log(120) - sigma**2 / 2, sigma), 8, LENGTH))
+        yield int(np.clip(rng.lognormal(math.log(120) - sigma**2 / 2, sigma), 8, longest))
 
 
-def ours(masked: bool, architecture: str, vocabulary: int, dtype: torch.dtype):
-    from minixllm import parallel
-    from minixllm.attention import Packed
-    from minixllm.checkpoint import ARCHITECTURES
-    from minixllm.datasets import pack
+def trained(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def ours(args, size: dict, dtype: torch.dtype):
+    from minixllm import lora, parallel
+    from minixllm.datasets import Batch, pack
+    from minixllm.training import sft_loss
 
     def steps(rng):
-        """Endless steps: the lengths of the whole documents in ROWS rows of LENGTH tokens, packed as in training."""
+        """Endless steps: the lengths of the whole documents in `rows` rows of `length` tokens, packed as in training,
+        and sorted as there."""
         while True:
-            lengths = np.fromiter(itertools.islice(documents(rng), 2**12), int)
-            order, bounds = pack(lengths, LENGTH)
-            for row in range(0, len(bounds) - 16 - ROWS, ROWS):  # less the last rows, which wait for more
-                yield lengths[order[bounds[row]:bounds[row + ROWS]]].tolist()
+            lengths = np.fromiter(itertools.islice(documents(rng, args.length), 2**12), int)
+            order, bounds = pack(lengths, args.length)
+            for row in range(0, len(bounds) - 16 - args.rows, args.rows):  # less the last rows, which wait for more
+                yield sorted(lengths[order[bounds[row]:bounds[row + args.rows]]].tolist())
 
-    config_class, model_class = ARCHITECTURES[architecture]
-    model = model_class(config_class.from_dict({"vocab_size": vocabulary, **SHAPES[architecture]}))
-    for name, parameter in model.named_parameters():
-        model.init_weights(name, parameter.data, torch.Generator().manual_seed(0))
-    parallel.shard(model, parallel.setup("cpu"), dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    model = machine.ours(args.model, size, dtype if args.lora else torch.float32)
+    if args.lora:
+        lora.add_lora(model, lora.LoraConfig(RANK, 32.0, 0.0, tuple(TARGETS[args.model])))
+        lora.initialise(model, 0)
+    parallel.shard(model, parallel.setup(machine.DEVICE), dtype)
+    model.gradient_checkpointing = args.checkpointing
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-4, fused=True)
     for lengths in steps(np.random.default_rng(0)):
-        ids, labels = torch.randint(0, vocabulary, (2, sum(lengths)))
-        if masked:
+        ids, labels = torch.randint(0, size["vocab_size"], (2, sum(lengths)))
+        if args.measure == "ours-masked":
             for start, length in zip(itertools.accumulate([0, *lengths]), lengths):
                 labels[start:start + length // 2] = -100
-        loss = -model(ids, Packed(lengths), labels).sum() / (labels != -100).sum()
-        loss.backward()
+        loss, _ = sft_loss(model, Batch(ids, labels, lengths, [0]))
+        (loss / int((labels != -100).sum())).backward()
         optimizer.step()
         optimizer.zero_grad()
         yield len(ids)
 
 
-def theirs(architecture: str, vocabulary: int):
-    import transformers
-    name = {"llama": "Llama", "bloom": "Bloom"}[architecture]
-    config = getattr(transformers, f"{name}Config")(vocab_size=vocabulary, **SHAPES[architecture])
-    return getattr(transformers, f"{name}ForCausalLM")(config)
+def theirs(args, size: dict, dtype: torch.dtype):
+    """transformers' model in `dtype`, with peft's adapters where these are asked for."""
+    model = machine.theirs(args.model, size, dtype)
+    if args.lora:
+        from peft import LoraConfig, get_peft_model
+        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=32, target_modules=TARGETS[args.model]))
+    if args.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model
 
 
-def litgpt(vocabulary: int):
+def litgpt(args, size: dict):
     """(its model, its loss), as its training loops put them together: the next token over unpadded rows."""
     from litgpt import GPT, Config
     from litgpt.utils import chunked_cross_entropy
 
-    model = GPT(Config(vocab_size=vocabulary, padded_vocab_size=vocabulary, block_size=LENGTH, n_embd=512, n_layer=8,
-                       n_head=8, intermediate_size=1376, norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP",
-                       rotary_percentage=1.0, parallel_residual=False, bias=False))
+    with torch.device(machine.DEVICE):
+        model = GPT(Config(vocab_size=size["vocab_size"], padded_vocab_size=size["vocab_size"], block_size=args.length,
+                           n_embd=size["hidden_size"], n_layer=size["num_hidden_layers"],
+                           n_head=size["num_attention_heads"], n_query_groups=size.get("num_key_value_heads"),
+                           intermediate_size=size["intermediate_size"], norm_class_name="RMSNorm",
+                           mlp_class_name="LLaMAMLP", rotary_percentage=1.0, parallel_residual=False, bias=False))
     return model, lambda ids: chunked_cross_entropy(model(ids[:, :-1]), ids[:, 1:])
 
 
-def plain_loop(model, loss, vocabulary: int, dtype: torch.dtype):
-    model = model.to(dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+def plain_loop(model, loss, args, vocabulary: int):
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-4, fused=True)
+    model.train()
     while True:
-        ids = torch.randint(0, vocabulary, (ROWS, LENGTH))
+        ids = torch.randint(0, vocabulary, (args.rows, args.length), device=machine.DEVICE)
         loss(ids).backward()
         optimizer.step()
         optimizer.zero_grad()
         yield ids.numel()
 
 
-def trl(model, vocabulary: int, steps: int, output: str):
-    """TRL's SFTTrainer with packing, its CPU defaults; yields the real tokens of each step."""
+def trl(args, size: dict, dtype: torch.dtype, output: str):
+    """TRL's SFTTrainer with packing; (real tokens, seconds) of the steps after the first. On a CPU in fp32, its default
+    there; on a GPU under autocast in `dtype`."""
     import datasets
-    from transformers import TrainerCallback
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     times, counts = [], []
 
     class Clock(TrainerCallback):
-        def on_step_end(self, *args, **kwargs):
-            times.append(time.perf_counter())
+        def on_step_end(self, *_, **__):
+            times.append(machine.now())
 
     class Counting(SFTTrainer):
         def training_step(self, model, inputs, *args, **kwargs):
@@ -121,91 +136,97 @@ def trl(model, vocabulary: int, steps: int, output: str):
                               else inputs["attention_mask"].sum()))
             return super().training_step(model, inputs, *args, **kwargs)
 
-    rng, lengths = np.random.default_rng(0), documents(np.random.default_rng(0))
-    rows = [{"input_ids": rng.integers(0, vocabulary, next(lengths)).tolist()}
-            for _ in range(40 * (steps + 2))]
-    from transformers import PreTrainedTokenizerFast
-    from tokenizers import Tokenizer, models
+    on_gpu = machine.DEVICE == "cuda"
+    rng, lengths = np.random.default_rng(0), documents(np.random.default_rng(0), args.length)
+    rows = [{"input_ids": rng.integers(0, size["vocab_size"], next(lengths)).tolist()}
+            for _ in range(10 * args.rows * (args.steps + 2))]
     words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
-    config = SFTConfig(output_dir=output, per_device_train_batch_size=ROWS, max_length=LENGTH, packing=True,
-                       max_steps=steps + 1, report_to=[], save_strategy="no", use_cpu=True, bf16=False,
-                       gradient_checkpointing=False, disable_tqdm=True)
+    config = SFTConfig(output_dir=output, per_device_train_batch_size=args.rows, max_length=args.length, packing=True,
+                       max_steps=args.steps + 1, report_to=[], save_strategy="no", use_cpu=not on_gpu,
+                       bf16=on_gpu and dtype == torch.bfloat16, gradient_checkpointing=args.checkpointing,
+                       disable_tqdm=True)
+    model = theirs(args, size, dtype if args.lora and on_gpu else torch.float32)
     trainer = Counting(model, config, train_dataset=datasets.Dataset.from_list(rows),
                        processing_class=PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>",
                                                                 pad_token="</s>"), callbacks=[Clock()])
     trainer.train()
-    return sum(counts[1:steps + 1]), times[steps] - times[0]
+    return sum(counts[1:args.steps + 1]), times[args.steps] - times[0]
 
 
-def measure(side: str, steps: int, architecture: str, vocabulary: int, dtype: torch.dtype) -> dict:
+def measure(args, size: dict, dtype: torch.dtype) -> dict:
     torch.manual_seed(0)
-    if side == "trl":
+    if args.measure == "trl":
         import tempfile
         with tempfile.TemporaryDirectory() as output:
-            tokens, seconds = trl(theirs(architecture, vocabulary), vocabulary, steps, output)
+            tokens, seconds = trl(args, size, dtype, output)
     else:
-        if side.startswith("ours"):
-            run = ours(side == "ours-masked", architecture, vocabulary, dtype)
-        elif side == "litgpt":
-            run = plain_loop(*litgpt(vocabulary), vocabulary, dtype)
+        if args.measure.startswith("ours"):
+            run = ours(args, size, dtype)
+        elif args.measure == "litgpt":
+            model, loss = litgpt(args, size)
+            run = plain_loop(model.to(dtype), loss, args, size["vocab_size"])
         else:
-            model = theirs(architecture, vocabulary)
-            run = plain_loop(model, lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss, vocabulary,
-                             dtype)
-        next(run)  # the first step makes the optimiser's state
-        start = time.perf_counter()
-        tokens = sum(itertools.islice(run, steps))
-        seconds = time.perf_counter() - start
-    return {"tokens": tokens, "seconds": seconds,
-            "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
-
-
-def peak_flops(dtype: torch.dtype) -> float:
-    """The fastest product of two 2,048 x 2,048 matrices, FLOP/s."""
-    a, times = torch.randn(2048, 2048, dtype=dtype), []
-    for _ in range(10):
-        start = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - start)
-    return 2 * 2048**3 / min(times)
+            model = theirs(args, size, dtype)
+            run = plain_loop(model, lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss, args,
+                             size["vocab_size"])
+        for _ in range(args.warmup):  # the first step makes the optimiser's state, on a GPU it compiles
+            next(run)
+        seconds, tokens = machine.seconds(lambda: sum(itertools.islice(run, args.steps)))
+    return {"tokens": tokens, "seconds": seconds, "peak_gb": machine.peak_memory()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(SHAPES), default="llama")
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--model", choices=list(machine.SIZES), default="llama")
+    parser.add_argument("--size", choices=list(machine.LLAMA), default="small")
+    parser.add_argument("--vocabulary", type=int, help="instead of the size's own")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--checkpointing", action="store_true", help="activations are recomputed, on all sides")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES[:3])
+    parser.add_argument("--warmup", type=int, default=1, help="steps before those that are timed (TRL: one)")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--malloc", action="store_true")
-    parser.add_argument("--litgpt", metavar="PYTHON", help="the interpreter that runs the side litgpt")
+    parser.add_argument("--litgpt", metavar="PYTHON", default=sys.executable,
+                        help="the interpreter that runs the side litgpt")
     parser.add_argument("--measure", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
+    size = dict(machine.SIZES[args.model][args.size])
+    size["vocab_size"] = args.vocabulary or size["vocab_size"]
     if args.measure:
-        return print(json.dumps(measure(args.measure, args.steps, args.model, args.vocabulary, dtype)))
+        return print(json.dumps(measure(args, size, dtype)))
     environment = {**os.environ, **(MALLOC if args.malloc else {})}
     results = {side: [] for side in args.sides}
     for _, side in itertools.product(range(args.rounds), args.sides):
         python = args.litgpt if side == "litgpt" else sys.executable
-        command = [python, __file__, "--measure", side, "--steps", str(args.steps), "--dtype", args.dtype,
-                   "--model", args.model, "--vocabulary", str(args.vocabulary)]
-        done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-        results[side].append(json.loads(done.stdout.splitlines()[-1]))
-    peak = peak_flops(dtype)
-    body = {"llama": 8 * (4 * 512**2 + 3 * 512 * 1376), "bloom": 8 * 12 * 512**2}[args.model]
-    head = 512 * args.vocabulary
-    flops = 6 * (body + head)  # a token's share of the products, every token supervised
-    state = 16 * (body + head * (2 if args.model == "llama" else 1)) / 1e9
-    print(f"{args.model}, vocabulary {args.vocabulary:,}, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}, {args.dtype}, {'raised' if args.malloc else 'shipped'} malloc thresholds, peak "
-          f"{peak / 1e9:.0f} GFLOP/s")
+        done = subprocess.run([python, __file__, *sys.argv[1:], "--measure", side], env=environment,
+                              stdout=subprocess.PIPE, text=True)
+        if done.returncode == 0:
+            results[side].append(json.loads(done.stdout.splitlines()[-1]))
+    peak = machine.peak_flops(dtype)
+    with torch.device("meta"):
+        from minixllm.checkpoint import ARCHITECTURES
+        config_class, model_class = ARCHITECTURES[args.model]
+        model = model_class(config_class.from_dict(size))
+    head = model.head.weight.numel()
+    body = sum(parameter.numel() for parameter in model.blocks.parameters() if parameter.ndim == 2)
+    flops = (4 if args.lora else 6) * (body + head)  # a token's share of the products, every token supervised
+    state = (2 if args.lora else 16) * sum(parameter.numel() for parameter in model.parameters()) / 1e9
+    print(f"{args.model} {args.size}{', LoRA' * args.lora}, vocabulary {size['vocab_size']:,}, {args.rows} x "
+          f"{args.length} tokens, {machine.description()}, {args.dtype}, {'raised' if args.malloc else 'shipped'} "
+          f"malloc thresholds, peak {peak / 1e9:,.0f} GFLOP/s")
     for side, runs in results.items():
+        if not runs:
+            print(f"{side:15} failed, see above")
+            continue
         rates = sorted(run["tokens"] / run["seconds"] for run in runs)
-        used = (flops - 3 * head if side == "ours-masked" else flops) * rates[-1] / peak
+        used = (flops - flops / (body + head) * head / 2 if side == "ours-masked" else flops) * rates[-1] / peak
         memory = max(run["peak_gb"] for run in runs)
-        print(f"{side:15} {rates[0]:6.0f} to {rates[-1]:.0f} tokens/s, {used:4.0%} of peak, {memory:.2f} GB, "
+        print(f"{side:15} {rates[0]:6,.0f} to {rates[-1]:,.0f} tokens/s, {used:4.0%} of peak, {memory:.2f} GB, "
               f"{memory - state:.2f} GB beyond the state")
 
 
