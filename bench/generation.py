@@ -1,11 +1,12 @@
 """Generated tokens per second, ours and transformers', on the same weights: python -m bench.generation [llama|bloom]
 
 LLaMA: vocabulary 32,000, width 512, 8 layers, 8 heads, feed-forward 1,376; BLOOM of the same vocabulary, width, layers
-and heads; or of --size. On a GPU where there is one. Random weights, prompts of 32 tokens and answers of 128, greedy and drawn; then, greedy, prompts and answers
-of mixed lengths, which transformers runs in left-padded batches (of the size at which it is fastest here, --their-batch). The two sides
-take turns; medians and the range of the ratios over the rounds. The share of bandwidth counts the bytes of weights
-(embedding aside, but for a tied head) and of past keys and values that the decoding steps must read, against what
-summing a large array reads. In bf16 answers part ways where the best two of these random logits are within rounding.
+and heads; or of --size; random weights, on a GPU where there is one. Prompts of 32 tokens and answers of 128, greedy
+and drawn; then, greedy, prompts and answers of mixed lengths, which transformers runs in left-padded batches (of the
+size at which it is fastest here, --their-batch). The two sides take turns; medians and the range of the ratios over the
+rounds. The share of bandwidth counts the bytes of weights (embedding aside, but for a tied head) and of past keys and
+values that the decoding steps must read, against what summing a large array reads. In bf16 answers part ways where the
+best two of these random logits are within rounding.
 """
 
 import argparse

@@ -16,7 +16,7 @@ options A, B with their texts, in English and XCOPA's other languages. Only a ca
 "instead of", "not" or "the less plausible is" and before "is wrong", "is less" or "makes no", as are both where the
 question is repeated.
   1. "A and B", "A or B", "both", "neither" at the start: cannot tell;
-  2. "answer is B", "option B", "choose B", "B is more plausible", "选项B", "B更合理", naming one letter: that one; both:
+  2. "answer is B", "option B", "choose B", "B is more plausible", "选项B", "B更合理", naming one letter: that; both:
      cannot tell;
   3. the texts of both options occur: cannot tell (the options were repeated);
   4. the answer is one letter, or begins with one followed by punctuation or its option's text ("-B:", "(A)", "B. He");

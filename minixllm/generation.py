@@ -35,25 +35,27 @@ class Sampling:
 
     top_k: the k likeliest tokens. top_p: of those, the fewest likeliest that hold this share of the probability
     (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1).
+    seed: of all prompts, whose places in the list then tell them apart, or a list of one for each.
     """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
-    seed: int = 0
+    seed: int | list[int] = 0
 
     def __post_init__(self):
         for name, fine, expected in [
                 ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
                 ("top_k", self.top_k is None or self.top_k >= 1, "1 or more"),
                 ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-                ("seed", self.seed >= 0, "0 or more")]:
+                ("seed", np.min(self.seed) >= 0, "0 or more")]:
             if not fine:
                 raise UserError(f"{name} is {getattr(self, name)}, expected {expected}")
 
     def uniform(self, prompt: int, tokens: int) -> list[float]:
         """The random numbers, in [0, 1), that choose the tokens of one prompt."""
-        return np.random.default_rng([self.seed, prompt]).random(tokens, dtype=np.float32).tolist()
+        seed = [self.seed, prompt] if isinstance(self.seed, int) else self.seed[prompt]
+        return np.random.default_rng(seed).random(tokens, dtype=np.float32).tolist()
 
     def choose(self, logits: torch.Tensor, uniform: list[float]) -> list[int]:
         """logits (rows, V), a random number for each row -> a token for each row, whatever the other rows are."""

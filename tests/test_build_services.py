@@ -14,7 +14,7 @@ import torch
 from conftest import free_port
 from fake_services import Server, turned
 
-from minixllm import datasets, languages
+from minixllm import datasets, generation, languages
 from minixllm.build import __main__ as command
 from minixllm.build import services
 from minixllm.build.services import Failure, Prompt, Translate
@@ -239,14 +239,14 @@ def test_nllb_in_ctranslate2(tmp_path, monkeypatch):
         == f"{translations[first]}\n\n{translations[second]}"
     )
 
-    asked, translate = [first, second] * 8, nllb._translate   # what waits together makes one batch, and fails together
+    asked, translate = [first, second] * 8, nllb.answers   # what waits together makes one batch, and fails together
     with ThreadPoolExecutor(16) as threads:
         answers = threads.map(lambda text: nllb.ask(Translate(text, "eng", "umb"))[0], asked)
         assert list(answers) == [translations[text] for text in asked]
-        monkeypatch.setattr(nllb, "_translate", lambda requests: translate(["broken"]))
+        monkeypatch.setattr(nllb, "answers", lambda requests: translate(["broken"]))
         failures = threads.map(lambda text: pytest.raises(Failure, nllb.ask, Translate(text, "eng", "umb")), asked)
         assert all("'str' object has no attribute 'text'" in str(failure.value) for failure in failures)
-    monkeypatch.setattr(nllb, "_translate", translate)
+    monkeypatch.setattr(nllb, "answers", translate)
 
     monkeypatch.setenv("GOOGLE_API_KEY", "google-key")
     with Server() as server:
@@ -306,6 +306,21 @@ def test_a_local_model_directory(tmp_path, monkeypatch):
     assert answers[0] == answers[1] != answers[2] and any(text for text, _ in answers)
     assert 30 < answers[0][1]["tokens"] <= local.cost(Prompt("Describe the town.", max_new_tokens=2000))["tokens"]
     assert not local.does(Translate("a", "eng", "spa")) and local.name.startswith("local:model-")
+    # what waits meanwhile is answered in one batch, each as if alone
+    batches, generate = [], generation.generate
+    monkeypatch.setattr(generation, "generate",
+                        lambda *given, **more: batches.append(len(given[2])) or generate(*given, **more))
+    asked = [Prompt(text, temperature=1.0, seed=seed, max_new_tokens=most)
+             for text in ("Describe the town.", "Who?") for seed in (1, 2) for most in (2000, 1)]
+    with ThreadPoolExecutor(8) as pool:
+        with local._lock:
+            together = pool.map(local.ask, asked)
+            while local._waiting.qsize() < 8:
+                time.sleep(0.01)
+        together = list(together)
+    assert sorted(batches) == [4, 4] and together == [local.ask(request) for request in asked]
+    assert together[0] == answers[0] and together[2] == answers[2]
+    monkeypatch.setattr(generation, "generate", generate)
     prompts, encode = [], datasets.encode_prompt
     monkeypatch.setattr(datasets, "encode_prompt", lambda own, text: prompts.append(text) or encode(own, text))
     local.ask(Prompt("Describe the town.", system="Answer in Zulu.", max_new_tokens=1))

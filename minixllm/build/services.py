@@ -5,7 +5,8 @@
     chat:MODEL@URL            an OpenAI-compatible endpoint: chat:gpt-4o-mini@https://api.openai.com/v1 (its key in
                               OPENAI_API_KEY), or vLLM, llama.cpp, Ollama, `transformers serve`, mostly without a key
     chat:MODEL@URL#VARIABLE   the same, its key in this environment variable
-    local:DIR                 a LLaMA or BLOOM directory, with this project's own generator
+    local:DIR                 a LLaMA or BLOOM directory, with this project's own generator: at most --concurrency
+                              prompts at a time
 
 `service(word)` opens one. It has `name`, `does(request)`, `cost(request)`, an upper bound, and `ask(request)`, which
 gives (answer, what it cost) or raises `Failure`: asking again, waiting and remembering are `runner`'s. Keys come from
@@ -17,7 +18,9 @@ import email.utils
 import functools
 import hashlib
 import http.client
+import itertools
 import json
+import operator
 import os
 import queue
 import re
@@ -322,18 +325,40 @@ def sentences(text: str) -> list[str]:
     return pieces
 
 
-class Nllb:
+class _Together:
+    """A model that takes all cores, or the whole GPU: what all threads wait for at a moment makes one batch."""
+
+    def __init__(self):
+        self._lock, self._waiting = threading.Lock(), queue.SimpleQueue()
+
+    def ask(self, request) -> tuple[str, dict]:
+        done = Future()
+        self._waiting.put((request, done))
+        with self._lock:  # whoever has it answers for all
+            if not done.done():
+                requests, futures = zip(*(self._waiting.get() for _ in range(self._waiting.qsize())))
+                try:
+                    for future, answer in zip(futures, self.answers(requests)):
+                        future.set_result(answer)
+                except Exception as error:  # out of memory, an unknown language token
+                    failure = error if isinstance(error, UserError) else Failure(f"{self.name}: {error}", again=False)
+                    for future in futures:
+                        future.set_exception(failure)
+        return done.result()
+
+
+class Nllb(_Together):
     """NLLB-200 (NLLB team 2022) in CTranslate2: ct2-transformers-converter --copy_files sentencepiece.bpe.model.
 
-    It translates sentence by sentence, as it was trained. What all threads wait for at a moment makes one batch.
+    It translates sentence by sentence, as it was trained.
     """
 
     def __init__(self, directory: str):
+        super().__init__()
         self.directory = Path(directory)
         files = self.directory.iterdir() if self.directory.is_dir() else ()  # a dry run does without them
         self.name = f"nllb:{self.directory.name}-{fingerprint(files)}"
         self.pieces = self.model = None
-        self._lock, self._waiting = threading.Lock(), queue.SimpleQueue()
 
     def does(self, request) -> bool:
         return isinstance(request, Translate)
@@ -359,22 +384,8 @@ class Nllb:
                             "ct2-transformers-converter --copy_files sentencepiece.bpe.model; found: "
                             f"{' '.join(str(error).split())[-160:]}") from None
 
-    def ask(self, request: Translate) -> tuple[str, dict]:
+    def answers(self, requests) -> list[tuple[str, dict]]:
         self.open()
-        done = Future()
-        self._waiting.put((request, done))
-        with self._lock:  # whoever has it translates for all
-            if not done.done():
-                requests, futures = zip(*(self._waiting.get() for _ in range(self._waiting.qsize())))
-                try:
-                    for future, text in zip(futures, self._translate(requests)):
-                        future.set_result(text)
-                except Exception as error:  # of CTranslate2: out of memory, an unknown language token
-                    for future in futures:
-                        future.set_exception(Failure(f"{self.name}: {error}", again=False))
-        return done.result(), self.cost(request)
-
-    def _translate(self, requests) -> list[str]:
         texts, todo = [sentences(request.text) for request in requests], []
         for request, parts in zip(requests, texts):
             for i, part in enumerate(parts):
@@ -388,13 +399,14 @@ class Nllb:
             beam_size=4, max_decoding_length=512, max_batch_size=2048, batch_type="tokens")
         for (parts, i, _, _), result in zip(todo, results):
             parts[i] = f"{parts[i]} {self.pieces.decode(result.hypotheses[0][1:])}".strip()
-        return ["".join(parts) for parts in texts]
+        return [("".join(parts), self.cost(request)) for request, parts in zip(requests, texts)]
 
 
-class Local:
+class Local(_Together):
     """A model directory with this project's generator, asked through the Alpaca template it was trained on."""
 
     def __init__(self, directory: str):
+        super().__init__()
         import torch
 
         from minixllm import adapters, parallel
@@ -408,14 +420,20 @@ class Local:
 
     cost = Chat.cost
 
-    def ask(self, request: Prompt) -> tuple[str, dict]:
+    def answers(self, requests) -> list[tuple[str, dict]]:
         from minixllm.datasets import encode_prompt
         from minixllm.generation import generate
         from minixllm.prompts import alpaca
-        instruction = f"{request.system}\n\n{request.text}" if request.system else request.text  # the template has one
-        ids = encode_prompt(self.tokenizer, alpaca(instruction, request.input))
-        with self._lock:  # one generation at a time: it takes all cores, or the whole GPU
-            answer, = generate(self.model, self.tokenizer, [ids], request.max_new_tokens,
-                               temperature=request.temperature, seed=request.seed)
-        text = "" if len(answer) == request.max_new_tokens else self.tokenizer.decode(answer).strip()
-        return text, {"requests": 1, "tokens": len(ids) + len(answer)}
+        answers = {}
+        kind = operator.attrgetter("max_new_tokens", "temperature")
+        for (most, temperature), alike in itertools.groupby(sorted(requests, key=kind), kind):
+            alike = list(alike)
+            prompts = [encode_prompt(self.tokenizer, alpaca(  # which has no place for a system prompt
+                f"{request.system}\n\n{request.text}" if request.system else request.text, request.input))
+                for request in alike]
+            found = generate(self.model, self.tokenizer, prompts, most, temperature=temperature,
+                             seed=[request.seed for request in alike])
+            for request, ids, answer in zip(alike, prompts, found):
+                text = "" if len(answer) == most else self.tokenizer.decode(answer).strip()
+                answers[request] = text, {"requests": 1, "tokens": len(ids) + len(answer)}
+        return [answers[request] for request in requests]
