@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 REAL_GPU = "MINIXLLM_TEST_CUDA" in os.environ
 if not REAL_GPU:  # the tests and the processes they start run on the CPU, on machines that have GPUs as on others
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests that run side by side take a core each
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
