@@ -21,6 +21,7 @@ from pathlib import Path
 from minixllm import languages
 from minixllm.benchmark_files import TITLES, detect, files
 from minixllm.errors import UserError, check_text
+from minixllm.languages import LANGUAGES
 from minixllm.prompts import alpaca
 from minixllm.records import read_objects
 from minixllm.wording import FIELDS, read_templates
@@ -199,11 +200,19 @@ def _xcopa(reader: _Reader) -> list[Item]:
 def _xlsum(reader: _Reader) -> list[Item]:
     items = []
     for code, file in reader.choose().items():
-        template, asked_in = reader.template(code)
-        for count, (line, entry) in enumerate(itertools.islice(read_objects(file), reader.limit)):
-            fields = {"article": _text(file, line, entry, "text"), "language": _name(code, asked_in)}
-            items.append(reader.item(code, _id(file, line, entry, "id", count), template, fields,
-                                     _text(file, line, entry, "summary"), body="article"))
+        (template, asked_in), skipped = reader.template(code), 0
+        for count, (line, entry) in enumerate(read_objects(file)):
+            if count - skipped == reader.limit:
+                break
+            article, summary = (_text(file, line, entry, key, empty=True) for key in ("text", "summary"))
+            if not (article.strip() and summary.strip()):
+                skipped += 1
+                continue
+            fields = {"article": article, "language": _name(code, asked_in)}
+            items.append(reader.item(code, _id(file, line, entry, "id", count), template, fields, summary,
+                                     body="article"))
+        if skipped:
+            reader.note(f"{file}: {skipped} rows skipped, the article or its summary is empty")
     return items
 
 
@@ -269,9 +278,10 @@ def translation_directions(codes: list[str], asked, seed: int, note=print) -> li
                 continue
             directions += [("eng", code, "f") if text == "from-english" else (code, "eng", "t") for code in others]
         elif len(parts) == 2 and set(parts) <= {"high", "mid", "low"}:
-            pairs = [(a, b, text) for a in others for b in others
-                     if a != b and [languages.find(a).tier, languages.find(b).tier] == parts]
-            directions += sorted(random.Random(f"{seed} {text}").sample(pairs, min(15, len(pairs))))
+            pairs = [(a, b, text) for a in LANGUAGES for b in LANGUAGES
+                     if a != b and [LANGUAGES[a].tier, LANGUAGES[b].tier] == parts]
+            random.Random(f"{seed} {text}").shuffle(pairs)  # of all 100, so that more files change no draw
+            directions += sorted([pair for pair in pairs if {*pair[:2]} <= {*others}][:15])
         elif len(parts) == 2:
             source, target = (languages.find(part).code for part in parts)
             if source in codes and target in codes and source != target:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from minixllm import benchmark_files, benchmarks, wording
+from minixllm import benchmark_files, benchmarks, languages, wording
 from minixllm.benchmarks import Wanted, read
 from minixllm.errors import UserError
 
@@ -96,6 +96,11 @@ def test_directions():
     pairs = benchmarks.translation_directions(codes, ["high-low"], seed=3)
     assert len(pairs) == 15 and pairs == benchmarks.translation_directions(codes, ["high-low"], seed=3)
     assert pairs != benchmarks.translation_directions(codes, ["high-low"], seed=4)
+    # languages beyond the 100, as FLORES-200 has them, change no draw
+    assert pairs == benchmarks.translation_directions([*codes, "hat", "que"], ["high-low"], seed=3)
+    every = ["eng", *languages.LANGUAGES]
+    assert benchmarks.translation_directions([*every, "hat"], ["low-low"], 0) == benchmarks.translation_directions(
+        every, ["low-low"], 0)
     assert all(column == "high-low" and source in codes[1:7] and target in codes[7:] for source, target,
                column in pairs)
     assert benchmarks.translation_directions(codes, ["de-fr", "to-english"], 0)[:2] == [("deu", "fra", "pairs"),
@@ -152,6 +157,9 @@ def test_xlsum_and_self_instruct(tmp_path):
         lines(tmp_path / "xlsum" / f"{name}_test.jsonl", [article] * 260)
     items, notes = read(tmp_path / "xlsum", Wanted())
     assert {i.group for i in items} == {"zho_simpl", "gla", "eng"} and len(items) == 750 and "klingon" in notes[0]
+    lines(tmp_path / "empty" / "french_test.jsonl", [article | {"text": " "}, article, article | {"summary": ""}] * 90)
+    some, skipped = read(tmp_path / "empty", Wanted(limit=80))
+    assert len(some) == 80 and "french_test.jsonl: 159 rows skipped, the article or its" in skipped[0]
     assert ("The following is an article.\nArticle: Long text with {braces}.\n"
             "Please summarize the provided article.\n") in items[0].prompt()
     assert "Article: Long\nPlease summarize the provided article." in items[0].prompt(4)   # cut from the article alone
