@@ -22,7 +22,7 @@ HANG = timedelta(hours=1)  # a collective that takes longer has lost a peer; a p
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and which one this is. `sum` and `gather` are collectives: every process calls them."""
+    """The processes of a run, and which one this is. `sum`, `any` and `gather` are collectives: all call them."""
 
     rank: int
     size: int
@@ -38,6 +38,10 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def any(self, flag) -> bool:
+        """Whether it holds in any process; asked on the CPU, so that a GPU is not waited for."""
+        return bool(flag if self.size == 1 else self.sum(torch.tensor(float(bool(flag)))))
 
     def gather(self, value) -> list:
         """Every process's `value` (any object), in the order of ranks, on every process."""

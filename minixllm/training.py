@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import socket
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from minixllm.tensor_files import fingerprint
 
 OUTPUT = "directory of the run: checkpoints, metrics.jsonl and the trained model"
 LOST = "Nothing was saved since the last checkpoint; --resume continues from it"
+PATIENCE = 10.0  # seconds that a step may still take after a signal: torchrun and SLURM kill 30 after it
 
 
 @dataclass
@@ -79,8 +81,8 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
     evaluate() -> {name: value} is logged every `eval_every` steps and at the end.
 
     Writes metrics.jsonl, with matplotlib curves.png, and checkpoints below settings.output. After SIGTERM or Ctrl-C
-    saves at the next step boundary and returns. Raises UserError on a loss, gradient or weight that is not finite, a
-    full disk, a lost process.
+    saves at the next step boundary and returns; a step that would take longer than PATIENCE is given up, and what was
+    before it saved. Raises UserError on a loss, gradient or weight that is not finite, a full disk, a lost process.
     """
     output = Path(settings.output)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -102,6 +104,17 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
     meter, average = Meter(model, world, settings), None
     metrics = (output / "metrics.jsonl").open("a", encoding="utf-8") if world.first else None
     bar = tqdm(total=steps, initial=first, unit="step", disable=not world.first, mininterval=0.5, dynamic_ncols=True)
+
+    def save(step):
+        log(metrics, synced=True)
+        resume.save(output / "checkpoints", model, optimizer, world, step, facts, settings.keep)
+
+    def ended_by_a_signal(step):
+        if world.first:
+            saved = f"step {step} is saved, --resume continues from it" if step else "no step was done yet"
+            bar.write(f"stopped by a signal: {saved}")
+        return False
+
     with bar, contextlib.closing(metrics) if metrics else contextlib.nullcontext(), stop_signals() as stopped:
         for step in range(first + 1, steps + 1):
             with explain_lost_peers(f"step {step}", LOST):
@@ -109,6 +122,11 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 row = train_step(model, world, settings, stream, loss_fn, optimizer, meter, step, stopped)
+                if row is None:
+                    if step - 1 > first and (step - 1) % settings.save_every:
+                        check_weights(trained, world, step - 1, output)
+                        save(step - 1)
+                    return ended_by_a_signal(step - 1)
                 stop = row.pop("stopped") > 0
                 row = {"step": step, **row, "learning_rate": rate} | meter.lap(row.pop("flops"), row["tokens"])
                 log(metrics, row)
@@ -131,18 +149,17 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
                         plots.curves(output)
                     meter.restart()
                 if saved:
-                    log(metrics, synced=True)
-                    resume.save(output / "checkpoints", model, optimizer, world, step, facts, settings.keep)
+                    save(step)
                     meter.restart()
             if stop and step < steps:
-                if world.first:
-                    bar.write(f"stopped by a signal: step {step} is saved, --resume continues from it")
-                return False
+                return ended_by_a_signal(step)
     return True
 
 
-def train_step(model, world, settings, stream, loss_fn, optimizer, meter, step, stopped) -> dict:
-    """One optimiser step. Returns the global batch's mean loss and other means, gradient norm, tokens, FLOPs."""
+def train_step(model, world, settings, stream, loss_fn, optimizer, meter, step, stopped) -> dict | None:
+    """One optimiser step. Returns the global batch's mean loss and other means, gradient norm, tokens, FLOPs; None for
+    a step given up PATIENCE after a signal, which changed nothing.
+    """
     batch = stream.batch(step - 1)
     if batch.count == 0:
         raise UserError(f"step {step}: every token of the batch is masked, nothing can be learnt from its records: "
@@ -150,7 +167,10 @@ def train_step(model, world, settings, stream, loss_fn, optimizer, meter, step, 
     # dropout, the same after a resume; a CPU's generator takes 32 bits of its seed
     torch.manual_seed(int(np.random.SeedSequence([settings.seed, step, world.rank]).generate_state(1)[0]))
     losses, sums = [], {}
-    for micro_batch in batch.micro_batches:
+    for number, micro_batch in enumerate(batch.micro_batches):
+        if number and world.any(stopped and time.monotonic() - stopped[0] > PATIENCE):
+            optimizer.zero_grad()
+            return None
         loss, extras = loss_fn(model, micro_batch)
         (loss / batch.count).backward()
         losses.append(loss.detach())
@@ -289,9 +309,9 @@ def log(metrics, *rows: dict, synced: bool = False) -> None:
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that is empty until SIGTERM or Ctrl-C; the loop looks at it between two steps."""
+    """A list that is empty until SIGTERM or Ctrl-C, then of their times; the loop looks at it where it can stop."""
     stopped = []
-    before = {number: signal.signal(number, lambda number, _: stopped.append(number))
+    before = {number: signal.signal(number, lambda *_: stopped.append(time.monotonic()))
               for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stopped

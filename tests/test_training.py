@@ -22,6 +22,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import free_port
-from minixllm import datasets, parallel, resume
+from minixllm import datasets, parallel, resume, training
 from minixllm.bloom import Bloom, BloomConfig
 from minixllm.checkpoint import build, initialise
 from minixllm.datasets import Stream
@@ -84,7 +85,7 @@ class Records:
 class Settings(TrainingSettings):
     pause: float = setting(0.0, "seconds a micro-batch takes, so that a test can hit a step")
     gradients: str | None = setting(None, "file for the loss and gradients of the first batch")
-    fault: str | None = setting(None, "what goes wrong: die, nan, disk")
+    fault: str | None = setting(None, "what goes wrong: die, nan, disk, signal")
     fault_step: int = setting(5, "at which step")
     arch: str = setting("llama", "")
     batch_size: int = setting(6, "")
@@ -104,7 +105,7 @@ TIMINGS = ("seconds", "tokens_per_second", "mfu")  # the fields of metrics.jsonl
 def main(argv):
     settings = parse(Settings, argv)
     torch.set_num_threads(1)
-    with claimed(settings, parallel.setup("cpu")):
+    with mock.patch.object(training, "PATIENCE", training.PATIENCE), claimed(settings, parallel.setup("cpu")):
         run_of(settings)
 
 
@@ -125,6 +126,9 @@ def run_of(settings):
                 stream.batch(0).micro_batches) and world.rank == world.size - 1:
             if settings.fault == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if settings.fault == "signal":
+                training.PATIENCE = 0.0
+                os.kill(os.getpid(), signal.SIGTERM)
             if settings.fault == "nan":
                 loss = loss * math.nan
             if settings.fault == "disk":
@@ -316,12 +320,16 @@ def test_two_processes(plain, reference, torchrun, tmp_path):
     for one, two in zip(metrics(reference), metrics(whole), strict=True):
         assert one.get("loss", one.get("held_out")) == pytest.approx(two.get("loss", two.get("held_out")), abs=1e-5)
 
+    # a signal that the second of them gets ends a long step in both
+    ended = torchrun(2, __file__, "--output", broken, "--fault", "signal", "--fault-step", 2)
+    assert "stopped by a signal: step 1 is saved" in ended.stdout
     began = time.time()
     step = random.randint(4, 5)  # with fewer lines of metrics than are waited for below
-    dead = torchrun(2, __file__, "--output", broken, "--fault", "die", "--fault-step", step, check=False)
+    dead = torchrun(2, __file__, "--output", broken, "--resume", "--fault", "die", "--fault-step", step - 1,
+                    check=False)
     assert dead.returncode != 0 and time.time() - began < 60
     assert f"(rank 0): error: step {step}: another process died" in dead.stderr and "--resume continues" in dead.stderr
-    assert [path.name for path in (broken / "checkpoints").iterdir()] == ["step-00000003"]
+    assert resume.latest(broken / "checkpoints").name == "step-00000003"
 
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
     process = start(launcher, broken, "--resume", "--pause", 0.02)
@@ -350,6 +358,18 @@ def test_a_signal_saves_and_the_run_goes_on(reference, tmp_path, number):
     process.send_signal(number)
     assert "stopped by a signal: step" in process.communicate(timeout=60)[0] and process.returncode == 0
     assert int(resume.latest(tmp_path / "checkpoints").name.split("-")[1]) == metrics(tmp_path)[-1]["step"] < 12
+    run_here(tmp_path, "--resume")
+    assert metrics(tmp_path) == metrics(reference) and same(weights(tmp_path), weights(reference))
+
+
+@pytest.mark.parametrize("step, saved", [(6, 5), (4, 3), (1, 0)])
+def test_a_long_step_is_given_up_after_a_signal(reference, tmp_path, capsys, step, saved):
+    """Between its micro-batches; step 3 is saved anyhow, before the first there is nothing to save."""
+    run_here(tmp_path, "--fault", "signal", "--fault-step", step)
+    told = f"step {saved} is saved, --resume continues from it" if saved else "no step was done yet"
+    assert f"stopped by a signal: {told}" in capsys.readouterr().out
+    found = resume.latest(tmp_path / "checkpoints")
+    assert found.name == f"step-{saved:08}" if saved else found is None
     run_here(tmp_path, "--resume")
     assert metrics(tmp_path) == metrics(reference) and same(weights(tmp_path), weights(reference))
 
