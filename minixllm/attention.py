@@ -170,12 +170,14 @@ class Packed:
         return lambda score, b, h, q, k: score + slopes[h] * (position_ids[k] - position_ids[q])
 
     def _attend_flex(self, query, key, value, slopes, flex=None):
+        # the kernel for few queries has no choice of blocks for some numbers
+        options = {"FORCE_USE_FLEX_ATTENTION": True}
+        if query.dtype == torch.float32:  # or heads of 96 and 128 need more shared memory than most GPUs have
+            options["num_stages"] = 1
         heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         output = (flex or _compiled_flex())(*heads_first, block_mask=self.block_mask,
                                             score_mod=None if slopes is None else self.score_mod(slopes),
-                                            enable_gqa=query.shape[1] != key.shape[1],
-                                            # the kernel for few queries has no choice of blocks for some numbers
-                                            kernel_options={"FORCE_USE_FLEX_ATTENTION": True})
+                                            enable_gqa=query.shape[1] != key.shape[1], kernel_options=options)
         return output.squeeze(0).transpose(0, 1)
 
 
