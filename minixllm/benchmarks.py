@@ -23,7 +23,7 @@ from minixllm.benchmark_files import TITLES, detect, files
 from minixllm.errors import UserError, check_text
 from minixllm.languages import LANGUAGES
 from minixllm.prompts import alpaca
-from minixllm.records import read_objects
+from minixllm.records import place, read_objects
 from minixllm.wording import FIELDS, read_templates
 
 LIMITS = {"translation": 200, "xlsum": 250}
@@ -186,10 +186,10 @@ def _xcopa(reader: _Reader) -> list[Item]:
         for count, (line, entry) in enumerate(itertools.islice(read_objects(file), reader.limit)):
             texts = {key: _text(file, line, entry, key) for key in ("premise", "choice1", "choice2", "question")}
             if texts["question"] not in ("cause", "effect"):
-                raise UserError(f"{file}, line {line}: question {texts['question']!r}, expected 'cause' or 'effect'")
+                raise UserError(f"{file}, {place(line)}: question {texts['question']!r}, expected 'cause' or 'effect'")
             label = entry.get("label")
             if type(label) is not int or label not in (0, 1):
-                raise UserError(f"{file}, line {line}: label {label!r}, expected 0 or 1")
+                raise UserError(f"{file}, {place(line)}: label {label!r}, expected 0 or 1")
             choices = texts["choice1"], texts["choice2"]
             fields = {**texts, "question": template[texts["question"]], "language": _name(code, asked_in)}
             items.append(reader.item(code, _id(file, line, entry, "idx", count), template, fields,
@@ -224,7 +224,7 @@ def _self_instruct(reader: _Reader) -> list[Item]:
         for count, (line, entry) in enumerate(itertools.islice(read_objects(file), reader.limit)):
             instances = entry.get("instances")
             if not isinstance(instances, list) or not instances or not isinstance(instances[0], dict):
-                raise UserError(f"{file}, line {line}: instances: found {instances!r:.60}, "
+                raise UserError(f"{file}, {place(line)}: instances: found {instances!r:.60}, "
                                 "expected [{input, output}]")
             fields = {"instruction": _text(file, line, entry, "instruction"),
                       "input": _text(file, line, instances[0], "input", empty=True)}
@@ -319,8 +319,8 @@ def _lines(file: Path) -> list[str]:
 def _text(file: Path, line: int, entry: dict, key: str, empty: bool = False) -> str:
     value = entry.get(key)
     if not isinstance(value, str) or not (value.strip() or empty):
-        raise UserError(f"{file}, line {line}: {key}: found {value!r:.60}, expected text")
-    check_text(value, f"{file}, line {line}: {key}")
+        raise UserError(f"{file}, {place(line)}: {key}: found {value!r:.60}, expected text")
+    check_text(value, f"{file}, {place(line)}: {key}")
     return value
 
 

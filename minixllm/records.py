@@ -33,7 +33,7 @@ class Instruction:
     output: str
     language: str | None = None
     extra: dict = field(default_factory=dict)
-    line: int = 0                 # where it stands in its file, counted from 1
+    line: int = 0                 # where it stands in its file (see `place`)
 
 
 def read_instructions(path, progress: Callable[[int], None] | None = None) -> Iterator[Instruction]:
@@ -86,7 +86,7 @@ class _Fields:
     """Takes text fields out of one JSON object, and says what is wrong with them."""
 
     def __init__(self, path, line: int, entry: dict, expected: str):
-        self.where, self.entry, self.expected, self.left = f"{path}, line {line}", entry, expected, dict(entry)
+        self.where, self.entry, self.expected, self.left = f"{path}, {place(line)}", entry, expected, dict(entry)
 
     def __call__(self, *spellings: str, optional: bool = False) -> str | None:
         """The field under the first of its spellings that is there; None if optional and absent or null."""
@@ -120,7 +120,8 @@ def record_files(paths) -> list[Path]:
 
 
 def read_objects(path, progress: Callable[[int], None] | None = None) -> Iterator[tuple[int, dict]]:
-    """Yield (line number, object) for every object of a JSON-lines file or a JSON array; an empty file is an error."""
+    """Yield (its line, as `place` reads it, object) for every object of a JSON-lines file or a JSON array; an empty
+    file is an error."""
     path = Path(path)
     try:
         with open(path, "rb") as file:
@@ -133,11 +134,16 @@ def read_objects(path, progress: Callable[[int], None] | None = None) -> Iterato
     empty = True
     for line, entry in (_array if start.startswith(b"[") else _lines)(path, progress or (lambda size: None)):
         if not isinstance(entry, dict):
-            raise UserError(f"{path}, line {line}: found {_kind(entry)}, expected an object {{...}}")
+            raise UserError(f"{path}, {place(line)}: found {_kind(entry)}, expected an object {{...}}")
         empty = False
         yield line, entry
     if empty:
         raise UserError(f"{path}: holds no records, expected one or more")
+
+
+def place(line: int) -> str:
+    """"line 5"; of an array whose records share its first line "record 5", which is kept as -5."""
+    return f"line {line}" if line > 0 else f"record {-line}"
 
 
 def _lines(path: Path, progress) -> Iterator[tuple[int, object]]:
@@ -183,7 +189,7 @@ def _array(path: Path, progress) -> Iterator[tuple[int, object]]:
 
     with open(path, "rb") as file:
         take(0)
-        more = take(1) != "]"                        # past the opening bracket
+        more, count = take(1) != "]", 0              # past the opening bracket
         while more:
             try:
                 entry, end = parse(text)
@@ -191,7 +197,8 @@ def _array(path: Path, progress) -> Iterator[tuple[int, object]]:
                 if len(text) < LONGEST_LINE and read():
                     continue
                 raise _broken(path, line, error, text[:99].encode()) from None
-            yield line, entry
+            count += 1
+            yield line if line > 1 else -count, entry
             more = take(end) == "," and take(1)
         if text[:1] != "]" or take(1):
             raise UserError(f"{path}, line {line}: the array of records ends in {_excerpt(text[:99])}, expected ',' or "

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from minixllm import languages, prompts
 from minixllm.errors import UserError
 from minixllm.files import locked
+from minixllm.records import place
 
 FORMAT = 2                  # part of every cache's key: to be raised when what is written changes
 CHUNK = 1000                # records a worker tokenises at a time
@@ -92,7 +93,7 @@ class TokenCache:
 
     def where(self, index: int) -> str:
         """File and line of a record."""
-        return f"{self.paths[self.files[index]]}, line {self.lines[index]}"
+        return f"{self.paths[self.files[index]]}, {place(self.lines[index])}"
 
     def summary(self) -> str:
         """A table, one line a language: what was kept, left out and cut, where anything was, and what a character costs
@@ -209,7 +210,7 @@ def _encode_chunk(chunk):
         try:
             language, encoded, each = _encode(record)
         except UserError as error:
-            raise UserError(f"{path}, line {record.line}: {error}") from None
+            raise UserError(f"{path}, {place(record.line)}: {error}") from None
         counts[language] += each
         if encoded is not None:
             for segment in encoded:

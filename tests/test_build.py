@@ -1018,7 +1018,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
 
     (tmp_path / "b.json").write_text('[{"instruction": "a", "output": "b"},\n {"instruction": "a"}]')
     fails("b.json, line 2: no field 'output': found instruction;", data=tmp_path / "b.json")
-    fails("line 1: id '7' again, first in .*alpaca.json, line 1; expected every record to have its own", id=7)
+    fails("record 2: id '7' again, first in .*alpaca.json, record 1; expected every record to have its own", id=7)
     lines = [{"instruction": "a", "output": "b", **more} for more in ({"id": 1}, {}, *[{"id": ""}, {"id": None}] * 2)]
     (tmp_path / "ids.jsonl").write_text("\n".join(map(json.dumps, lines)))
     fails("ids.jsonl, line 2: id '1' again, first in .*ids.jsonl, line 1", data=tmp_path / "ids.jsonl")

@@ -33,6 +33,9 @@ def test_array_and_lines_are_told_apart_by_content(tmp_path):
     array = write(tmp_path / "a.jsonl", "\ufeff" + json.dumps(entries, indent=1))
     lines = write(tmp_path / "a.json", "\ufeff" + "\r\n".join(map(json.dumps, entries)))
     assert [r.line for r in read_instructions(array)] == [2, 7, 12]
+    one_line = write(tmp_path / "one line.json", f'[{GOOD}, {GOOD}, {{"instruction": "a"}}]')
+    with pytest.raises(UserError, match="one line.json, record 3: no field 'output'"):
+        list(read_instructions(one_line))
     assert [(r.instruction, r.input) for r in read_instructions(array)] == \
            [(r.instruction, r.input) for r in read_instructions(lines)] == [("i0", "x"), ("i1", "x"), ("i2", "x")]
 
@@ -115,7 +118,7 @@ def test_an_array_takes_no_more_memory_than_its_longest_record(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < path.stat().st_size // 2
     finally:
         tracemalloc.stop()
-    assert lines == [*range(1, 30_002), 30_005, 30_006, 30_007]
+    assert lines == [-1, *range(2, 30_002), 30_005, 30_006, 30_007]
     with open(path, "ab") as file:
         file.write(b"\n,\xff")
     with pytest.raises(UserError, match="a.json, line 30009: not UTF-8"):

@@ -25,7 +25,7 @@ from minixllm.errors import UserError, check_text
 from minixllm.files import write_json
 from minixllm.filters import LOOP, REFUSALS, identifier
 from minixllm.languages import FEEDBACK_LANGUAGES, LANGUAGES
-from minixllm.records import Instruction, read_instructions, record_files
+from minixllm.records import Instruction, place, read_instructions, record_files
 from minixllm.settings import setting
 
 CRITERIA = ("helpfulness", "correctness", "language")
@@ -137,12 +137,12 @@ def spoken(paths) -> Iterator[tuple[str, Instruction]]:
     for path in record_files(paths):
         for record in read_instructions(path):
             if record.language is None:
-                raise UserError(f"{path}, line {record.line}: no field 'language', expected a FLORES code such as spa")
+                raise UserError(f"{path}, {place(record.line)}: no field 'language', expected a FLORES code: spa")
             try:
                 code = languages.find(record.language).code
             except UserError as error:
-                raise UserError(f"{path}, line {record.line}: {error}") from None
-            check_text(str(record.extra.get("id")), f"{path}, line {record.line}: id")
+                raise UserError(f"{path}, {place(record.line)}: {error}") from None
+            check_text(str(record.extra.get("id")), f"{path}, {place(record.line)}: id")
             if code in FEEDBACK_LANGUAGES:
                 yield code, record
 

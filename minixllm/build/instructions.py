@@ -23,7 +23,7 @@ from minixllm.errors import UserError, check_text
 from minixllm.files import atomic_write, write_json
 from minixllm.filters import copied, fault, identifier, spaced
 from minixllm.languages import LANGUAGES
-from minixllm.records import Instruction, read_instructions
+from minixllm.records import Instruction, place, read_instructions
 from minixllm.settings import setting
 
 DRY_RUN_SAMPLE = 500
@@ -146,11 +146,11 @@ def check_source(paths) -> int:
         database.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, place TEXT) WITHOUT ROWID")
         for path in paths:
             for record in read_instructions(path):
-                own, place = identity(number, record), f"{path}, line {record.line}"
-                check_text(own, f"{place}: id")
-                if not database.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (own, place)).rowcount:
+                own, here = identity(number, record), f"{path}, {place(record.line)}"
+                check_text(own, f"{here}: id")
+                if not database.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (own, here)).rowcount:
                     first, = database.execute("SELECT place FROM ids WHERE id = ?", (own,)).fetchone()
-                    raise UserError(f"{place}: id {own!r} again, first in {first}; expected every record to have its "
+                    raise UserError(f"{here}: id {own!r} again, first in {first}; expected every record to have its "
                                     "own, where it has none its number, from 0")
                 number += 1
     return number
