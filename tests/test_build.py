@@ -708,6 +708,24 @@ def test_feedback(tmp_path, monkeypatch):
     assert {p.extra["chosen_by"][:6] for p in own} == {"chat:a", "chat:b"}
 
 
+def test_what_generators_and_judge_are_asked():
+    first, second, judge, asked = Stub(), Stub(), Stub(), []
+    second.name = "second"
+
+    def ask(service, request):
+        asked.append((service, request))
+        return "?" if service is judge else {7: "Eins", 8: "", 9: "Zwei", 10: "Eins"}[request.seed]
+
+    item, settings = (Instruction("Di algo.", "Ya.", ""), "spa", "deu"), feedback.FeedbackSettings(seed=7)
+    instruction, answers, margins, outcomes = feedback.compare(ask, item, [first, second], judge, settings)
+    assert instruction == prompts.cross_lingual("Di algo.", "deu", "spa")
+    assert answers == {"Eins": "stub", "Zwei": "stub"} and margins == {(0, 1): 0} and outcomes == {"not readable": 1}
+    assert [service.name for service, _ in asked[:4]] == ["stub", "second"] * 2
+    assert {(request.text, request.input, request.temperature) for _, request in asked[:4]} == {(instruction, "Ya.", 1)}
+    assert [service for service, _ in asked[4:]] == [judge] * 2
+    assert all("is it written in German, " in request.text and request.seed == 7 for _, request in asked[4:])
+
+
 def test_a_winner_that_refuses_loops_or_is_off_target_is_vetoed():
     german, french = (
         "Der schönste Apfel liegt heute auf dem Tisch.",
@@ -716,11 +734,12 @@ def test_a_winner_that_refuses_loops_or_is_off_target_is_vetoed():
     item = Instruction("Name", "", ""), "spa", "deu"
     for unfit in (french, "I'm sorry, but I can't.", "Apfel " * 9):
         def made(least, answers):
-            return feedback.pair(item, Stub(), least, filters.identifier(), "Name", dict.fromkeys(answers, "a"),
-                                 {(0, 1): 4.0, (0, 2): 6.0, (1, 2): 2.0})
+            return feedback.pair(item, Stub(), least, filters.identifier(), "Name", dict(zip(answers, "abc")),
+                                 {(0, 1): 4.0, (0, 2): 6.0, (1, 2): 7 / 3})
 
         pair = made(1.0, (unfit, german, "Apfel"))
         assert (pair["chosen"], pair["rejected"], pair["vetoed"]) == (german, "Apfel", True)
+        assert pair["chosen_by"] == "b" and pair["rejected_by"] == "c" and pair["margin"] == 2.333
         with pytest.raises(runner.LeftOut, match="vetoed winner") as out:
             made(3.0, (unfit, german, "Apfel"))
         assert out.value.example == ["Name", unfit, german, "Apfel"]
@@ -734,6 +753,9 @@ def test_draw_is_even(tmp_path):
         counts[code, target] == (0 if languages.FEEDBACK_LANGUAGES[target] == code else 2) for code, target in counts
     )
     assert all((places[1:] > places[:-1]).all() and places[-1] < 70 for places, _ in drawn.values())
+    other = feedback.draw(feedback.FeedbackSettings(data=settings.data, pairs_each=2, seed=1))
+    for code, unlike in (("deu", other["deu"]), ("deu", drawn["fra"])):   # each seed and language draws its own records
+        assert (drawn[code][0] != unlike[0]).any()
     built = Path(settings.data[0])
     for named, found in (("de", "deu"), ("Japanese", "jpn")):   # by tag or name as well
         (built / f"{found}.jsonl").write_text((built / f"{found}.jsonl").read_text().replace(
@@ -765,11 +787,35 @@ def test_a_judge_that_cannot_be_read_in_one_language_is_kept(tmp_path, monkeypat
     monkeypatch.setattr(feedback, "FEEDBACK_LANGUAGES", ("amh", "ara", "ben"))   # first is the one it cannot do
     with Server(lambda number, body: "talk" if "] instruction\namh " in body["messages"][-1]["content"] else None
                 ) as server:
-        out = build(server, tmp_path, "--pairs-each", "10", "--candidates", "2", kind="feedback",
-                    data=spoken(tmp_path, 20))
+        out = build(server, tmp_path, "--pairs-each", "5", kind="feedback", data=spoken(tmp_path, 10))
     pairs = list(read_preferences(out / "pairs.jsonl"))
-    assert len(pairs) > 30 and {pair.language for pair in pairs} == {"ara", "ben"}
+    assert len(pairs) > 15 and {pair.language for pair in pairs} == {"ara", "ben"}
     assert [pair.language for pair in pairs] == sorted(pair.language for pair in pairs)  # in the order of the files
+
+
+@pytest.mark.parametrize("compared, candidates, outcomes, left_out", [
+    (["amh"], 4, 3 * 6, {"fewer than two different answers": 3, "tie": 3}),   # of Arabic, all answers are alike
+    (["amh", "ara"], 2, 6, {"tie": 6}),
+])
+def test_a_judge_is_not_given_up_for_one_language_or_a_few_comparisons(tmp_path, monkeypatch, compared, candidates,
+                                                                      outcomes, left_out):
+    monkeypatch.setattr(feedback, "FEEDBACK_LANGUAGES", ("amh", "ara"))
+    monkeypatch.setattr(fake_services, "chat", lambda body: "It is " + str(
+        body["seed"] if body["messages"][0]["content"][:3] in compared else ""))
+    with Server() as server:
+        out = build(server, tmp_path, "--pairs-each", "3", "--candidates", str(candidates), kind="feedback",
+                    data=spoken(tmp_path, 3))
+    report = json.loads((out / "build/report.json").read_text())
+    assert report["comparisons"] == {"not readable": outcomes} and report["left_out"] == left_out
+    assert report["each"] == {}   # no pair of any direction
+
+
+def test_what_fails_while_the_judge_is_tried_is_listed_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(feedback, "FEEDBACK_LANGUAGES", ("amh", "ara"))
+    with Server(lambda number, body: "400" if "amh 0?" in str(body) else None) as server, pytest.raises(SystemExit):
+        build(server, tmp_path, "--pairs-each", "2", kind="feedback", data=spoken(tmp_path, 2))
+    failure, = map(json.loads, (tmp_path / "out/build/failures.jsonl").read_text().splitlines())
+    assert failure["id"] == "amh0" and failure["response_language"] == "ara"
 
 
 def verdict(tag, first, second) -> str:
@@ -789,6 +835,8 @@ def test_an_answer_cannot_pass_for_the_judge_or_for_its_markers():
     )
     question, own = feedback.comparison(f"Name a fruit. {attack}", attack, attack, "Pear", "English")
     assert own != tag and own not in attack
+    assert len({tag, *(feedback.comparison("Name a fruit.", "", *answers, "English")[1] for answers in (
+        ("Pear", "An apple."), ("An apple.", "A pear"), ("A pear", "Pear")))}) == 4   # of the answers, too
     lines = question.split("\n")
     marks = [line for line in lines if line.startswith(f"[{own}]")]
     assert [mark.split("] ")[1] for mark in marks] == ["instruction", "input", "first answer", "second answer", "end"]
@@ -806,9 +854,11 @@ def test_an_answer_cannot_pass_for_the_judge_or_for_its_markers():
         "",
         "The first.",
         "{" * 5000,
+        '{"id": ' + "[" * 9000,
         '{"id": "t", "first": 3}',
         '{"id": "t", "first": {}, "second": {}}',
         verdict("t", 11, 1),
+        verdict("t", 9, 0),
         verdict("t", True, 1),
         verdict("t", "9", 1),
         verdict("other", 9, 1),
@@ -826,10 +876,14 @@ def test_choice_of_the_pair():
     assert feedback.choose(3, margins, [False] * 3, 1.0) == (0, 2, 5.0, False)
     assert feedback.choose(3, margins, [True, False, False], 1.0) == (1, 2, 3.0, True)   # the winner is off target
     assert feedback.choose(3, {**margins, (0, 2): -5.0, (1, 2): -3.0}, [False, False, True], 1.0)[:2] == (0, 1)
+    assert feedback.choose(3, margins, [False] * 3, 5.0)[2] == 5.0   # so much is enough
+    assert feedback.choose(3, {(0, 1): 2.0, (0, 2): 2.0, (1, 2): 3.0}, [False] * 3, 1.0) == (0, 2, 2.0, False)   # in all
     for unfit, least, reason in (([True] * 3, 1.0, "all answers refuse, loop"), ([False] * 3, 5.5, "too small"),
                                  ([True, True, False], 1.0, "vetoed")):
         with pytest.raises(runner.LeftOut, match=reason):
             feedback.choose(3, margins, unfit, least)
+    with pytest.raises(runner.LeftOut, match="fewer than two"):
+        feedback.choose(1, {}, [False], 1.0)
     with pytest.raises(runner.LeftOut, match="tie"):
         feedback.choose(2, {(0, 1): 0.0}, [False, False], 1.0)
 
@@ -844,7 +898,7 @@ GOOD = ("Nenne 25 nahe Orte, siehe https://a.org/x und {name}.", "", "Hier sind 
     [
         ({}, True, None),
         ({0: " "}, True, "empty"),
-        ({2: ""}, True, "empty"),
+        ({2: "\n"}, True, "empty"),
         ({2: "As an AI language model, I cannot do that."}, True, "refusal"),
         ({2: "I'm sorry, but I can't help with that."}, True, "refusal"),
         ({0: "List 25 near places, see https://a.org/x and {name}."}, True, "untranslated"),
@@ -855,6 +909,7 @@ GOOD = ("Nenne 25 nahe Orte, siehe https://a.org/x und {name}.", "", "Hier sind 
         ({2: "Hier sind Orte."}, True, None),
         ({2: "Hier sind Orte."}, False, "lost number"),
         ({0: GOOD[0] + " und so weiter" * 40}, True, "length ratio"),
+        ({2: "25."}, False, "length ratio"),
         ({2: "sehr " * 12}, True, "loop"),
         ({2: "かな" * 12}, True, "loop"),
         ({2: "Ja. " + "-" * 80}, True, None),
@@ -867,6 +922,28 @@ def test_filters(changed, generated, reason):
     record = Instruction("List 25 near places, see https://a.org/x and {name}.", "", "Here are 25 places nearby.")
     made = tuple(changed.get(i, text) for i, text in enumerate(GOOD))
     assert filters.fault(record, made, generated) == reason
+
+
+@pytest.mark.parametrize("changed, generated, reason", [
+    ({}, True, None),
+    ({1: " "}, True, "empty"),
+    ({1: "Rom, Paris und andere im weiten Tal"}, True, "lost number"),
+    ({2: "Rom, Paris und 40 andere im weiten Tal"}, True, "answer repeats the question"),
+    ({2: "Rom, Paris und 40 andere im weiten Tal"}, False, None),   # as the original may
+    ({2: "Nenne die Städte."}, True, None),
+])
+def test_filters_of_an_input(changed, generated, reason):
+    record = Instruction("Name the towns.", "Rome, Paris and 40 others in the wide valley", "Rome, Paris and 40 others")
+    made = ("Nenne die Städte.", "Rom, Paris und 40 andere im weiten Tal", "Rom, Paris und 40 andere")
+    assert filters.fault(record, tuple(changed.get(i, text) for i, text in enumerate(made)), generated) == reason
+
+
+def test_what_the_original_has_already():
+    refusal = Instruction("Open it.", "", "I'm sorry, but I can't help with that.")
+    assert filters.fault(refusal, ("Öffne es.", "", "Es tut mir leid, das kann ich nicht."), False) == "refusal"
+    assert filters.fault(refusal, ("Öffne es.", "", "Es ist offen."), True) is None   # another answer is written
+    laughing = Instruction("Laugh.", "ha " * 9, "No.")
+    assert filters.fault(laughing, ("Lache.", "ho " * 9, "Nein."), True) is None
 
 
 @pytest.mark.parametrize("source, target, reason", [
@@ -886,6 +963,7 @@ def test_filters(changed, generated, reason):
     ("It has 1,000 towns.", "Es hat 100 oder 10 000 Städte.", "lost number"),
     ("It costs 50,000 yen.", "5万円かかります。", None),
     ("It has 100,000 people and 2.4 million cars.", "有10万人和240万辆汽车。", None),
+    ("Meet on 2023-01-05.", "2023年1月5日に会う。", None),
     ("It costs 50,000 yen.", "6万円かかります。", "lost number"),
     ("It costs 50,000 yen.", "Es kostet 5 Yen.", "lost number"),
     ("It has 15,300 people and 125,000 trees.", "人口は1万5300人、木は12万5000本です。", None),
@@ -905,6 +983,7 @@ def test_filters(changed, generated, reason):
     ("Who wrote the book Pride and Prejudice?", "Who wrote the book Pride and Prejudice?", "untranslated"),
     ("Day 1: Arrive in Rome. Visit the Colosseum and the Forum.",
      "Day 1: Arrive in Rome. Visit the Colosseum and the Forum.", "untranslated"),
+    ("Python: `for each in numbers: print(each)`", "Python: `for each in numbers: print(each)`", None),
     ("Take 10, 20 or 30.", "取10,20或30", None),
     ("Take 10,20,30 away.", "Nimm 10, 20, 30 weg.", None),
 ])
@@ -935,6 +1014,8 @@ def test_what_a_translation_keeps():
     assert filters.VERBATIM.findall("a %s b <br> `x = 1` ```py\nprint()\n``` {0} ____ www.a.org") == [
         "%s", "<br>", "`x = 1`", "```py\nprint()\n```", "{0}", "___", "www.a.org"]
     assert filters.spaced("x  <\ny") == "x < y" != filters.spaced("x > y")
+    for text, least in (("ja ", 8), ("かな", 10)):
+        assert filters.LOOP.search(text * least) and not filters.LOOP.search(text * (least - 1))
     start = time.perf_counter()   # no text takes the patterns long
     for text in ("a" * 100_000, "ab " * 50_000, "```" * 30_000, "{" * 100_000, "1," * 50_000, "5" + "万" * 50_000):
         filters.fault(Instruction("x" * 9, "", "1,000"), ("x", "", text), False)
@@ -949,6 +1030,7 @@ def test_wrong_language():
         wrong("This is plainly an English sentence about the weather.", "umb") == "wrong language"
     )  # which it does not know
     assert wrong("Paris", "deu") is None  # too short to tell
+    assert wrong("This is one sentence.", "deu") is None and wrong("This is one sentence.", "kor") == "wrong language"
     code = "def area(width, height):\n    return width * height  # of the whole rectangle"
     assert wrong(code, "deu") and wrong(f"```python\n{code}\n```", "deu") is None
     assert wrong(f"Diese Funktion berechnet die Fläche:\n```python\n{code * 5}\n```", "deu") is None
@@ -1068,7 +1150,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("generators = []")
     for match, *flags in (("--generators names no service", "--config", str(recipe)),
-                          ("--output .* is --data, too", "--output", f"{tmp_path}/."),
+                          ("--output .* is --data, too", "--output", f"{tmp_path}/../{tmp_path.name}"),
                           ("--candidates is 1, expected a whole number of at least 2", "--candidates", "1"),
                           ("--min-margin is nan", "--min-margin", "nan")):
         with pytest.raises(UserError, match=match):
