@@ -1,5 +1,6 @@
 """Building the data: through a local server that answers as services do, or misbehaves as they do."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -92,6 +93,27 @@ def test_instructions(tmp_path, undisturbed):
     assert asked == 2 + 2 * (10 + 30 + 15 + 30)
 
 
+@pytest.mark.parametrize("generated", [False, True])
+def test_what_translator_and_generator_are_asked(generated):
+    asked, translator, generator = [], Stub(), Stub()
+
+    def ask(service, request):
+        asked.append((service, request))
+        return f"{request.text}!"
+
+    plan = instructions.Plan("deu", translator, generator if generated else None,
+                             dict(max_new_tokens=9, temperature=0.5, seed=3))
+    made = instructions.make(ask, Instruction("Sum up.", "A tale.", "Told."), plan)
+    assert asked[:2] == [(translator, services.Translate(text, "eng", "deu")) for text in ("Sum up.", "A tale.")]
+    (service, request), = asked[2:]
+    assert made == ("Sum up.!", "A tale.!", f"{request.text}!") and service is (generator if generated else translator)
+    if generated:
+        assert request == services.Prompt("Sum up.!", "A tale.!", request.system, 9, 0.5, 3)
+        assert request.system.endswith("you answer in German.")
+    else:
+        assert request == services.Translate("Told.", "eng", "deu")
+
+
 FAULTS = ["429", "500", "silence", "cut", "text", "shape", "huge", "503", "closed"]
 
 
@@ -148,6 +170,31 @@ def test_what_many_records_ask_is_asked_once(tmp_path):
     assert stub.asked == ["the same"] and report["failed"] == 40
     assert [failure["id"] for failure in run.failures] == list(range(40))   # in the order of their source
     assert twice(stub, tmp_path / "failed")[1]["records"] == 40
+
+
+def test_what_one_service_answered_is_not_taken_for_anothers(tmp_path):
+    stub, other = Stub(), Stub()
+    other.name = "other"
+    with runner.Runner(runner.RunnerSettings(output=str(tmp_path))) as run:
+        for request in (services.Prompt("x"), services.Prompt("x", seed=1), services.Prompt("x", "y")):
+            assert run.ask(stub, request) == run.ask(stub, request) == run.ask(other, request)
+    assert stub.asked == other.asked == ["x"] * 3 and run.spent["requests"] == 6
+
+
+def test_a_failure_costs_what_the_service_may_have_done(tmp_path):
+    class Busy(Stub):
+        def cost(self, request):
+            return {"requests": 1, "tokens": 100}
+
+        def ask(self, request):
+            if request.text == "answered":
+                return "yes", {"requests": 1, "tokens": 30}
+            raise services.Failure("it failed", again=False, charged=request.text == "unheard")
+
+    for text, tokens in (("answered", 30), ("refused", 0), ("unheard", 100)):
+        with runner.Runner(runner.RunnerSettings(output=str(tmp_path))) as run, contextlib.suppress(services.Failure):
+            run.ask(Busy(), services.Prompt(text))
+        assert run.spent == {"requests": 1, "tokens": tokens, "characters": 0}
 
 
 def test_a_slow_record_holds_up_no_others(tmp_path):
@@ -221,6 +268,22 @@ def test_a_failure_in_the_sample_is_told(tmp_path, undisturbed):
         assert status.value.code == 1 and failure["language"] == "nya" and failure["sampled"] == "13"
         broken = False
         assert contents(build(server, tmp_path)) == undisturbed[0]
+
+
+@pytest.mark.parametrize("failing, finished", [(5, True), (6, False)])
+def test_half_of_the_sample_tells_how_good_translations_are_no_less(tmp_path, capsys, failing, finished):
+    back = []
+
+    def fault(number, body):
+        if body.get("source") == "mi":
+            back.append(body["q"])
+            return "400" if len(back) <= failing else None
+
+    with Server(fault) as server, pytest.raises(SystemExit):
+        build(server, tmp_path, "--languages", "mri", "--concurrency", "1")
+    printed = capsys.readouterr().out
+    assert len(back) == 10 and (tmp_path / "out/mri.jsonl").exists() == finished
+    assert ("stopped: mri: of 10 sampled instructions only 4 could be translated" in printed) != finished
 
 
 def test_permanent_failures_are_listed_and_asked_again_alone(tmp_path, undisturbed, capsys):
@@ -1057,11 +1120,12 @@ def test_a_translator_that_gives_back_what_it_got_is_no_good_one(tmp_path, monke
     assert "mri 1/2: 0 records, 30 left out, 0 failed, so no file" in capsys.readouterr().out
     report = json.loads((out / "build/report.json").read_text())["mri"]
     assert report["bleu"] == 0 and report["answers"] == "translated" and report["left_out"] == {"untranslated": 30}
+    assert [example["id"] for example in report["examples"]["untranslated"]] == ["0", "1", "2"]   # not all of them
 
 
 def test_left_out_records_are_counted_with_examples(tmp_path):
     records = [{"instruction": "What is 2  + 3?", "input": "", "output": "Ok."},
-               {"instruction": "What is 2 +\n3?", "input": "", "output": "Ok."},
+               {"instruction": "What is 2 +\n3?", "input": "", "output": "Fine."},
                {"instruction": "What is 2 - 3?", "input": "", "output": "Ok."}] + [
         {
             "instruction": f"Name town {i} of the long river valley.",
@@ -1069,12 +1133,12 @@ def test_left_out_records_are_counted_with_examples(tmp_path):
             "output": "As an AI model, no." if i == 50 else "Fine.",
         }
         for i in range(49, 52)
-    ]
+    ] + [{"instruction": "What is 2 + 3?", "input": "In words.", "output": "Ok."}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
     with Server() as server:
         out = build(server, tmp_path, "--min-bleu", "101", "--languages", "mri", data=tmp_path / "a.jsonl")
     report = json.loads((out / "build/report.json").read_text())["mri"]
-    assert report["records"] == 4 and report["left_out"] == {"duplicate": 1, "refusal": 1}
+    assert report["records"] == 5 and report["left_out"] == {"duplicate": 1, "refusal": 1}
     assert report["examples"]["duplicate"][0]["id"] == "1" and report["examples"]["refusal"][0]["id"] == "4"
 
 
@@ -1108,6 +1172,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     fails("ids.jsonl, line 1: id holds half of a surrogate pair", data=tmp_path / "ids.jsonl")
     (tmp_path / "ids.jsonl").write_text("\n".join(map(json.dumps, lines[1:])))
     assert instructions.check_source([tmp_path / "ids.jsonl"]) == 5   # those without one have their number
+    assert instructions.identity(3, Instruction("a", "", "b", extra={"id": 0})) == "0"
     fails("unknown language 'spanisch'.* did you mean spanish", "--languages", "spanisch")
     fails("hat is none of the 100", "--languages", "hat")
     fails("no translator for ast, ful, kea, kam, luo, oci, umb, wol: expected --translator google nllb:DIR, or "
@@ -1196,6 +1261,17 @@ def test_a_full_disk(tmp_path):
         assert len((build(server, tmp_path) / "mri.jsonl").read_text().splitlines()) == 30
 
 
+def test_an_estimate_counts_what_is_sent_and_answered():
+    chat = services.service("chat:m@http://h/v1")
+    estimate = runner.Estimate(30, times=2)
+    first, second = (estimate.ask(chat, services.Prompt("a" * 60, "b" * 30, "c" * 30)) for _ in range(2))
+    assert len(first) == len(second) == 30 and first != second
+    assert estimate.counts == {(chat.name, "requests"): 4, (chat.name, "tokens"): 4 * (120 + 60 + 30) // 3}
+    assert estimate.ask(chat, services.Translate("d" * 30, "eng", "spa")) == "d" * 30
+    assert estimate.counts == {(chat.name, "requests"): 6, (chat.name, "tokens"): 2 * (2 * 70 + (30 + 60 + 30) // 3)}
+    assert estimate.ask(chat, services.Prompt(" ")) == "" and estimate.counts[chat.name, "requests"] == 6
+
+
 def test_a_dry_run_asks_nothing_and_counts_right(tmp_path, undisturbed, capsys, monkeypatch):
     monkeypatch.delenv("GOOGLE_API_KEY")
     with Server() as server:
@@ -1207,6 +1283,12 @@ def test_a_dry_run_asks_nothing_and_counts_right(tmp_path, undisturbed, capsys, 
             f"google@127.0.0.1:{server.port}/v1: 110 to 170 requests" in printed
             and f"chat:model@127.0.0.1:{server.port}/v1: 0 to 60 requests" in printed
         )
+        monkeypatch.setattr(instructions, "DRY_RUN_SAMPLE", 10)   # of these, what all would ask
+        build(server, tmp_path, "--dry-run", "--quality-sample", "30")
+        printed = capsys.readouterr().out
+        assert "30 records, 2 languages, counted on 10 records" in printed and "v1: 0 to 60 requests" in printed
+        low, high = map(int, re.search(r"google.*: (\d+) to (\d+) requests", printed).groups())
+        assert 120 < low == high - 60 < 180   # of inputs, it knows only how many the ten have
         build(server, tmp_path, "--dry-run", "--pairs-each", "1", kind="feedback", data=spoken(tmp_path, 30))
         assert f"{870 * 16:,} requests" in capsys.readouterr().out and not server.asked
         build(server, tmp_path, "--dry-run", "--languages", "umb", "--translator", "nllb:not/there/yet")
