@@ -19,7 +19,7 @@ import fake_services
 import pytest
 from fake_services import Server
 
-from minixllm import filters, languages, prompts
+from minixllm import filters, languages, prompts, scorers
 from minixllm.build import __main__ as command
 from minixllm.build import feedback, instructions, runner, services
 from minixllm.errors import UserError
@@ -270,6 +270,20 @@ def test_a_failure_in_the_sample_is_told(tmp_path, undisturbed):
         assert contents(build(server, tmp_path)) == undisturbed[0]
 
 
+def test_translations_back_are_scored_against_their_originals(tmp_path):
+    class Shortening(Stub):
+        def ask(self, request):
+            return f"Ja. {request.text}" if request.target == "deu" else request.text[4:-11], {"requests": 1}
+
+    plan = instructions.Plan("deu", Shortening(), None, {})
+    with runner.Runner(runner.RunnerSettings(output=str(tmp_path))) as run:
+        found = instructions.quality(run, [alpaca(tmp_path)], {3}, plan, "deu")
+    back, original = ["Describe the 103th town in a"], ["Describe the 103th town in a few words."]
+    assert [found["bleu"], found["chrf"]] == [round(score(back, original).value, 2) for score in (
+        scorers.bleu, scorers.chrf)] != [round(score(original, back).value, 2) for score in (
+            scorers.bleu, scorers.chrf)]
+
+
 @pytest.mark.parametrize("failing, finished", [(5, True), (6, False)])
 def test_half_of_the_sample_tells_how_good_translations_are_no_less(tmp_path, capsys, failing, finished):
     back = []
@@ -284,6 +298,8 @@ def test_half_of_the_sample_tells_how_good_translations_are_no_less(tmp_path, ca
     printed = capsys.readouterr().out
     assert len(back) == 10 and (tmp_path / "out/mri.jsonl").exists() == finished
     assert ("stopped: mri: of 10 sampled instructions only 4 could be translated" in printed) != finished
+    if finished:
+        assert json.loads((tmp_path / "out/build/report.json").read_text())["mri"]["sampled"] == 5
 
 
 def test_permanent_failures_are_listed_and_asked_again_alone(tmp_path, undisturbed, capsys):
@@ -1120,6 +1136,7 @@ def test_a_translator_that_gives_back_what_it_got_is_no_good_one(tmp_path, monke
     assert "mri 1/2: 0 records, 30 left out, 0 failed, so no file" in capsys.readouterr().out
     report = json.loads((out / "build/report.json").read_text())["mri"]
     assert report["bleu"] == 0 and report["answers"] == "translated" and report["left_out"] == {"untranslated": 30}
+    assert "| 0 to 10 | 2 | mri nya |" in (out / "build/report.md").read_text()
     assert [example["id"] for example in report["examples"]["untranslated"]] == ["0", "1", "2"]   # not all of them
 
 
