@@ -1,6 +1,7 @@
 """Record files: what is read, and every complaint with its file and line."""
 
 import gzip
+import itertools
 import json
 import tracemalloc
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from minixllm import records
 from minixllm.errors import UserError
-from minixllm.records import Instruction, read_instructions, read_objects, read_preferences
+from minixllm.records import Instruction, read_instructions, read_objects, read_preferences, record_files
 
 GOOD = '{"instruction": "Say hi", "output": "hi"}'
 
@@ -90,10 +91,27 @@ def test_any_json_reads_as_json_reads_it(tmp_path, entries, indent, ascii):
     ("[\n1]", r"line 2: found a number, expected an object"),
     (f"[\n{GOOD},\n{{}}]", r"line 3: no field 'instruction'"),
     (b"[\n\xff]", r"line 2: not UTF-8"),
+    (f"[{GOOD}]\n".encode() + b"\xc3", r"line 2: not UTF-8"),
+    (f"[{GOOD},\n" + "[" * 100_000, r"line 2: not JSON \(nested too deeply\)"),
 ])
 def test_complaints(tmp_path, text, complaint):
     with pytest.raises(UserError, match=complaint):
         list(read_instructions(write(tmp_path / "a.jsonl", text)))
+
+
+def test_files_of_directories(tmp_path):
+    for name in ("a.jsonl", "b.json", "c.jsonl", "d.jsonl.bak", "notes.txt", "state.json"):
+        write(tmp_path / name, GOOD)
+    assert record_files([tmp_path, tmp_path / "notes.txt"]) == [
+        tmp_path / name for name in ("b.json", "state.json", "a.jsonl", "c.jsonl", "notes.txt")]
+    for number, (kind, arrow) in enumerate(itertools.product(("state.json", "dataset_dict.json"),
+                                                             ("x.arrow", "x/y.arrow"))):
+        folder = tmp_path / f"{number}"
+        (folder / arrow).parent.mkdir(parents=True)
+        for name in (kind, arrow, "a.jsonl"):
+            write(folder / name, GOOD)
+        with pytest.raises(UserError, match=f"{number}: found an Arrow data set, .* expected JSON or JSONL"):
+            record_files([folder])
 
 
 def test_a_file_that_is_not_there(tmp_path):
@@ -174,6 +192,8 @@ def test_three_spellings(tmp_path):
     assert (theirs.instruction, theirs.input, theirs.chosen, theirs.rejected) == ("i", "x", "c", "r")
     trl = preference(tmp_path, prompt="p", chosen="c", rejected="r")
     assert (trl.prompt, trl.instruction, trl.chosen, trl.rejected) == ("p", "", "c", "r")
+    both = preference(tmp_path, instruction="i", prompt="p", chosen="c", rejected="r")
+    assert (both.prompt, both.instruction, both.extra) == (None, "i", {"prompt": "p"})
 
 
 @pytest.mark.parametrize("entry, complaint", [
