@@ -314,6 +314,9 @@ def test_a_directory_of_several_benchmarks(tmp_path, pawsx, xcopa, flores):
         lines(published / folder / f"test.{folder[-2:]}.jsonl", XCOPA_ROWS)
     lines(published / "notes/broken.jsonl", ["{"])
     assert {item.group for item in read(published, Wanted())[0]} == {"ita", "est"}
+    lines(tmp_path / "up/xcopa/data/it/test.it.jsonl", XCOPA_ROWS)
+    with pytest.raises(UserError, match=r"expected one of: \S*/up/xcopa$"):   # not its folders, too
+        read(tmp_path / "up", Wanted())
     lines(xcopa / "welsh_test.jsonl", [{"id": "1", "summary": "s", "text": "t"}])
     refused(xcopa, f"XCOPA in {xcopa}, XL-Sum in {xcopa}")
 
@@ -323,6 +326,8 @@ def test_what_else_stands_in_a_benchmarks_directory(xcopa, flores, tmp_path):
         lines(xcopa / name, ["{bro"] if name == "val.et.jsonl" else [])
     assert benchmark_files.detect(xcopa) == "xcopa"
     lines(xcopa / "more/deu.txt", ["Eins."])
+    lines(xcopa / "more/README.md", ["Notes."])
+    assert benchmark_files.detect(xcopa) == "xcopa"   # one language is no translation
     lines(xcopa / "more/fra", ["Un."])
     with pytest.raises(UserError, match="holds XCOPA in .*xcopa, Translation in .*xcopa/more: expected each"):
         benchmark_files.detect(xcopa)
