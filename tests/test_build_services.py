@@ -1,10 +1,12 @@
 """The services that write the data, against real ones where they can be had: `transformers serve`, CTranslate2."""
 
+import http.server
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
@@ -72,8 +74,42 @@ def test_answers_of_another_google_are_its_own():
     assert services.service("google@http://127.0.0.1:9/v1").name == "google@127.0.0.1:9/v1"
 
 
+def test_what_google_is_asked(monkeypatch):
+    monkeypatch.setenv("GOOGLE_API_KEY", "google-key-0")
+    google = services.service("google")
+    assert [google.does(Translate("x", *pair)) for pair in (("eng", "umb"), ("umb", "eng"), ("eng", "zul"))] == [
+        False, False, True]
+    request, bodies = Translate("one two", "zho_simpl", "nob"), []
+    assert google.cost(request) == {"requests": 1, "characters": 7}
+    answers = [{"translatedText": "a"}]
+    monkeypatch.setattr(google.endpoint, "post", lambda path, body: bodies.append(body) or {
+        "data": {"translations": answers}})
+    assert google.ask(request) == ("a", {"requests": 1, "characters": 7})
+    assert bodies == [{"q": "one two", "source": "zh-CN", "target": "no", "format": "text"}]
+    answers[0]["translatedText"] = "my google-key-0"
+    assert google.ask(request)[0] == "my ***"
+    answers *= 2
+    with pytest.raises(Failure, match="not the JSON that was expected"):
+        google.ask(request)
+
+
+@pytest.mark.parametrize("url, limit", [("https://api.openai.com/v1", "max_completion_tokens"),
+                                        ("http://127.0.0.1:9/v1", "max_tokens")])
+def test_what_chat_models_are_asked(monkeypatch, url, limit):
+    chat, bodies = services.service(f"chat:m@{url}"), []
+    monkeypatch.setattr(chat.endpoint, "post", lambda path, body: bodies.append(body) or {
+        "choices": [{"message": {"content": "yes"}}]})
+    request = Prompt("é", "y", "z", 5, 0.5, 3)
+    assert chat.ask(request) == ("yes", {"requests": 1, "tokens": 4 + 512 + 5})
+    assert bodies[0] == {"model": "m", limit: 5, "seed": 3, "temperature": 0.5, "messages": [
+        {"role": "system", "content": "z"}, {"role": "user", "content": "é\n\ny"}]}
+    chat.ask(Prompt("x", temperature=1.0))
+    assert bodies[1] == {"model": "m", limit: 1024, "seed": 0, "messages": [{"role": "user", "content": "x"}]}
+
+
 def test_a_long_text_is_translated_within_a_models_limit():
     chat = services.service("chat:m@http://127.0.0.1:9/v1")
+    assert services._prompt(Translate("é" * 100, "eng", "zul")).max_new_tokens == 128 + 3 * 200
     assert chat.cost(Translate("x" * 10_000, "eng", "zul"))["tokens"] < 10_000 + 2_000 + services.LONGEST_TRANSLATION
 
 
@@ -100,8 +136,16 @@ def test_half_an_answer_is_none(monkeypatch):
     choice = {"message": {"content": "cut"}, "finish_reason": "length"}
     monkeypatch.setattr(chat.endpoint, "post", lambda *_: {"choices": [choice]})
     assert chat.ask(Prompt("x"))[0] == ""
+    choice = {"message": {"content": "cut"}, "finish_reason": "content_filter"}
+    assert chat.ask(Prompt("x"))[0] == ""
     choice = {"message": {"content": None, "refusal": "no"}, "finish_reason": "stop"}
     assert chat.ask(Prompt("x"))[0] == ""
+    choice = {"message": {"content": " whole\n"}, "finish_reason": "stop"}
+    assert chat.ask(Prompt("x"))[0] == "whole"
+    choice = {"message": {"content": "<think>\nShort or"}}
+    assert chat.ask(Prompt("x"))[0] == ""
+    choice = {"message": {"content": "Short or long?\n</think>\n\nShort."}}
+    assert chat.ask(Prompt("x"))[0] == "Short."
     choice = {"message": {"content": "<think>\nShort or long?\n</think>\n\nShort."}}
     assert chat.ask(Prompt("x"))[0] == "Short."
     choice = {"message": {"content": "It ends with </think>."}}
@@ -116,8 +160,9 @@ def test_half_an_answer_is_none(monkeypatch):
 def test_a_senseless_count_of_tokens_is_the_upper_bound(monkeypatch, count):
     chat = services.service("chat:m@http://127.0.0.1:9/v1")
     answer = f'{{"choices": [{{"message": {{"content": "yes"}}}}], "usage": {{"total_tokens": {count}}}}}'
-    monkeypatch.setattr(chat.endpoint, "post", lambda *_: json.loads(answer))
-    assert chat.ask(Prompt("x", max_new_tokens=8)) == ("yes", {"requests": 1, "tokens": 1 + 512 + 8})
+    for answer in (answer, answer.replace('{"total_tokens": null}', "null")):
+        monkeypatch.setattr(chat.endpoint, "post", lambda *_, answer=answer: json.loads(answer))
+        assert chat.ask(Prompt("x", max_new_tokens=8)) == ("yes", {"requests": 1, "tokens": 1 + 512 + 8})
 
 
 @pytest.mark.parametrize("fault, words", [
@@ -130,6 +175,31 @@ def test_what_went_wrong(fault, words):
             chat.ask(Prompt("x"))
         assert failure.value.again == (fault != "400")
         assert chat.ask(Prompt("x"))[0].startswith("Ondoka")   # on a new connection, where the old one is of no use
+
+
+@pytest.mark.parametrize("status, body, again", [
+    (401, b"{}", None), (403, b"{}", None), (404, b"{}", None), (403, b"User Rate Limit Exceeded", True),
+    (400, b"{}", False), (408, b"{}", True), (429, b"{}", True), (500, b"{}", True),
+    (200, b"[1]", True), (200, b"[" * 100_000, True), (200, b"{\xff", True)])
+def test_which_answers_are_worth_another_try(status, body, again):
+    """None: all others would be refused, too. What is no answer may have been charged for, a refusal was not."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        with pytest.raises(UserError if again is None else Failure) as error:
+            services.service(f"chat:m@http://127.0.0.1:{server.server_port}/v1").ask(Prompt("x"))
+        thread.join()
+    assert again is None or (error.value.again, error.value.charged) == (again, status == 200)
 
 
 def test_a_connection_that_the_server_has_closed_is_not_used_again():
@@ -165,7 +235,9 @@ def test_what_was_not_sent_is_not_charged():
 def test_a_key_is_cut_out_in_every_spelling(monkeypatch):
     key = "sk-a/b+c=01234"
     monkeypatch.setenv("SOME_KEY", key)
-    clean = services.service("chat:m@http://127.0.0.1:9/v1#SOME_KEY").endpoint.clean
+    endpoint = services.service("chat:m@http://127.0.0.1:9/v1#SOME_KEY").endpoint
+    clean = endpoint.clean
+    assert endpoint.excerpt(" " * 995 + key) == "***"   # nor half of it, where a text is cut
     quoted = urllib.parse.quote(key, safe="")
     for form in (key, key.replace("/", "\\/"), json.dumps(json.dumps(key.replace("/", "\\/"))), quoted, quoted.lower(),
                  urllib.parse.quote(quoted), key.replace("+", "\\u002b"), key.replace("+", "\\u002B"),
@@ -178,6 +250,11 @@ def test_openai_gets_its_key_and_nobody_else(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "openai-key-0")
     assert services.service("chat:m@https://api.openai.com/v1").endpoint.key == "openai-key-0"
     assert services.service("chat:m@https://example.org/v1").endpoint.key == ""
+    monkeypatch.setenv("MINE", " my-own-key-0\n")   # as it comes out of a file
+    assert services.service("chat:m@https://api.openai.com/v1#MINE").endpoint.key == "my-own-key-0"
+    monkeypatch.setenv("MINE", "1234567")   # too short: it would be cut out of answers
+    with pytest.raises(UserError, match="something that cannot be one"):
+        services.service("chat:m@http://127.0.0.1:9/v1#MINE").ask(Prompt("x"))
     assert services.service("chat:m@http://api.openai.com/v1").endpoint.key == ""  # in clear only where it is asked for
     assert services.service("chat:m@http://api.openai.com/v1#OPENAI_API_KEY").endpoint.key == "openai-key-0"
 
