@@ -155,6 +155,17 @@ def test_the_report_says_what_was_unread_cut_and_too_long():
     assert "%" not in report.details({"m": report.results([base])}).split("| ita (high, 1) ")[1].split("|")[1]
 
 
+def test_a_model_is_tested_against_the_one_before_it():
+    base = {"benchmark": "xcopa", "column": "XCOPA", "group": "ita", "language": "ita", "target": "ita", "cut": 0,
+            "choices": ["a", "b"], "logps": [-1.0, -2.0], "reference": "a"}
+    wrong, right = [base | {"parsed": "b"}] * 40, [base | {"parsed": "a"}] * 40
+    before = report.results(wrong)
+    for after, p in ((wrong, 1), (right, 1 / 1001)):
+        table = report.results(after, before)
+        assert table["XCOPA"]["groups"]["ita"]["scores"]["accuracy"]["p"] == pytest.approx(p)
+        assert f" ± 0.00, p {p:.3f} |" in report.details({"one": before, "two": table})
+
+
 def test_answers_leave_room_for_prompts(tmp_path, five, capsys):
     """A model of 512 positions or fewer, asked for the default's 512 tokens, would have no prompt fit beside them."""
     directory = make_model(tmp_path, positions=400)
@@ -227,6 +238,7 @@ def test_off_target_rates_are_reported_where_the_identifier_knows_the_language()
     german = table["FLORES(f)"]["groups"]["eng-deu"]["scores"]["off_target"]
     assert german["value"] == 50 and german["signature"].startswith("off_target|lid:fake-1|")
     assert "off_target" not in table["FLORES(f)"]["groups"]["eng-kam"]["scores"]
+    assert table["FLORES(f)"]["groups"]["eng-deu"]["unparsed"] == 0   # though one is empty
     assert table["FLORES(f)"]["tiers"]["off_target"] == {"high": 50, "all": 50}
     written = report.overview({"m": table}, []).partition("## Off-target rate (%, less is better)\n\n")[2]
     assert written.startswith("|                |     m |\n| -------------- | ----: |\n| FLORES(f) high | 50.00 |\n\n#")
