@@ -300,6 +300,7 @@ def test_half_of_the_sample_tells_how_good_translations_are_no_less(tmp_path, ca
     assert ("stopped: mri: of 10 sampled instructions only 4 could be translated" in printed) != finished
     if finished:
         assert json.loads((tmp_path / "out/build/report.json").read_text())["mri"]["sampled"] == 5
+        assert "mri 1/2: 30 records, 0 left out, 0 failed\n" in printed   # of the records, none
 
 
 def test_permanent_failures_are_listed_and_asked_again_alone(tmp_path, undisturbed, capsys):
@@ -387,7 +388,7 @@ def test_a_report_keeps_the_languages_built_before(tmp_path):
 
 def test_only_half_written_files_of_builds_are_removed(tmp_path):
     kept = [".env.template", ".mri.jsonl", ".notes.jsonl.a1b2c3d4", ".spa.jsonl.TEMPLATE", ".cache.abcdefgh/file",
-            ".pairs.jsonl.abcdefgh/file"]
+            ".pairs.jsonl.abcdefgh/file", ".mri.jsonl.a1b2c3d4.bak"]
     halves = [".mri.jsonl.a1b2c3d4", ".pairs.jsonl.________", "build/.report.json.12345678"]
     for name in (*kept, *halves):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -484,13 +485,19 @@ def test_a_budget_too_small_for_one_request(tmp_path):
         assert server.number == 0
 
 
+def test_a_budget_too_small_for_the_first_question(tmp_path):
+    settings = runner.RunnerSettings(output=str(tmp_path), budget_characters=5)
+    with pytest.raises(UserError, match="may need up to 13 characters"), runner.Runner(settings) as run:
+        run.reach(services.service("google@http://127.0.0.1:9"))
+
+
 def test_a_record_too_long_for_the_budget_fails_alone(tmp_path):
     stub, long = Stub(), range(runner.FAILURES_IN_A_ROW + 5)
     stub.cost = lambda request: {"requests": 1, "characters": len(request.text)}
     with runner.Runner(runner.RunnerSettings(output=str(tmp_path), budget_characters=99, concurrency=1)) as run:
-        list(run.map(lambda ask, item: ask(stub, services.Prompt(item)), [*(f"{i:100}" for i in long), "short"], 46,
+        list(run.map(lambda ask, item: ask(stub, services.Prompt(item)), [*(f"{i:100}" for i in long), f"{0:99}"], 46,
                      "long", lambda item: {"id": item}))
-    assert stub.asked == ["short"] and len(run.failures) == len(long) and run.why_stopped is None
+    assert stub.asked == [f"{0:99}"] and len(run.failures) == len(long) and run.why_stopped is None
     assert run.failures[0]["reason"] == ("the budget of 99 characters is too small: one request may need up to 100 "
                                          "characters")
 
@@ -523,6 +530,15 @@ def test_records_that_fail_each_time_do_not_end_later_runs(tmp_path):
             list(run.map(lambda ask, item: ask(stub, services.Prompt(str(item))), items, len(items), "all",
                          lambda item: {}))
         assert run.why_stopped is None and 2 * len(run.failures) == len(items)
+
+
+def test_a_service_that_fails_now_and_then_is_not_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "ATTEMPTS", 1)
+    stub = Stub(fails=lambda text, number: number % 2, again=True)
+    with runner.Runner(runner.RunnerSettings(output=str(tmp_path), concurrency=1)) as run:
+        list(run.map(lambda ask, item: ask(stub, services.Prompt(str(item))), range(2 * runner.FAILURES_IN_A_ROW), 80,
+                     "often", lambda item: {"id": item}))
+    assert len(run.failures) == runner.FAILURES_IN_A_ROW and run.why_stopped is None
 
 
 def test_a_service_that_is_gone_ends_a_run_that_finds_stored_answers_of_it(tmp_path, monkeypatch):

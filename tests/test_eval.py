@@ -150,7 +150,9 @@ def test_the_report_says_what_was_unread_cut_and_too_long():
     assert (entry["unparsed"], entry["cut"], entry["too_long"], entry["items"]) == (2, 2, 1, 5)
     assert entry["scores"]["accuracy"]["value"] == 60 and entry["scores"]["acc"]["value"] == 80
     row = report.details({"m": table}).split("| ita (high, 5) ")[1].split("|")[1]
-    assert row.endswith(", 40 % unread, 40 % cut, 20 % too long ") and row.strip().startswith("60.00 ± ")
+    result = entry["scores"]["accuracy"]
+    assert row.strip().startswith(f"60.00 ± {(result['high'] - result['low']) / 2:.2f}, ")
+    assert row.endswith(", 40 % unread, 40 % cut, 20 % too long ")
     assert "- ±: half of the 95 % interval" in report.details({"m": table})
     assert "%" not in report.details({"m": report.results([base])}).split("| ita (high, 1) ")[1].split("|")[1]
 
@@ -223,10 +225,13 @@ def test_translations_are_scored_in_the_tokens_of_their_language():
     assert "|tok:char|" in report.score([prediction("translation", "deu", "a", "a")], "char")["BLEU"].signature
 
 
-def test_free_texts_are_scored_by_rouge_and_exact_match():
+def test_free_texts_are_scored_by_rouge_and_exact_match(monkeypatch):
     pair = [prediction("self-instruct", "deu", *texts) for texts in (("Ja. ", "Ja."), ("ja.", "Ja."))]
     scores = report.score(pair)
     assert scores["rouge1"].value == 100 and scores["exact_match"].value == 50
+    monkeypatch.setattr(report, "word_segmenter", lambda code: (str.split, f"words-{code}"))
+    for segment, said in ((False, "|tok:xlsum-char|"), (True, "|tok:xlsum-words-deu|")):   # into words only if asked
+        assert said in report.score(pair, segment=segment)["rougeL"].signature
 
 
 def test_off_target_rates_are_reported_where_the_identifier_knows_the_language():
@@ -240,6 +245,7 @@ def test_off_target_rates_are_reported_where_the_identifier_knows_the_language()
     assert "off_target" not in table["FLORES(f)"]["groups"]["eng-kam"]["scores"]
     assert table["FLORES(f)"]["groups"]["eng-deu"]["unparsed"] == 0   # though one is empty
     assert table["FLORES(f)"]["tiers"]["off_target"] == {"high": 50, "all": 50}
+    assert "| FLORES(f) all " in report.overview({"m": table}, [])   # of two tiers
     written = report.overview({"m": table}, []).partition("## Off-target rate (%, less is better)\n\n")[2]
     assert written.startswith("|                |     m |\n| -------------- | ----: |\n| FLORES(f) high | 50.00 |\n\n#")
 

@@ -58,6 +58,14 @@ def test_the_request_is_put_into_the_prompt_once():
     asked = "Nenne drei Farben. Bitte gib die Ergebnisse auf Chinesisch zurück."
     assert prompts.cross_lingual("Nenne drei Farben.", "zho_simpl", "deu") == asked
     assert prompts.cross_lingual(asked, "zho_simpl", "deu") == asked
+    assert prompts.cross_lingual(f"{asked}\n", "zho_simpl", "deu") == f"{asked}\n"
+    more = f"{asked} Das war ein Zitat."   # it asks for nothing
+    assert prompts.cross_lingual(more, "zho_simpl", "deu") == f"{more} {asked[19:]}"
+
+
+def test_braces_are_only_text():
+    prompt = prompts.alpaca("Use {input}.", "{instruction}")
+    assert "### Instruction:\nUse {input}.\n\n### Input:\n{instruction}\n\n" in prompt
 
 
 def test_preference_prompts():
