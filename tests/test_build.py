@@ -972,7 +972,7 @@ def test_choice_of_the_pair():
     assert feedback.choose(3, margins, [True, False, False], 1.0) == (1, 2, 3.0, True)   # the winner is off target
     assert feedback.choose(3, {**margins, (0, 2): -5.0, (1, 2): -3.0}, [False, False, True], 1.0)[:2] == (0, 1)
     assert feedback.choose(3, margins, [False] * 3, 5.0)[2] == 5.0   # so much is enough
-    assert feedback.choose(3, {(0, 1): 2.0, (0, 2): 2.0, (1, 2): 3.0}, [False] * 3, 1.0) == (0, 2, 2.0, False)   # in all
+    assert feedback.choose(3, {(0, 1): 2.0, (0, 2): 2.0, (1, 2): 3.0}, [False] * 3, 1.0) == (0, 2, 2.0, False)
     for unfit, least, reason in (([True] * 3, 1.0, "all answers refuse, loop"), ([False] * 3, 5.5, "too small"),
                                  ([True, True, False], 1.0, "vetoed")):
         with pytest.raises(runner.LeftOut, match=reason):
