@@ -38,7 +38,8 @@ def pairs_seen(documents):
     return torch.tensor(sees), torch.tensor([position for *_, position in tokens])
 
 
-DOCUMENTS = [[5, 1, 9], [12], [(4, [3, 1, 2]), 3], [2, (1, [1, 1]), (6, []), 4], [(0, [3, 2]), 2]]
+DOCUMENTS = [[5, 1, 9], [12], [(4, [3, 1, 2]), 3], [2, (1, [1, 1]), (6, []), 4], [(0, [3, 2]), 2],
+             [(2, [1, 3]), (2, [1, 3]), 2, 2, 2]]
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -62,15 +62,15 @@ def test_cached_equals_uncached(name):
 @torch.no_grad()
 def test_keep_closes_gaps_and_refills():
     model = make("llama, grouped heads")
-    sequences = torch.randint(101, (4, 40))
-    cache = KVCache(4, 40)
-    check_rows(model, cache, [[7, 3, 12, 5], [1, 1, 1, 1]], sequences)
-    order = cache.keep([1, 3])
-    assert sorted(order) == [1, 3] and cache.lengths == [cache.lengths[0], 4, 0, 0]
-    sequences = torch.cat([sequences[order], torch.randint(101, (2, 40))])  # two new rows behind the two kept
-    check_rows(model, cache, [[1, 1, 9, 2], [1, 1, 1, 1]], sequences)
-    assert cache.keep([3, 2, 1, 0]) == [0, 1, 2, 3]
-    assert cache.keep([]) == [] and cache.lengths == [0, 0, 0, 0]
+    sequences = torch.randint(101, (5, 40))
+    cache = KVCache(5, 40)
+    check_rows(model, cache, [[7, 3, 2, 5, 9], [1, 1, 1, 1, 1]], sequences)
+    order = cache.keep([1, 3, 4])
+    assert order == [3, 1, 4] and cache.lengths == [6, 4, 10, 0, 0]  # a shorter row and a longer one fill the gaps
+    sequences = torch.cat([sequences[order], torch.randint(101, (2, 40))])  # two new rows behind the three kept
+    check_rows(model, cache, [[1, 1, 1, 9, 2], [1, 1, 1, 1, 1]], sequences)
+    assert cache.keep([4, 3, 2, 1, 0]) == [0, 1, 2, 3, 4]
+    assert cache.keep([]) == [] and cache.lengths == [0, 0, 0, 0, 0]
     check_rows(model, cache, [[3, 3], [1, 1]], sequences)
 
 

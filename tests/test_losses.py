@@ -11,6 +11,7 @@ from minixllm.losses import token_logps
 def small_chunks(monkeypatch):
     monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 0)
     monkeypatch.setattr(losses, "CHUNK_TOKENS", 3)
+    monkeypatch.setattr(losses, "BLOCK_BYTES", 100)  # of 31 logits: a row at a time
 
 
 def inputs(N=20, d=8, V=31, dtype=torch.float32):
@@ -82,6 +83,21 @@ def test_bf16_gradients_gather_in_fp32():
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
     # 667 chunks added up in bf16 would lose some tenths of the sum
     assert (weight.grad - exact[1].grad).abs().max() <= 0.02 * exact[1].grad.abs().max()
+
+
+@pytest.mark.parametrize("upstream", UPSTREAM)
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.float32])
+def test_what_is_computed_in_bf16_is_normalised_in_fp32(held, upstream):
+    """Of whole numbers, whose products bf16 holds: the log-probabilities are those of fp32, whatever holds the weight.
+    """
+    labels = inputs()[2]
+    exact = [torch.randint(-2, 3, shape).float().requires_grad_() for shape in ((20, 8), (31, 8))]
+    rounded = [x.detach().to(dtype).requires_grad_() for x, dtype in zip(exact, (torch.bfloat16, held))]
+    found, expected = token_logps(*rounded, labels), whole(*exact, labels)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    for a, b in zip(torch.autograd.grad((found * UPSTREAM[upstream]).sum(), rounded),
+                    torch.autograd.grad((expected * UPSTREAM[upstream]).sum(), exact)):
+        assert (a - b).abs().max() <= 0.02 * b.abs().max()
 
 
 def test_nothing_is_kept_without_gradients(monkeypatch):
