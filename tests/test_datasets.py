@@ -390,6 +390,7 @@ def test_a_rank_with_nothing_left_takes_its_turn(sft):
 def test_rows_too_short_for_a_record_are_refused(sft):
     with pytest.raises(UserError, match="rows of 100 tokens cannot hold the longest record, of"):
         Stream(sft, 0, 8, 2, 100)
+    assert Stream(sft, 0, 8, 2, int(sft.lengths.max())).batch(0).count
 
 
 def test_absurd_numbers_are_refused(sft):
@@ -410,6 +411,8 @@ def test_temperature_evens_languages_out(sft):
             times = [drawn[record] for record in np.flatnonzero(sft.languages == k)]
             assert abs(sum(times) - len(sft) * weights[language] / sum(weights.values())) <= 1
             assert max(times) - min(times) <= 1
+    most = np.flatnonzero(sft.languages == sft.language_names.index("deu"))  # others of these in every epoch
+    assert len(np.intersect1d(most, np.concatenate([stream._plan(epoch)[0] for epoch in range(9)]))) > 0.95 * len(most)
 
 
 def test_held_out_records_are_never_trained_on(sft):
@@ -425,7 +428,7 @@ def test_held_out_records_are_never_trained_on(sft):
         assert len({len(share) for share in shares}) == 1
         assert sorted(r for share in shares for b in share for r in b.records) == held.tolist()
         assert all(len(b.input_ids) <= 600 for share in shares for b in share)
-    assert list(in_order(sft, held[:0], 600)) == []
+    assert list(in_order(sft, held[:0], 600)) == [] and len(list(in_order(sft, held, 10**12))) == 1
 
 
 def test_few_records_of_each_language_are_held_out_from_all():
@@ -590,6 +593,7 @@ def test_a_pair_is_one_document_of_two_branches(tmp_path):
     assert inputs == prompt + chosen[:-1] + prompt[-1:] + rejected[:-1]
     assert labels == [IGNORE] * trunk + chosen + rejected
     assert data.language_names == ["eng>fra"]
+    assert one(tmp_path, kind=PreferenceData, entry=PAIR | {"response_language": "en"}).language_names == ["eng"]
     assert Stream(data, 0, 4, 2).batch(0).count == 1
     empty = collate(data, [])
     assert empty.documents == [(0, [1, 1])] and len(empty.input_ids) == 2 and (empty.labels == IGNORE).all()
@@ -615,6 +619,27 @@ def test_pairs_without_a_difference_are_left_out_and_counted(tmp_path):
     whole = Bytes().encode(prompts.alpaca("a"), True)
     assert prompt.tolist() == [1] + whole[-(half - 1):] and len(prompt) == half      # BOS and the end, to half
     assert len(prompt) + len(chosen) == len(prompt) + len(rejected) <= room + 30 and chosen[0] != rejected[0]
+
+
+def test_how_much_of_a_long_pair_is_kept(tmp_path):
+    """All of one that just fits; of another the whole prompt if half the room holds it, and no BOS that was not there.
+    """
+    tokenizer = Bytes(prefix=(), fingerprint="without BOS")
+    prompt, x, n = tokenizer.encode(prompts.alpaca("a")), ord("x") + 3, len(prompts.alpaca("a"))
+
+    def read(length, max_length):
+        entry = {"instruction": "a", "chosen": "x" * length, "rejected": "?"}
+        data = one(tmp_path, tokenizer, max_length, PreferenceData, entry, too_long="truncate")
+        counts = Counter(records=1, tokens=length + 1, characters=length + 1, truncated=int(n + length >= max_length))
+        assert data.report["und"] == counts
+        return [part.tolist() for part in data.read(0)[:2]]
+
+    assert read(9, n + 10) == [prompt, [x] * 9 + [2]]
+    half = (n + 9) // 2
+    assert read(9, n + 9) == [prompt[-half:], [x] * 9 + [2]]
+    assert read(3 * n, 2 * n + 20) == [prompt, [x] * (n + 20)]
+    with pytest.raises(UserError, match="nothing left to learn from: of 1 records"):
+        read(9, 1)
 
 
 def test_a_request_nobody_wrote_names_the_line(tmp_path):
