@@ -94,6 +94,9 @@ class Settings(TrainingSettings):
     steps: int = setting(12, "")
     warmup_steps: int = setting(3, "")
     learning_rate: float = setting(1e-2, "")
+    weight_decay: float = setting(0.1, "")
+    beta2: float = setting(0.98, "")
+    clip: float = setting(0.8, "")
     dtype: str = setting("float32", "")
     save_every: int = setting(3, "")
     eval_every: int = setting(4, "")
@@ -279,7 +282,8 @@ def test_equals_a_plain_loop(plain, reference):
     model = copy.deepcopy(plain)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}])
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+                                  betas=(0.9, 0.98))
     stream = make_stream(settings, parallel.setup("cpu"))
     for step in range(1, 13):
         peak = 1e-2 * min(1, step / 3)
@@ -287,7 +291,7 @@ def test_equals_a_plain_loop(plain, reference):
         batch = stream.batch(step - 1)
         loss = sum(sft_loss(model, m)[0] for m in batch.micro_batches) / batch.count
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.8)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -297,6 +301,14 @@ def test_equals_a_plain_loop(plain, reference):
             (loss.item(), norm.item(), rate, 2 * loss.item()), rel=1e-5)
     for name, value in weights(reference).items():
         assert torch.allclose(value, model.state_dict()[name], atol=1e-5), name
+
+
+def test_the_smallest_part_of_an_epoch_is_a_step_and_the_last_is_measured(tmp_path):
+    for steps in (None, 2):
+        folder = tmp_path / str(steps)
+        run_of(Settings(output=str(folder), steps=steps, epochs=1e-9, eval_every=0))
+        measured = [row["step"] for row in metrics(folder) if "held_out" in row]
+        assert measured == [metrics(folder)[-2]["step"]] == [steps or 1]
 
 
 def test_killed_at_any_moment_and_resumed(reference, tmp_path):
@@ -487,7 +499,7 @@ def test_gradient_checkpointing_changes_nothing(reference, tmp_path):
 
 
 def test_the_next_batch_is_made_before_this_step_is_waited_for(tmp_path, monkeypatch):
-    settings = Settings(output=str(tmp_path), steps=3)
+    settings = Settings(output=str(tmp_path), steps=3, gradient_checkpointing=True)
     world, model = setup(settings)
     stream, events = make_stream(settings, world), []
     collate, add_up = datasets.collate, parallel.World.sum
@@ -496,6 +508,7 @@ def test_the_next_batch_is_made_before_this_step_is_waited_for(tmp_path, monkeyp
     train(model, world, settings, stream, sft_loss)
     a_step = ["micro-batch"] * 3 + ["sum"]
     assert events == ["micro-batch"] * 3 + 3 * a_step + ["sum"]  # the last is that of the weights to be saved
+    assert model.gradient_checkpointing
 
 
 def test_every_step_draws_its_own_dropout(tmp_path, monkeypatch):
@@ -541,7 +554,9 @@ def test_refusals(reference, tmp_path, monkeypatch):
 
 def test_nothing_is_made_of_weights_that_the_last_update_broke(tmp_path):
     with pytest.raises(UserError, match="step 1: its update left weights that are not finite.*there is no checkpoint"):
-        run_here(tmp_path, "--learning-rate", 1e39, "--steps", 1)
+        run_here(tmp_path, "--learning-rate", 1e39, "--steps", 2, "--eval-every", 1)
+    with pytest.raises(UserError, match="step 1: its update left weights"):  # nor when a signal ends the next step
+        run_here(tmp_path / "signal", "--learning-rate", 1e39, "--fault", "signal", "--fault-step", 2)
     assert not (tmp_path / "weights.pt").exists() and "nan" not in (tmp_path / "metrics.jsonl").read_text().lower()
 
 
@@ -615,13 +630,14 @@ def test_resuming_a_finished_run_says_so(reference, tmp_path, capsys):
     assert same(weights(tmp_path / "run"), weights(reference)) and metrics(tmp_path / "run") == metrics(reference)
 
 
-def test_resuming_says_what_changed(reference, tmp_path, capsys):
+def test_resuming_says_what_changed(reference, tmp_path, capsys, monkeypatch):
     shutil.copytree(reference, tmp_path / "run")
+    monkeypatch.setattr(Records, "key", "other")
     run_here(tmp_path / "run", "--resume", "--steps", 13, "--learning-rate", 0.5, "--max-length", 3000)
     assert "resuming after step 12" in (said := capsys.readouterr().out) and "nothing is left" not in said
     assert "max_length 3000 is beyond the 2048 positions" in said and "--max-length 2048" in said
     assert "warmup_steps" not in said
-    assert "learning_rate 0.01 -> 0.5" in said and "steps 12 -> 13" in said
+    assert "learning_rate 0.01 -> 0.5" in said and "steps 12 -> 13" in said and "tokenised_data tiny -> other" in said
 
 
 def test_held_out_loss_by_language(plain):
@@ -643,6 +659,20 @@ def test_a_held_out_loss_that_is_not_finite_is_null(tmp_path, monkeypatch):
     run_here(tmp_path)
     rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").open()]
     assert [row["held_out"] for row in rows if "held_out" in row] == 3 * [{"loss": None, "loss/deu": 1.0}]
+
+
+@pytest.mark.parametrize("training, measured, told", [
+    (True, {"loss": 1.0, "loss/deu": 2.0}, "loss 1.0000"), (False, {}, "records: none")])
+def test_dropout_is_off_while_held_out_records_are_measured(tmp_path, capsys, training, measured, told):
+    """And before and after as the caller had it; what is measured by language is not told."""
+    settings, modes = Settings(output=str(tmp_path), steps=2, eval_every=1), []
+    world, model = setup(settings)
+    model.train(training)
+    train(model, world, settings, make_stream(settings, world),
+          lambda *batch: modes.append(model.training) or sft_loss(*batch),
+          lambda: modes.append(model.training) or measured)
+    assert modes == 2 * (3 * [training] + [False])
+    assert f"step 2: held-out {told}\n" in capsys.readouterr().out
 
 
 def test_metrics_on_a_full_disk():
