@@ -386,6 +386,11 @@ def test_a_long_step_is_given_up_after_a_signal(reference, tmp_path, capsys, ste
     assert metrics(tmp_path) == metrics(reference) and same(weights(tmp_path), weights(reference))
 
 
+def test_a_signal_in_the_last_step_leaves_a_finished_run(tmp_path):
+    run_here(tmp_path, "--micro-batch-size", 6, "--steps", 2, "--fault", "signal", "--fault-step", 2)
+    assert (tmp_path / "weights.pt").exists()
+
+
 def test_the_last_few_checkpoints_are_kept(reference):
     assert sorted(path.name for path in (reference / "checkpoints").iterdir()) == ["step-00000009", "step-00000012"]
 
@@ -512,10 +517,16 @@ def test_the_next_batch_is_made_before_this_step_is_waited_for(tmp_path, monkeyp
 
 
 def test_every_step_draws_its_own_dropout(tmp_path, monkeypatch):
+    """As does every seed and process."""
     seeds, manual_seed = [], torch.manual_seed
     monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or manual_seed(seed))
-    run_here(tmp_path)
-    assert len(set(seeds)) == len(seeds) == 12
+    run_here(tmp_path / "first")
+    run_here(tmp_path / "second", "--seed", 1, "--steps", 1)
+    settings = Settings()
+    world, model = setup(settings)
+    train_step(model, dataclasses.replace(world, rank=1), settings, make_stream(settings, world), sft_loss, Grab(model),
+               Meter(model, world, settings), 1, [])
+    assert len(set(seeds)) == len(seeds) == 12 + 1 + 1
 
 
 def test_what_a_killed_save_left_is_removed(reference, tmp_path):
