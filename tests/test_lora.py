@@ -94,9 +94,11 @@ def test_we_open_an_adapter_of_peft_merged_and_unmerged(base, arch, init, tmp_pa
 
 def test_an_adapter_directory_opens_as_its_base_with_it_merged(base, arch, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "load_tokenizer", lambda directory: SimpleNamespace(vocab_size=97))
-    model, config = adapted(base, arch)
+    model, config = adapted(base, arch, dropout=0.25)
     save_adapter(model, tmp_path, config, base=str(base))
+    assert read_adapter_config(tmp_path) == config
     opened, _ = load(tmp_path)
+    assert not opened.training and torch.equal(load(base)[0](IDS), load_model(base)(IDS))
     torch.testing.assert_close(opened(IDS), model(IDS), rtol=1e-5, atol=1e-5)
     assert base_directory(tmp_path) == base_directory(base) == base
     said = "base_model_name_or_path: found '{}', expected the directory of the adapted model"
@@ -107,6 +109,11 @@ def test_an_adapter_directory_opens_as_its_base_with_it_merged(base, arch, tmp_p
     save_adapter(model, tmp_path, config, base="/meta/llama")
     with pytest.raises(UserError, match=said.format("/meta/llama") + "$"):
         load(tmp_path)
+    (tmp_path / "config.json").touch()  # of a model that is there itself
+    assert base_directory(tmp_path) == tmp_path
+    needed = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(needed))
+    assert read_adapter_config(tmp_path) == LoraConfig(4, 8, 0, ("q_proj",))
 
 
 def test_gradients_are_those_of_peft(base, arch, tmp_path):
@@ -157,6 +164,9 @@ def test_disabled_adapters_leave_the_base_model(base, arch):
     model, _ = adapted(base, arch)
     with lora.disabled(model):
         assert torch.equal(model(IDS), load_model(base)(IDS))
+        assert torch.equal(model(IDS, labels=IDS), load_model(base)(IDS, labels=IDS))  # an adapted head's too
+    with pytest.raises(ZeroDivisionError), lora.disabled(model):
+        1 / 0
     assert not torch.equal(model(IDS), load_model(base)(IDS))
 
 
@@ -197,6 +207,7 @@ def test_a_target_that_is_no_layer_is_named(base):
     ({"bias": "all"}, "bias: found 'all'"),
     ({"r": "8"}, "r: found '8', expected a number"),
     ({"target_modules": "all-linear"}, "target_modules"),
+    ({"target_modules": [3]}, r"target_modules: found \[3\], expected a list of layer names"),
 ])
 def test_an_adapter_that_is_not_plain_lora_is_refused_by_name(change, message, base, arch, tmp_path):
     model, config = adapted(base, arch)
@@ -223,14 +234,25 @@ def test_adapter_tensors_that_do_not_fit_are_named(base, arch, tmp_path):
 @pytest.mark.parametrize("dtype, held", [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
 def test_the_base_is_held_once_and_adapters_in_fp32(base, dtype, held):
     config, model_class = checkpoint.read_config(base)
-    settings = SimpleNamespace(dtype=dtype, lora_r=4, lora_alpha=8.0, lora_dropout=0.0, lora_targets=[], seed=0)
+    settings = SimpleNamespace(dtype=dtype, lora_r=4, lora_alpha=8.0, lora_dropout=0.3, lora_targets=[], seed=0)
     model = adapters.open_model(config, model_class, parallel.setup("cpu"), settings, base)
+    assert {layer.dropout.p for layer in lora.lora_layers(model).values()} == {0.3}
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.float32 if lora.is_adapter(name) else held), name
         assert parameter.requires_grad == lora.is_adapter(name)
     settings.lora_r = 0
     whole = adapters.open_model(config, model_class, parallel.setup("cpu"), settings, base)
     assert {(p.dtype, p.requires_grad) for p in whole.parameters()} == {(torch.float32, True)}
+
+
+def test_what_is_random_follows_the_seed(base):
+    drawn = []
+    for seed in (0, 5, 5):
+        settings = SimpleNamespace(dtype="float32", lora_r=4, lora_alpha=8.0, lora_targets=[], seed=seed)
+        model = adapters.open_model(*checkpoint.read_config(base), parallel.setup("cpu"), settings)
+        drawn.append([model.embedding.weight, *(layer.lora_A.weight for layer in lora.lora_layers(model).values())])
+    for first, other, again in zip(*drawn):
+        assert torch.equal(other, again) and not torch.equal(first, other)
 
 
 def test_adapters_start_gaussian_with_the_size_of_their_input(base, arch):

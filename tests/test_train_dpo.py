@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 import train_dpo
 import train_sft
 from conftest import ROOT
-from minixllm import dpo, parallel
+from minixllm import adapters, dpo, parallel
 from minixllm.adapters import open_model
 from minixllm.bloom import Bloom, BloomConfig
-from minixllm.checkpoint import initialise, load, load_model, read_directory, save_model
+from minixllm.checkpoint import (initialise, load, load_model, read_directory, read_generation_config,
+                                 save_model)
 from minixllm.datasets import PreferenceData, collate
 from minixllm.dpo import compare, pair_logps
 from minixllm.errors import UserError
@@ -77,7 +78,7 @@ def models(tmp_path_factory):
     for name, model in (("llama", Llama(LlamaConfig(intermediate_size=24, num_key_value_heads=2, **size))),
                         ("bloom", Bloom(BloomConfig(**size)))):
         initialise(model, seed=1)
-        save_model(model, folder / name, tokenizer)
+        save_model(model, folder / name, tokenizer, {"temperature": 0.6})
     return folder
 
 
@@ -326,6 +327,7 @@ def test_resuming_without_the_adapters_names_their_setting(begun, resumed, said,
 
 
 def test_the_adapter_beside_the_base_is_the_merged_model(runs, models):
+    """Which keeps how its base generates."""
     import peft
     import transformers
 
@@ -333,6 +335,8 @@ def test_the_adapter_beside_the_base_is_the_merged_model(runs, models):
     base = transformers.AutoModelForCausalLM.from_pretrained(models / "llama")
     adapted = peft.PeftModel.from_pretrained(base, run / "adapter").eval()
     torch.testing.assert_close(load_model(run / "model")(ids), adapted(ids).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(adapters.load(run / "adapter")[0](ids), adapted(ids).logits, rtol=1e-5, atol=1e-5)
+    assert read_generation_config(run / "model")["temperature"] == 0.6
 
 
 def test_what_is_missing_is_named(models, pairs, tmp_path, monkeypatch):
