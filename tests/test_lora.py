@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from minixllm import adapters, checkpoint, lora, parallel
 from minixllm.adapters import base_directory, load, load_adapter, read_adapter_config, save_adapter
@@ -111,9 +112,9 @@ def test_an_adapter_directory_opens_as_its_base_with_it_merged(base, arch, tmp_p
         load(tmp_path)
     (tmp_path / "config.json").touch()  # of a model that is there itself
     assert base_directory(tmp_path) == tmp_path
-    needed = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0, "target_modules": ["q_proj"]}
+    needed = {"peft_type": "LORA", "r": 4, "lora_alpha": 8.5, "lora_dropout": 0, "target_modules": ["q_proj"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(needed))
-    assert read_adapter_config(tmp_path) == LoraConfig(4, 8, 0, ("q_proj",))
+    assert read_adapter_config(tmp_path) == LoraConfig(4, 8.5, 0, ("q_proj",))
 
 
 def test_gradients_are_those_of_peft(base, arch, tmp_path):
@@ -226,6 +227,11 @@ def test_adapter_tensors_that_do_not_fit_are_named(base, arch, tmp_path):
         load_adapter(other, tmp_path)
     with pytest.raises(UserError, match="unexpected"):
         load_adapter(load_model(base), tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name, _ = tensors.popitem()
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=f"tensor {name}: missing"):
+        load_adapter(model, tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="adapter_model.safetensors"):
         load_adapter(model, tmp_path)
