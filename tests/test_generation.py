@@ -75,7 +75,7 @@ def test_greedy_equals_transformers_alone_and_refilled(kind):
     expected = [theirs.generate(torch.tensor([p]), max_new_tokens=15, do_sample=False)[0, len(p):].tolist()
                 for p in prompts]
     assert generate(ours, NoEos, prompts, 15, batch_tokens=3 * 45) == expected
-    assert [generate(ours, NoEos, [p], 15)[0] for p in prompts] == expected
+    assert [generate(ours, NoEos, [p], 15, batch_tokens=1)[0] for p in prompts] == expected  # room for one at least
 
 
 def test_eos_ends_rows_and_makes_room():
@@ -119,6 +119,7 @@ def test_sampling_does_not_depend_on_company():
     answers = generate(ours, NoEos, prompts, 12, batch_tokens=2 * 42, **how)
     assert answers == generate(ours, NoEos, prompts, 12, batch_tokens=7 * 42, **how)
     assert answers[:3] == generate(ours, NoEos, prompts[:3], 12, **how)
+    assert [answer[:5] for answer in answers] == generate(ours, NoEos, prompts, 5, **how)
     assert answers != generate(ours, NoEos, prompts, 12, seed=1, **how)
     twins = generate(ours, NoEos, prompts[:1] * 2, 12, **how)
     assert twins[0] == answers[0] != twins[1]  # samples of one prompt differ
@@ -161,9 +162,18 @@ def test_sampling_never_takes_the_impossible():
             chosen = Sampling(temperature=1.0, **how).choose(logits, [uniform] * 300)
             assert 0 < min(chosen) and max(chosen) < 40
     for how in (dict(), dict(top_p=0.9), dict(top_k=2)):  # nor does a quotient beyond the type's range
-        assert Sampling(temperature=1e-39, **how).choose(torch.tensor([[1.0, -2.0, 3.0, 0.0]]), [0.5]) == [2]
+        for temperature in (1e-39, 1e-300):
+            assert Sampling(temperature, **how).choose(torch.tensor([[1.0, -2.0, 3.0, 0.0]]), [0.5]) == [2]
     draws = Sampling(seed=3).uniform(2, 100_000)
     assert 0 <= min(draws) and max(draws) < 1 and draws == Sampling(seed=3).uniform(2, 100_000)
+
+
+@pytest.mark.parametrize("how", [{}, {"top_k": 2}, {"top_p": 1.0}], ids=str)
+def test_bf16_logits_are_compared_in_fp32(how):
+    n, apart = 10_000, 2 + 2**-7  # which bf16 would round to 2
+    logits = torch.tensor([2, 2 - apart]).bfloat16().expand(n, -1)
+    drawn = Sampling(temperature=1.0, **how).choose(logits, [i / n for i in range(n)])
+    assert sum(drawn) / n == pytest.approx(1 / (1 + np.exp(apart)), abs=2 / n)
 
 
 def test_streaming_holds_back_incomplete_characters():
@@ -202,7 +212,7 @@ def test_scores_equal_transformers(kind):
     for batch_tokens in (4096, 25, 1):
         for got, wanted in zip(score(ours, items, batch_tokens), expected, strict=True):
             assert got == pytest.approx(wanted, rel=1e-5, abs=1e-5)
-    assert score(ours, []) == []
+    assert [len(batch) for batch in generation._by_tokens(items, 33)] == [2, 2] and score(ours, []) == []
 
 
 def test_score_refuses_what_has_no_likelihood():
@@ -220,6 +230,7 @@ def test_score_refuses_what_has_no_likelihood():
     ([[-1]], {}, "found -1 to -1"),
     ([[1]], {"temperature": -1.0}, "temperature is -1.0, expected 0 or more"),
     ([[1]], {"temperature": float("nan")}, "temperature is nan"),
+    ([[1]], {"temperature": float("inf")}, "temperature is inf"),
     ([[1]], {"top_k": 0}, "top_k is 0"),
     ([[1]], {"top_p": 0.0}, "top_p is 0.0, expected above 0 and at most 1"),
     ([[1]], {"top_p": 1.1}, "top_p is 1.1"),
@@ -239,6 +250,7 @@ def test_training_goes_on_as_before():
     assert generate(ours, NoEos, [], 3) == []
     pieces = generation._tokens(ours, NoEos, [[1, 2], [3]], 4, 12, Sampling())
     next(pieces)  # in the midst of generating, too
+    assert not ours.training
     with torch.enable_grad():
         ours(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[2, 3, 4]])).sum().backward()
     expected = ours.lm_head.weight.grad.clone()
