@@ -133,7 +133,7 @@ def _blocks(matrix):
 
 def _block_rows(matrix) -> int:
     """How many rows of an fp32 matrix of this width are handled at a time: on a CPU so many as its caches hold."""
-    return max(1, BLOCK_BYTES // (4 * matrix.shape[1])) if matrix.is_cpu else max(1, len(matrix))
+    return max(1, BLOCK_BYTES // (4 * matrix.shape[1])) if matrix.is_cpu else len(matrix)
 
 
 def dpo_loss(policy_logps, reference_logps, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
