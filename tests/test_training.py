@@ -11,6 +11,7 @@ import fcntl
 import json
 import math
 import os
+import pickle
 import random
 import re
 import resource
@@ -398,6 +399,7 @@ def test_the_last_few_checkpoints_are_kept(reference):
 DAMAGE = {
     "metadata cut": lambda path: (path / ".metadata").write_bytes((path / ".metadata").read_bytes()[:50]),
     "metadata empty": lambda path: (path / ".metadata").write_bytes(b""),
+    "metadata of something else": lambda path: (path / ".metadata").write_bytes(pickle.dumps({})),
     "shard cut": lambda path: next(path.glob("*.distcp")).write_bytes(next(path.glob("*.distcp")).read_bytes()[:2000]),
     "shard cut a little": lambda path: next(path.glob("*.distcp")).write_bytes(
         next(path.glob("*.distcp")).read_bytes()[:-100]),
@@ -410,6 +412,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it(reference, tmp_path, damage):
     shutil.copytree(reference, tmp_path / "run")
+    (tmp_path / "run/checkpoints/step-00000006").mkdir()
     damage(tmp_path / "run/checkpoints/step-00000012")
     with pytest.raises(UserError, match="step-00000012: not a whole checkpoint: .*goes on from .*step-00000009"):
         run_here(tmp_path / "run", "--resume", "--steps", 13)
