@@ -269,6 +269,23 @@ def test_ipo_averages_over_each_answers_tokens(models, pairs, tmp_path):
     torch.testing.assert_close(found, (chosen - rejected - 5) ** 2)
 
 
+def test_what_is_known_of_a_pair(models, pairs, tmp_path):
+    """Its rewards are beta times what the policy adds to the reference."""
+    data = PreferenceData([pairs], load_tokenizer(models / "llama"), 256, tmp_path)
+    model, batch = load_model(models / "llama"), collate(data, range(8))
+    logps, reference = pair_logps(model, batch), -torch.arange(16.0).view(8, 2)
+    reference[0] = logps[0].detach()  # of equal rewards none is the larger
+    found = compare(model, batch, lambda *_: reference, "sigmoid", 0.1, 0.0, 0.0)
+    rewards = 0.1 * (logps - reference)
+    expected = {"accuracy": (rewards[:, 0] > rewards[:, 1]).float(), "margin": rewards[:, 0] - rewards[:, 1],
+                "chosen_reward": rewards[:, 0], "rejected_reward": rewards[:, 1],
+                "chosen_logps": logps[:, 0], "rejected_logps": logps[:, 1]}
+    assert found.pop("loss").requires_grad and found.keys() == expected.keys() and found["accuracy"][0] == 0
+    for name, values in found.items():
+        torch.testing.assert_close(values, expected[name].detach(), msg=name)
+        assert not values.requires_grad
+
+
 def test_the_chosen_answers_likelihood_is_added(runs, models, pairs, tmp_path):
     train_dpo.main([*flags(models, pairs, "llama", tmp_path, "full"), "--nll-weight", "0.5"])
     plain, added = metrics(runs("llama", "full"))[0][0], metrics(tmp_path)[0][0]

@@ -659,7 +659,7 @@ def test_resuming_says_what_changed(reference, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Records, "key", "other")
     path = tmp_path / "run/checkpoints/step-00000012/run.json"
     saved = json.loads(path.read_text())
-    del saved["facts"]["dtype"]  # as of a time that did not have this setting
+    del saved["facts"]["dtype"], saved["facts"]["training"]  # as of a time that did not have these
     path.write_text(json.dumps(saved))
     run_here(tmp_path / "run", "--resume", "--steps", 13, "--learning-rate", 0.5, "--max-length", 3000)
     assert "resuming after step 12" in (said := capsys.readouterr().out) and "nothing is left" not in said
