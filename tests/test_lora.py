@@ -13,7 +13,8 @@ from minixllm.checkpoint import load_model
 from minixllm.errors import UserError
 from minixllm.lora import LoraConfig, LoraLinear, add_lora
 
-TARGETS = {"llama": ("q_proj", "v_proj", "down_proj", "lm_head"), "bloom": ("query_key_value", "dense", "dense_4h_to_h")}
+TARGETS = {"llama": ("q_proj", "v_proj", "down_proj", "lm_head"),
+           "bloom": ("query_key_value", "dense", "dense_4h_to_h")}
 IDS = torch.randint(0, 90, (2, 11), generator=torch.Generator().manual_seed(0))
 
 
