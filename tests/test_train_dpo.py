@@ -1,14 +1,17 @@
 """Preference optimisation end to end on tiny models: where it starts, its references, its resume."""
 
+import io
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -209,10 +212,29 @@ def test_a_cached_reference_is_read_again_and_made_anew_for_other_pairs_or_when_
     again, made = reference(data)
     assert not made and torch.equal(again(None, batch), first(None, batch))
     assert reference(other)[1] and len(list(tmp_path.glob("reference-*.npy"))) == 2
-    for damaged in (b"", file.read_bytes()[:-4], b"\x93NUMPY nonsense"):
+    np.save(objects := io.BytesIO(), np.array([[None, None]] * 60))
+    for damaged in (b"", file.read_bytes()[:-4], b"\x93NUMPY nonsense", objects.getvalue()):
         file.write_bytes(damaged)
         again, made = reference(data)
         assert made and torch.equal(again(None, batch), first(None, batch)) and not reference(data)[1]
+
+
+def test_a_cached_reference_is_of_one_model_in_one_type(models, pairs, tmp_path, monkeypatch):
+    model, tokenizer = load(models / "llama")
+    data, world, computed = PreferenceData([pairs], tokenizer, 200, tmp_path), parallel.setup("cpu"), []
+    monkeypatch.setattr(dpo, "pair_logps", lambda *args: computed.append(1) or pair_logps(*args))
+    directory = shutil.copytree(models / "llama", tmp_path / "copy")
+
+    def made(directory, dtype="torch.float32"):
+        computed.clear()
+        dpo.cached(model, world, data, directory, tmp_path, dtype, 400)
+        return bool(computed)
+
+    assert made(models / "llama") and not made(directory) and made(directory, "torch.bfloat16")
+    for name in ("config.json", "model.safetensors"):
+        with open(directory / name, "ab") as file:
+            file.write(b" ")
+        assert made(directory), name
 
 
 def test_dropout_is_off(runs, models, pairs, tmp_path):
