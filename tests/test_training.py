@@ -565,6 +565,10 @@ def test_a_checkpoint_of_a_larger_model_is_refused(reference, tmp_path, monkeypa
 def test_refusals(reference, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds a run already.*--resume"):
         run_here(reference)
+    (tmp_path / "early").mkdir()
+    (tmp_path / "early/metrics.jsonl").write_text('{"step": 1}\n')  # before its first checkpoint
+    with pytest.raises(UserError, match="early: holds a run already"):
+        run_here(tmp_path / "early")
     for flag, value in (("--clip", 0), ("--seed", 10**400), ("--keep", 0), ("--beta2", "nan"), ("--epochs", "inf")):
         with pytest.raises(UserError, match=f"{flag} is {value}.*, expected a (finite|whole) number"):
             run_here(tmp_path, flag, value)
