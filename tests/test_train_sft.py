@@ -81,7 +81,8 @@ def test_adapters_and_a_handful_of_records(files, tmp_path, dtype, capsys):
     few = tmp_path / "few.jsonl"
     few.write_text("".join((files / "data/records.jsonl").read_text().splitlines(True)[:8]))
     flags = ["--model", str(files / "model"), "--cache", str(tmp_path / "cache"), "--max-length", "256",
-             "--lora-r", "4", "--batch-size", "1", "--learning-rate", "0.05", "--warmup-steps", "1", "--steps", "3", "--dtype", dtype]
+             "--lora-r", "4", "--batch-size", "1", "--learning-rate", "0.05", "--warmup-steps", "1", "--steps", "3",
+             "--dtype", dtype]
     train_sft.main([*flags, "--data", str(few), "--output", str(tmp_path / "few")])  # too few to hold any out
     train_sft.main([*flags, "--data", str(files / "data"), "--output", str(tmp_path / "run")])
     model, tokenizer = load(tmp_path / "run/model", dtype=getattr(torch, dtype))
