@@ -52,8 +52,6 @@ def save(folder, model, optimizer, world, step: int, facts: dict, keep: int) -> 
             dcp.save(_state(model, optimizer), checkpoint_id=partial)
         if failure is None and world.first:
             write_json(partial / "run.json", {"step": step, "facts": facts})
-            if final.exists():  # a resumed run that saves where it started
-                shutil.rmtree(final)
             os.rename(partial, final)
             for old in checkpoints(folder)[:-keep]:
                 shutil.rmtree(old)
