@@ -1,9 +1,11 @@
 """The services that write the data, against real ones where they can be had: `transformers serve`, CTranslate2."""
 
+import base64
 import http.server
 import json
 import os
 import re
+import socketserver
 import subprocess
 import sys
 import threading
@@ -487,3 +489,32 @@ def test_transformers_serve(tmp_path, monkeypatch):
     finally:
         server.terminate()
         server.wait(20)
+
+
+def test_https_goes_through_the_proxy_of_the_environment(monkeypatch):
+    asked = []
+
+    class Proxy(socketserver.StreamRequestHandler):
+        def handle(self):
+            asked.append(list(iter(lambda: self.rfile.readline().decode().strip(), "")))
+            self.wfile.write(b"HTTP/1.1 407 Who are you?\r\n\r\n")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HTTPS_PROXY", f"http://me:se%40cret@127.0.0.1:{proxy.server_address[1]}")
+        with pytest.raises(Failure, match="Tunnel connection failed: 407 Who are you") as failure:
+            services.service("chat:m@https://models.example.org/v1").ask(Prompt("a"))
+        monkeypatch.setenv("NO_PROXY", "example.org")
+        with pytest.raises(Failure):  # there is no such host
+            services.service("chat:m@https://models.example.org:1/v1").ask(Prompt("a"))
+        proxy.shutdown()
+    request, *headers = *asked[0],
+    assert len(asked) == 1 and request.startswith("CONNECT models.example.org:443 ")
+    assert f"Proxy-Authorization: Basic {base64.b64encode(b'me:se@cret').decode()}" in headers
+    assert "cret" not in str(failure.value)
+    monkeypatch.delenv("NO_PROXY")
+    for wrong in ("http://me:secret@host:port", "me:secret@:80"):
+        monkeypatch.setenv("HTTPS_PROXY", wrong)
+        with pytest.raises(UserError, match="HTTPS_PROXY: expected http://HOST:PORT") as error:
+            services.service("chat:m@https://models.example.org/v1").ask(Prompt("a"))
+        assert "secret" not in str(error.value)

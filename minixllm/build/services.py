@@ -13,6 +13,7 @@ gives (answer, what it cost) or raises `Failure`: asking again, waiting and reme
 the environment, go into a header, and are cut out of whatever a server sends back.
 """
 
+import base64
 import contextlib
 import email.utils
 import functools
@@ -29,10 +30,11 @@ import ssl
 import sys
 import threading
 import time
+import urllib.parse
+import urllib.request
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from minixllm import languages
 from minixllm.errors import UserError
@@ -104,8 +106,7 @@ class _Endpoint:
         self.headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "minixllm"}
         if self.key:
             self.headers[header] = f"Bearer {self.key}" if header == "Authorization" else self.key
-        connection = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connect = functools.partial(connection, self.host, timeout=timeout)
+        self._connect = functools.partial(_connection, parts, timeout)
         self._thread = threading.local()
 
     def post(self, path: str, body: dict) -> dict:
@@ -168,7 +169,7 @@ def _address(url: str):
     """The parts of a service's address. Raises UserError."""
     form = r"https?://(\[[\da-fA-F:.]+\]|[\w.-]+)(:\d+)?(/[!-\"$->@-~]*)?"  # neither query nor fragment
     try:
-        parts = urlsplit(url)
+        parts = urllib.parse.urlsplit(url)
         if re.fullmatch(form, url) and parts.hostname.encode("idna") and parts.port != 0:
             return parts
     except ValueError:  # of brackets, of a port, of a host's parts
@@ -183,6 +184,25 @@ def _spellings(key: str) -> re.Pattern:
     return re.compile("".join(
         c if c.isalnum() else rf"(?:\\{{0,4}}{re.escape(c)}|(?i:(?:\\{{1,4}}u00|%(?:25){{0,2}}|&#x){ord(c):02x};?))"
         for c in key))
+
+
+def _connection(parts, timeout: float) -> http.client.HTTPConnection:
+    """Not yet connected; for https through the proxy that HTTPS_PROXY (and NO_PROXY) or the system's settings name."""
+    if parts.scheme == "http":
+        return http.client.HTTPConnection(parts.netloc, timeout=timeout)
+    proxy, host = urllib.request.getproxies().get("https"), None
+    if not proxy or urllib.request.proxy_bypass(parts.hostname):
+        return http.client.HTTPSConnection(parts.netloc, timeout=timeout)
+    with contextlib.suppress(ValueError):
+        proxy = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        host, port = proxy.hostname, proxy.port or 80
+    if not host:
+        raise UserError("HTTPS_PROXY: expected http://HOST:PORT, found something else")  # with a password, perhaps
+    connection = http.client.HTTPSConnection(host, port, timeout=timeout)
+    user = urllib.parse.unquote(f"{proxy.username}:{proxy.password or ''}").encode()
+    connection.set_tunnel(parts.hostname, parts.port or 443, {
+        "Proxy-Authorization": f"Basic {base64.b64encode(user).decode()}"} if proxy.username else {})
+    return connection
 
 
 def _readable(sock) -> bool:
