@@ -27,7 +27,6 @@ from bench import machine  # noqa: E402
 LORA = dict(lora_r=16, lora_alpha=32.0, lora_dropout=0.0, lora_targets=["q_proj", "v_proj"])
 MODES = ("lora", "lora cached", "full", "full cached")
 BATCH = 8
-WARMUP = 1 if machine.DEVICE == "cpu" else 8
 
 
 def make_pairs(count: int):
@@ -66,6 +65,7 @@ class Pairs:
 
 def run_ours(mode: str, count: int, dtype: str, size: dict) -> float:
     """Seconds a step, through the functions train_dpo.py is made of."""
+    count += BATCH * machine.WARMUP
     from minixllm import dpo, parallel
     from minixllm.adapters import open_model
     from minixllm.datasets import Stream, in_order
@@ -95,14 +95,17 @@ def run_ours(mode: str, count: int, dtype: str, size: dict) -> float:
 
     times = []
     for step in range(1, count // BATCH + 1):
+        if step == 1 + machine.WARMUP:
+            machine.reset_peak_memory()
         start = machine.now()
         train_step(model, world, settings, stream, loss, optimizer, meter, step, [])
         times.append(machine.now() - start)
-    return sum(times[WARMUP:]) / len(times[WARMUP:])
+    return sum(times[machine.WARMUP:]) / (len(times) - machine.WARMUP)
 
 
 def run_trl(mode: str, count: int, dtype: str, size: dict) -> float:
     """Seconds a step of DPOTrainer, without activation checkpointing (its default, which is slower)."""
+    count += BATCH * machine.WARMUP
     import transformers
     from datasets import Dataset
     from peft import LoraConfig
@@ -125,6 +128,8 @@ def run_trl(mode: str, count: int, dtype: str, size: dict) -> float:
 
     class Clock(transformers.TrainerCallback):
         def on_step_begin(self, *_, **__):
+            if len(times) == machine.WARMUP:
+                machine.reset_peak_memory()
             self.start = machine.now()
 
         def on_step_end(self, *_, **__):
@@ -140,7 +145,7 @@ def run_trl(mode: str, count: int, dtype: str, size: dict) -> float:
                            precompute_ref_log_probs="cached" in mode, max_length=1024, gradient_checkpointing=False,
                            use_cpu=machine.DEVICE == "cpu", bf16=dtype == "bfloat16", report_to=[],
                            save_strategy="no", logging_steps=1000, disable_tqdm=True)).train()
-    return sum(times[WARMUP:]) / len(times[WARMUP:])
+    return sum(times[machine.WARMUP:]) / (len(times) - machine.WARMUP)
 
 
 def main():

@@ -81,7 +81,7 @@ def mixed(kind, ours, theirs, count: int, batch: int):
     lengths = torch.empty(count).log_normal_(4.0, 0.8, generator=generator).clamp(8, 256).long().tolist()
     prompts = [torch.randint(3, 32000, (n,), generator=generator).tolist() for n in lengths]
     # With random weights any token may follow: about one in forty ends the answer.
-    eos = torch.randperm(32000, generator=generator)[:800].tolist()
+    eos = torch.randperm(ours.config.vocab_size, generator=generator)[:ours.config.vocab_size // 40].tolist()
     theirs.generation_config.eos_token_id = eos
 
     class Eos:

@@ -10,6 +10,7 @@ import time
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WARMUP = 1 if DEVICE == "cpu" else 8  # steps that are not timed: the first makes the optimiser's state, a GPU's compile
 LLAMA = {
     "small": dict(vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8,
                   num_attention_heads=8),
@@ -29,7 +30,7 @@ def ours(architecture: str, size: dict, dtype=torch.float32):
     from minixllm.checkpoint import ARCHITECTURES
     config_class, model_class = ARCHITECTURES[architecture]
     with torch.device("meta"):
-        model = model_class(config_class.from_dict(size)).to(dtype)
+        model = model_class(config_class.from_dict({**size, "eos_token_id": None})).to(dtype)
     model = model.to_empty(device=DEVICE)
     model.tie_weights()
     generator = torch.Generator(DEVICE).manual_seed(0)
@@ -62,8 +63,14 @@ def seconds(function, *args, **kwargs):
     return now() - start, result
 
 
+def reset_peak_memory() -> None:
+    """Forget what a GPU's memory held until now; what a CPU's did is remembered."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory() -> float:
-    """GB: of a GPU's memory what tensors took, of a CPU's what this process did."""
+    """GB: of a GPU's memory what tensors took since the last reset, of a CPU's what this process ever did."""
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -12,7 +12,7 @@ lognormal length, mean 120, at most --length; 4 x 512 tokens a step; AdamW over 
 adapters of rank 16 beside a base in --dtype. The sides take turns, each in a process of its own, and a machine's
 timings drift: the table gives the range over the rounds. `masked` supervises the second half of each document, as
 instruction tuning does; the others supervise every token. The peers' rows hold no padding. Peak memory is also given
-less the 16 bytes a parameter of weights, gradients and AdamW's two moments.
+less the 16 bytes a parameter of weights, gradients and AdamW's two moments, or less the base beside the adapters.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def plain_loop(model, loss, args, vocabulary: int):
 
 
 def trl(args, size: dict, dtype: torch.dtype, output: str):
-    """TRL's SFTTrainer with packing; (real tokens, seconds) of the steps after the first. On a CPU in fp32, its default
+    """TRL's SFTTrainer with packing; (real tokens, seconds) of the timed steps. On a CPU in fp32, its default
     there; on a GPU under autocast in `dtype`."""
     import datasets
     from tokenizers import Tokenizer, models
@@ -129,6 +129,8 @@ def trl(args, size: dict, dtype: torch.dtype, output: str):
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
             times.append(machine.now())
+            if len(times) == args.warmup:
+                machine.reset_peak_memory()
 
     class Counting(SFTTrainer):
         def training_step(self, model, inputs, *args, **kwargs):
@@ -139,10 +141,10 @@ def trl(args, size: dict, dtype: torch.dtype, output: str):
     on_gpu = machine.DEVICE == "cuda"
     rng, lengths = np.random.default_rng(0), documents(np.random.default_rng(0), args.length)
     rows = [{"input_ids": rng.integers(0, size["vocab_size"], next(lengths)).tolist()}
-            for _ in range(10 * args.rows * (args.steps + 2))]
+            for _ in range(10 * args.rows * (args.steps + args.warmup + 1))]
     words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
     config = SFTConfig(output_dir=output, per_device_train_batch_size=args.rows, max_length=args.length, packing=True,
-                       max_steps=args.steps + 1, report_to=[], save_strategy="no", use_cpu=not on_gpu,
+                       max_steps=args.steps + args.warmup, report_to=[], save_strategy="no", use_cpu=not on_gpu,
                        bf16=on_gpu and dtype == torch.bfloat16, gradient_checkpointing=args.checkpointing,
                        disable_tqdm=True)
     model = theirs(args, size, dtype if args.lora and on_gpu else torch.float32)
@@ -150,7 +152,7 @@ def trl(args, size: dict, dtype: torch.dtype, output: str):
                        processing_class=PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>",
                                                                 pad_token="</s>"), callbacks=[Clock()])
     trainer.train()
-    return sum(counts[1:args.steps + 1]), times[args.steps] - times[0]
+    return sum(counts[args.warmup:]), times[-1] - times[args.warmup - 1]
 
 
 def measure(args, size: dict, dtype: torch.dtype) -> dict:
@@ -169,8 +171,9 @@ def measure(args, size: dict, dtype: torch.dtype) -> dict:
             model = theirs(args, size, dtype)
             run = plain_loop(model, lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss, args,
                              size["vocab_size"])
-        for _ in range(args.warmup):  # the first step makes the optimiser's state, on a GPU it compiles
+        for _ in range(args.warmup):
             next(run)
+        machine.reset_peak_memory()
         seconds, tokens = machine.seconds(lambda: sum(itertools.islice(run, args.steps)))
     return {"tokens": tokens, "seconds": seconds, "peak_gb": machine.peak_memory()}
 
@@ -185,7 +188,7 @@ def main():
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--checkpointing", action="store_true", help="activations are recomputed, on all sides")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES[:3])
-    parser.add_argument("--warmup", type=int, default=1, help="steps before those that are timed (TRL: one)")
+    parser.add_argument("--warmup", type=int, default=machine.WARMUP, help="steps before those that are timed")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -215,7 +218,7 @@ def main():
     head = model.head.weight.numel()
     body = sum(parameter.numel() for parameter in model.blocks.parameters() if parameter.ndim == 2)
     flops = (4 if args.lora else 6) * (body + head)  # a token's share of the products, every token supervised
-    state = (2 if args.lora else 16) * sum(parameter.numel() for parameter in model.parameters()) / 1e9
+    state = (dtype.itemsize if args.lora else 16) * sum(parameter.numel() for parameter in model.parameters()) / 1e9
     print(f"{args.model} {args.size}{', LoRA' * args.lora}, vocabulary {size['vocab_size']:,}, {args.rows} x "
           f"{args.length} tokens, {machine.description()}, {args.dtype}, {'raised' if args.malloc else 'shipped'} "
           f"malloc thresholds, peak {peak / 1e9:,.0f} GFLOP/s")
@@ -228,6 +231,8 @@ def main():
         memory = max(run["peak_gb"] for run in runs)
         print(f"{side:15} {rates[0]:6,.0f} to {rates[-1]:,.0f} tokens/s, {used:4.0%} of peak, {memory:.2f} GB, "
               f"{memory - state:.2f} GB beyond the state")
+    if not all(results.values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

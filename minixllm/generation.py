@@ -2,7 +2,8 @@
 
 Nothing is padded. `generate` keeps as many prompts running as its cache has room for, the longest first; one that ends
 makes room for the next, whose tokens join the forward in which the others take one step. A prompt's answer does not
-depend on which others run beside it: its random numbers are drawn from the seed and its place in the list.
+depend on which others run beside it: its random numbers are drawn from the seed and its place in the list, or from a
+seed of its own.
 
 A model in training is gathered first, whole on every process (`parallel.gathered`): forwards then need no other rank,
 and `generate` deals the prompts over them.
@@ -48,13 +49,13 @@ class Sampling:
                 ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
                 ("top_k", self.top_k is None or self.top_k >= 1, "1 or more"),
                 ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-                ("seed", np.min(self.seed) >= 0, "0 or more")]:
+                ("seed", min(self.seed if isinstance(self.seed, list) else [self.seed], default=0) >= 0, "0 or more")]:
             if not fine:
                 raise UserError(f"{name} is {getattr(self, name)}, expected {expected}")
 
     def uniform(self, prompt: int, tokens: int) -> list[float]:
         """The random numbers, in [0, 1), that choose the tokens of one prompt."""
-        seed = [self.seed, prompt] if isinstance(self.seed, int) else self.seed[prompt]
+        seed = self.seed[prompt] if isinstance(self.seed, list) else [self.seed, prompt]
         return np.random.default_rng(seed).random(tokens, dtype=np.float32).tolist()
 
     def choose(self, logits: torch.Tensor, uniform: list[float]) -> list[int]:
@@ -210,6 +211,8 @@ def _tokens(model, tokenizer, prompts, max_new_tokens: int, batch_tokens: int, s
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_tokens", batch_tokens)):
         if value < 1:
             raise UserError(f"{name} is {value}, expected 1 or more")
+    if isinstance(sampling.seed, list) and len(sampling.seed) != len(prompts):
+        raise UserError(f"seed holds {len(sampling.seed)}, expected one for each of {len(prompts)} prompts")
     stop = _stop_ids(model, tokenizer)
     device = next(model.parameters()).device
     ranks = _ranks(model)

@@ -81,8 +81,9 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
     evaluate() -> {name: value} is logged every `eval_every` steps and at the end.
 
     Writes metrics.jsonl, with matplotlib curves.png, and checkpoints below settings.output. After SIGTERM or Ctrl-C
-    saves at the next step boundary and returns; a step that would take longer than PATIENCE is given up, and what was
-    before it saved. Raises UserError on a loss, gradient or weight that is not finite, a full disk, a lost process.
+    saves at the next step boundary and returns; a step that goes on for longer than PATIENCE is given up before its
+    next micro-batch, and what was before it saved. Raises UserError on a loss, gradient or weight that is not finite,
+    a full disk, a lost process.
     """
     output = Path(settings.output)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -109,11 +110,10 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
         log(metrics, synced=True)
         resume.save(output / "checkpoints", model, optimizer, world, step, facts, settings.keep)
 
-    def ended_by_a_signal(step):
+    def tell_stopped(step):
         if world.first:
             saved = f"step {step} is saved, --resume continues from it" if step else "no step was done yet"
             bar.write(f"stopped by a signal: {saved}")
-        return False
 
     with bar, contextlib.closing(metrics) if metrics else contextlib.nullcontext(), stop_signals() as stopped:
         for step in range(first + 1, steps + 1):
@@ -126,7 +126,8 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
                     if step - 1 > first and (step - 1) % settings.save_every:
                         check_weights(trained, world, step - 1, output)
                         save(step - 1)
-                    return ended_by_a_signal(step - 1)
+                    tell_stopped(step - 1)
+                    return False
                 stop = row.pop("stopped") > 0
                 row = {"step": step, **row, "learning_rate": rate} | meter.lap(row.pop("flops"), row["tokens"])
                 log(metrics, row)
@@ -152,7 +153,8 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
                     save(step)
                     meter.restart()
             if stop and step < steps:
-                return ended_by_a_signal(step)
+                tell_stopped(step)
+                return False
     return True
 
 
@@ -167,8 +169,8 @@ def train_step(model, world, settings, stream, loss_fn, optimizer, meter, step, 
     # dropout, the same after a resume; a CPU's generator takes 32 bits of its seed
     torch.manual_seed(int(np.random.SeedSequence([settings.seed, step, world.rank]).generate_state(1)[0]))
     losses, sums = [], {}
-    for number, micro_batch in enumerate(batch.micro_batches):
-        if number and world.any(stopped and time.monotonic() - stopped[0] > PATIENCE):
+    for micro_batch in batch.micro_batches:
+        if world.any(stopped and time.monotonic() - stopped[0] > PATIENCE):
             optimizer.zero_grad()
             return None
         loss, extras = loss_fn(model, micro_batch)

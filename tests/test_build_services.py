@@ -391,19 +391,41 @@ def test_a_local_model_directory(tmp_path, monkeypatch):
                         lambda *given, **more: batches.append(len(given[2])) or generate(*given, **more))
     asked = [Prompt(text, temperature=1.0, seed=seed, max_new_tokens=most)
              for text in ("Describe the town.", "Who?") for seed in (1, 2) for most in (2000, 1)]
+    monkeypatch.setattr(services, "GATHERING", 1.0)
     with ThreadPoolExecutor(8) as pool:
-        with local._lock:
-            together = pool.map(local.ask, asked)
-            while local._waiting.qsize() < 8:
-                time.sleep(0.01)
-        together = list(together)
+        together = list(pool.map(local.ask, asked))
+    monkeypatch.undo()
     assert sorted(batches) == [4, 4] and together == [local.ask(request) for request in asked]
     assert together[0] == answers[0] and together[2] == answers[2]
-    monkeypatch.setattr(generation, "generate", generate)
     prompts, encode = [], datasets.encode_prompt
     monkeypatch.setattr(datasets, "encode_prompt", lambda own, text: prompts.append(text) or encode(own, text))
     local.ask(Prompt("Describe the town.", system="Answer in Zulu.", max_new_tokens=1))
     assert "### Instruction:\nAnswer in Zulu.\n\nDescribe the town.\n" in prompts[0]
+
+
+def test_what_cannot_be_answered_fails_alone(monkeypatch):
+    """Of requests that one batch would answer; what is wrong for all is told to all."""
+    batches = []
+
+    class Model(services._Together):
+        name = "model"
+
+        def answers(self, requests):
+            batches.append(len(requests))
+            for wrong, error in (("bad", RuntimeError("too long")), ("lost", UserError("no model"))):
+                if wrong in requests:
+                    raise error
+            return [request.upper() for request in requests]
+
+    monkeypatch.setattr(services, "GATHERING", 1.0)
+    model = Model()
+    with ThreadPoolExecutor(8) as pool:
+        first = [pool.submit(model.ask, text) for text in ("a", "b", "bad", "c")]
+        assert isinstance(first[2].exception(), Failure) and str(first[2].exception()) == "model: too long"
+        assert not first[2].exception().again and [first[i].result() for i in (0, 1, 3)] == ["A", "B", "C"]
+        second = [pool.submit(model.ask, text) for text in ("a", "lost", "b")]
+        assert {type(each.exception()) for each in second} == {UserError}
+    assert batches == [4, 1, 1, 1, 1, 3]
 
 
 def test_transformers_serve(tmp_path, monkeypatch):

@@ -235,12 +235,24 @@ def test_score_refuses_what_has_no_likelihood():
     ([[1]], {"top_p": 0.0}, "top_p is 0.0, expected above 0 and at most 1"),
     ([[1]], {"top_p": 1.1}, "top_p is 1.1"),
     ([[1]], {"seed": -1}, "seed is -1"),
+    ([[1]], {"seed": [-1]}, r"seed is \[-1\], expected 0 or more"),
+    ([[1]], {"seed": [1, 2]}, "seed holds 2, expected one for each of 1 prompts"),
     ([[1]], {"batch_tokens": 0}, "^batch_tokens is 0, expected"),
 ])
 def test_bad_input(prompts, how, message):
     ours, _ = pair("llama")
     with pytest.raises(UserError, match=message):
         generate(ours, NoEos, prompts, 3, **how)
+
+
+def test_prompts_may_have_seeds_of_their_own():
+    """Each is then answered as if it were asked alone."""
+    ours, _ = pair("llama")
+    prompts, seeds = [[1, 2], [1, 2], [9], [1, 2]], [5, 6, 7, 5]
+    found = generate(ours, NoEos, prompts, 9, temperature=1.0, seed=seeds)
+    assert found == [generate(ours, NoEos, [prompt], 9, temperature=1.0, seed=seed)[0]
+                     for prompt, seed in zip(prompts, seeds)]
+    assert found[0] == found[3] != found[1]
 
 
 def test_training_goes_on_as_before():

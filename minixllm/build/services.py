@@ -5,8 +5,8 @@
     chat:MODEL@URL            an OpenAI-compatible endpoint: chat:gpt-4o-mini@https://api.openai.com/v1 (its key in
                               OPENAI_API_KEY), or vLLM, llama.cpp, Ollama, `transformers serve`, mostly without a key
     chat:MODEL@URL#VARIABLE   the same, its key in this environment variable
-    local:DIR                 a LLaMA or BLOOM directory, with this project's own generator: at most --concurrency
-                              prompts at a time
+    local:DIR                 a LLaMA or BLOOM directory, with this project's own generator: up to --concurrency
+                              prompts in a batch, which in bf16 can tip a token that is as likely as another
 
 `service(word)` opens one. It has `name`, `does(request)`, `cost(request)`, an upper bound, and `ask(request)`, which
 gives (answer, what it cost) or raises `Failure`: asking again, waiting and remembering are `runner`'s. Keys come from
@@ -40,6 +40,7 @@ from minixllm import languages
 from minixllm.errors import UserError
 
 LARGEST = 4 * 2**20   # bytes of an answer; a larger one is no answer to an instruction
+GATHERING = 0.02      # seconds that a local model waits for more to answer at once: who got an answer asks on
 LONGEST_TRANSLATION = 2**14  # tokens that a chat model is asked for at most: gpt-4o-mini refuses more
 
 
@@ -195,7 +196,7 @@ def _connection(parts, timeout: float) -> http.client.HTTPConnection:
         return http.client.HTTPSConnection(parts.netloc, timeout=timeout)
     with contextlib.suppress(ValueError):
         proxy = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-        host, port = proxy.hostname, proxy.port or 80
+        host, port = proxy.hostname if proxy.scheme == "http" else None, proxy.port or 80
     if not host:
         raise UserError("HTTPS_PROXY: expected http://HOST:PORT, found something else")  # with a password, perhaps
     connection = http.client.HTTPSConnection(host, port, timeout=timeout)
@@ -346,25 +347,37 @@ def sentences(text: str) -> list[str]:
 
 
 class _Together:
-    """A model that takes all cores, or the whole GPU: what all threads wait for at a moment makes one batch."""
+    """A model that takes all cores, or the whole GPU: one thread answers, in one batch, all that waits for it."""
 
     def __init__(self):
-        self._lock, self._waiting = threading.Lock(), queue.SimpleQueue()
+        self._waiting = queue.SimpleQueue()
+        threading.Thread(target=self._serve, daemon=True).start()
 
     def ask(self, request) -> tuple[str, dict]:
         done = Future()
         self._waiting.put((request, done))
-        with self._lock:  # whoever has it answers for all
-            if not done.done():
-                requests, futures = zip(*(self._waiting.get() for _ in range(self._waiting.qsize())))
-                try:
-                    for future, answer in zip(futures, self.answers(requests)):
-                        future.set_result(answer)
-                except Exception as error:  # out of memory, an unknown language token
-                    failure = error if isinstance(error, UserError) else Failure(f"{self.name}: {error}", again=False)
-                    for future in futures:
-                        future.set_exception(failure)
         return done.result()
+
+    def _serve(self) -> None:
+        while True:
+            batch = [self._waiting.get()]
+            time.sleep(GATHERING)
+            self._answer(batch + [self._waiting.get() for _ in range(self._waiting.qsize())])
+
+    def _answer(self, batch) -> None:
+        try:
+            answers = self.answers([request for request, _ in batch])
+        except Exception as error:  # out of memory, an unknown language token
+            if isinstance(error, UserError) or len(batch) == 1:
+                failure = error if isinstance(error, UserError) else Failure(f"{self.name}: {error}", again=False)
+                for _, done in batch:
+                    done.set_exception(failure)
+            else:  # that one of them cannot be answered is no fault of the others
+                for each in batch:
+                    self._answer([each])
+        else:
+            for (_, done), answer in zip(batch, answers):
+                done.set_result(answer)
 
 
 class Nllb(_Together):
@@ -433,7 +446,6 @@ class Local(_Together):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.tokenizer = adapters.load(directory, parallel.compute_dtype("auto", device), device)
         self.name = f"local:{Path(directory).resolve().name}-{fingerprint(Path(directory).iterdir())}"
-        self._lock = threading.Lock()
 
     def does(self, request) -> bool:
         return isinstance(request, Prompt)
