@@ -2,6 +2,7 @@
 
 import random
 import sys
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -55,8 +56,8 @@ PAIRS = {
     "khm": ("ថ្ងៃនេះយើងទៅផ្សារទិញត្រី។",
             "យើងទៅផ្សារទិញត្រីនៅថ្ងៃនេះ។"),
 }
-EDGES = ["", " ", "a", ".", "..", "👍🏽 👨‍👩‍👧", "x<skipped>y &amp; &quot;z&quot; &lt;", "1,000.5 co-operate 3-4 e.g.",
-         "no-\nbreak\nline",
+EDGES = ["", " ", "a", ".", "..", "👍🏽 👨‍👩‍👧", "x<skipped>y &amp; &quot;z&quot; &lt; &amp;quot;",
+         "1,000.5 co-operate 3-4 e.g. km/h x,5", "no-\nbreak\nline-\n",
          "“Quoted” — text…",
          "日", "ｱｲｳ　全角", "नि", "السلام", "a\u00a0b\tc  d ", "(hi)", "''", "5.", ".5", "\u2028", "ʼn aʼb",
          "€20 a+b x=y", "2nd covid19 a1b2 ²5 ½a"]
@@ -88,6 +89,26 @@ def real_corpora(data):
             one, two = (path.read_text(encoding="utf-8").splitlines()[:40] for path in (one, two))
             # half of each line from the true text, so that long n-grams match too
             yield f"{first}-{second}", [b[:len(b) // 2] + a[len(a) // 3:] for a, b in zip(one, two)], one
+
+
+def test_matches_are_those_of_counting():
+    draw = random.Random(2)
+    for symbols in ("ab", "ab?\0\ud800\U0010ffff", [1, 2, "a", (0,)]):
+        some, others = ([draw.choices(symbols, k=draw.randrange(9)) for _ in range(30)] for _ in range(2))
+        if isinstance(symbols, str):
+            some, others = (["".join(each) for each in side] for side in (some, others))
+        for items in (30, 12, 1):                                     # of which the last is now long, now short
+            found = scorers.matches(some[:items], others[:items], 4)
+            for item in range(items):
+                for n in range(1, 5):
+                    one, two = (Counter(tuple(side[item][i:i + n]) for i in range(len(side[item]) - n + 1))
+                                for side in (some, others))
+                    assert [part[item, n - 1] for part in found] == [one.total(), two.total(), (one & two).total()]
+    assert scorers.matches([[*range(40_000)]], [[*range(40_000)]], 1)[2] == 40_000
+    assert [part.tolist() for part in scorers.matches(["abc", ""], ["abc", "a"], 2)] == [
+        [[3, 2], [0, 0]], [[3, 2], [1, 0]], [[3, 2], [0, 0]]]
+    assert [part.tolist() for part in scorers.matches(["", "abc", "d"], ["", "abc", "a"], 2)][2] == [
+        [0, 0], [3, 2], [0, 0]]
 
 
 ORACLES = {
@@ -151,8 +172,10 @@ def test_sentencepiece_as_sacrebleu(spm, monkeypatch):
         score = scorers.bleu(hypotheses, references, str(spm))
         assert score.value == pytest.approx(oracle.corpus_score(hypotheses, [references]).score, abs=1e-9)
     assert "tok:sacrebleu_tokenizer_spm[" in score.signature
-    with pytest.raises(UserError, match="no.model"):
-        scorers.bleu(["a"], ["a"], spm.parent / "no.model")
+    (spm.parent / "text.model").write_text("no model\n")
+    for name in ("no.model", "text.model"):
+        with pytest.raises(UserError, match=f"{name}: expected 13a, zh, char or a SentencePiece model"):
+            scorers.bleu(["a"], ["a"], spm.parent / name)
 
 
 def test_real_text_sentencepiece_as_sacrebleu(data, tmp_path, monkeypatch):
@@ -236,6 +259,36 @@ def test_segmenters_are_named_and_used():
     assert scorers.rouge(["मेरी बहन"], ["आम फल"])["rouge1"].value == 0
 
 
+@pytest.mark.parametrize("text, tokens", [
+    ("ສະບາຍ ດີ໕໖", [*"ສະບາຍດີ", "໕໖"]), ("コーヒーを飲む", [*"コーヒーを飲む"]), ("ㇰ", ["ㇰ"]), ("မြန်မာ၂၅", [*"မြန်မာ", "၂၅"]),
+    ("ꩠꩡꧢꧣ", [*"ꩠꩡꧢꧣ"]), ("ភាសា១២", [*"ភាសា", "១២"]), ("๒๕บาท", ["๒๕", *"บาท"]), ("漢字kana㐀𠮷", [*"漢字", "kana", *"㐀𠮷"]),
+    ("a\u00a0b\u2028c\rd\te", [*"abcde"]), ("a\ufffdb\u200dc\u00add", ["abcd"]), ("Straße ΟΔΟΣ", ["straße", "οδος"]),
+    ("x=y 2\ufe0f\u20e3 €\u20dd", ["x", "y", "2\ufe0f\u20e3", "€\u20dd"]), ("\u0301 a\u0301b", ["\u0301", "a\u0301b"])])
+def test_tokens_of_rouge(text, tokens):
+    """Scripts without spaces by character, but their numbers whole; marks stay with what they are on."""
+    assert scorers.tokenize_xlsum(text) == tokens
+
+
+def test_rouge_is_the_f1_of_counts_and_of_the_longest_common_subsequence():
+    def scores(hypothesis, reference):
+        return [score.value for score in scorers.rouge([hypothesis], [reference]).values()]
+    assert scores("a b", "a b c d") == scores("a b c d", "a b") == pytest.approx([200 / 3, 50, 200 / 3])
+    assert scores("a b c", "c b a") == pytest.approx([100, 0, 100 / 3])
+    assert scores("a a a", "a") == scores("a", "a a a") == pytest.approx([50, 0, 50])
+    assert scores("a b c d", "x a y b z c") == pytest.approx([60, 0, 60]) and scores("", "") == [0, 0, 0]
+
+
+def test_a_segmenter_is_given_clean_text_and_what_it_leaves_empty_is_split_into_characters():
+    seen = []
+    def segment(text):
+        seen.append(text)
+        return ["", *text.split(" "), ""]
+    assert scorers.tokenize_xlsum(" ไทย\u200b\u200b,ลาว\n(25)!", segment) == ["ไทย", "ลาว", "25"]
+    assert seen == ["ไทย ลาว 25"]
+    assert scorers.tokenize_xlsum("ไทย", lambda text: ["", ""]) == [*"ไทย"]
+    assert "tok:xlsum-words" in scorers.rouge(["a"], ["a"], segment=segment)["rougeL"].signature
+
+
 def test_lcs_against_the_table():
     draw = random.Random(0)
     for _ in range(200):
@@ -253,12 +306,17 @@ def test_accuracy_exact_match_off_target_democratization():
     assert scorers.accuracy([1, 0, None, 1], [1, 1, 0, 1]).value == 50
     assert scorers.exact_match([" a ", "b", ""], ["a", "B", ""]).value == pytest.approx(200 / 3)
     assert scorers.off_target(["x1", "", "y1", "x2"], "x", str.startswith, "first-letter").value == 50
-    assert scorers.accuracy([], []).value == 0
+    assert scorers.accuracy([], []).value == scorers.accuracy([None], [None]).value == 0
+    assert scorers.exact_match(["a", "b "], ["a\n", " b"]).value == 100
+    assert scorers.off_target(["", " \n", "x"], "x", lambda text, code: True, "any").value == pytest.approx(200 / 3)
+    assert "|lid:any|" in scorers.off_target(["a"], "x", lambda text, code: True, "any").signature
     assert significance.democratization({"a": 10, "b": 20, "c": 30}) == pytest.approx(100 * 20 / 30)
     assert significance.democratization({"a": 0.0}) == 0 and significance.democratization({}) == 0
     # the paper's reading of Huang et al.: 100 mean / max
     with pytest.raises(ValueError):
         scorers.accuracy([1], [1, 2])
+    with pytest.raises(ValueError):
+        scorers.exact_match(["a"], ["a", "b"])
     with pytest.raises(ValueError, match="1 hypotheses but 2"):
         scorers.chrf(["a"], ["a", "b"])
 
