@@ -68,12 +68,14 @@ YES_NO = [
     ("fra", "Non ce n'est pas le cas", NO), ("fra", "Non seulement", UNCLEAR),
     ("eng", "No or yes", UNCLEAR), ("eng", "no/yes", UNCLEAR), ("deu", "nein oder ja", UNCLEAR),
     ("fra", "non ou oui", UNCLEAR), ("eng", "_Yes_", YES), ("eng", "__No__", NO), ("eng", "### Answer: No", NO),
+    ("jpn", "「同じ」はいけません", UNCLEAR), ("deu", "Non il y a une différence", UNCLEAR),
 ]
 
 PAIR = ("It was fragile.", "It was small.")
 ITALIAN = ("Era delicato.", "Era piccolo.")
 CHINESE = ("它很易碎。", "它很小。")
 ARTICLES = ("A cat slept.", "A dog barked.")
+THAI = ("เขาเห็นเสือ", "เขาเห็นเสื้อ")  # a tiger, a shirt: only the marks differ
 NESTED = ("He ran.", "He ran away.")
 A, B = 0, 1
 
@@ -148,12 +150,22 @@ OPTIONS = [
     (PAIR, "Opsi yang kurang masuk akal adalah A", UNCLEAR), (CHINESE, "更不合理的是A", UNCLEAR),
     (PAIR, "ตัวเลือกที่เป็นไปได้น้อยกว่าคือ A", UNCLEAR), (ITALIAN, "La risposta non è A", UNCLEAR),
     (NESTED, "He ran away.", B), (NESTED, "He ran.", A), (NESTED, "He ran. He ran away.", UNCLEAR),
+    (NESTED[::-1], "He ran away.", A), (NESTED[::-1], "He ran.", B), (NESTED[::-1], "He ran away. He ran.", UNCLEAR),
+    (THAI, "เขาเห็นเสื้อ", B), (THAI, "เขาเห็นเสือ", A), (PAIR, "A It was small.", B),
+    (PAIR, "B, A", UNCLEAR), (PAIR, "B and A", UNCLEAR), (PAIR, "I think B is best", B),
+    (PAIR, "So A is the best one.", A), (PAIR, "I'd go with [B] here", B), (CHINESE, "我想应该是那个A。", A),
+    (("易碎！", "很小！"), "更合理的选项：-A: 易碎！，-B: 很小！。答案是B", B),
 ]
 
 
 @pytest.mark.parametrize("code, raw, said", YES_NO)
 def test_yes_no(code, raw, said):
     assert answers.yes_no(answers.clean(raw), words(code)) == said
+
+
+def test_words_of_a_template_may_be_capitals():
+    for raw, said in (("yes", YES), ("STRASSE", YES), ("I say NO.", NO)):
+        assert answers.yes_no(raw, (("Yes", "Straße"), ("No",))) == said
 
 
 @pytest.mark.parametrize("code", ["eng", "deu", "spa", "fra", "jpn", "kor", "zho_simpl"])
@@ -176,3 +188,16 @@ def test_an_echoed_prompt_says_nothing():
     for headed in ("### Summary\nThe mayor resigned.", "The steps:\n\n### Step 1\nMix."):
         assert answers.clean(headed) == answers.clean(headed + "\n\n### Input:\nMore.") == headed
     assert answers.clean("plain text\nof two lines") == "plain text\nof two lines"
+    assert answers.clean(f"Sure.\n{prompt} maybe\n{prompt} No", prompt) == "No"               # the last is answered
+    assert answers.clean("### Instruction:\nSay yes.") == answers.clean("### Input:\nYes.") == ""
+
+
+def test_an_answer_is_read_to_its_2000th_character():
+    for end, said in (("yes", YES), ("no.", NO)):
+        assert answers.yes_no("x " * 998 + end, words("eng")) == said
+        assert answers.yes_no("x " * 1000 + end, words("eng")) is None
+        assert answers.yes_no(end + " x" * 1000 + " yes no", words("eng")) == said
+    for letter, said in (("A", A), ("B", B)):
+        assert answers.option("x " * 990 + f"option {letter}", PAIR) == said
+        assert answers.option("x " * 1000 + f"option {letter}", PAIR) is None
+        assert answers.option(f"option {letter}" + " x" * 1000 + " option A option B", PAIR) == said
