@@ -6,6 +6,7 @@ import pickle
 import random
 from importlib import resources
 
+import numpy as np
 import pytest
 import sentencepiece
 
@@ -37,7 +38,8 @@ def test_ids_are_those_of_sentencepiece(small, mistral):
             ids = tokenizer.encode(text)
             assert ids == oracle.encode(text)
             assert tokenizer.encode(text, add_special_tokens=True) == [1, *ids]
-            assert tokenizer.decode([1, *ids, 2]) == tokenizer.decode(ids) == text
+            assert tokenizer.decode(np.array([1, *ids, 2])) == text
+            assert tokenizer.decode([1, *ids, 2]) == tokenizer.decode([-100, *ids, -1]) == tokenizer.decode(ids) == text
 
 
 def test_llama_gives_the_published_ids(data):
@@ -137,6 +139,67 @@ def test_choices_of_the_configuration(small, tmp_path):
     assert ids == small.encode("a <pad>") + [1]
     assert tokenizer.decode([*ids, size]) == "a <pad>"
     assert tokenizer.fingerprint != small.fingerprint
+    tokenizer.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert again.fingerprint == tokenizer.fingerprint and again.encode("a <pad>", add_special_tokens=True) == ids
+    config["added_tokens_decoder"][str(size)]["special"] = False
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"added_tokens_decoder: {size} .'<pad>'. is no special token"):
+        load_tokenizer(tmp_path)
+
+
+def test_added_tokens_begin_where_the_model_ends(small, tmp_path):
+    small.save(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<unk>": 0, "<s>": 1, "<pad>": small.vocab_size}))
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "<pad>"}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.pad_id, tokenizer.vocab_size) == (small.vocab_size, small.vocab_size + 1)
+    assert tokenizer.decode([tokenizer.pad_id]) == "" and tokenizer.encode("<pad>") == small.encode("<pad>")
+
+
+def test_whatever_changes_ids_changes_the_fingerprint(small, tmp_path):
+    def padding(name):
+        return {"added_tokens_decoder": {str(small.vocab_size): {"content": name, "special": True}}}
+    found = []
+    for config in ({}, {"add_bos_token": False}, {"add_eos_token": True}, {"bos_token": "</s>", "eos_token": "<s>"},
+                   {"add_bos_token": False, "bos_token": "</s>"}, {"eos_token": "<s>"}, {"pad_token": "</s>"},
+                   padding("<pad>"), padding("<end>")):
+        small.save(tmp_path)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        found.append(load_tokenizer(tmp_path).fingerprint)
+    assert len(set(found)) == len(found) and found[0] == small.fingerprint
+
+
+def test_models_without_bos_and_eos_and_with_others_at_0(tmp_path):
+    neither = train_sentencepiece(TEXTS * 20, tmp_path / "a/tokenizer.model", 600, bos_id=-1, eos_id=-1)
+    (tmp_path / "a/tokenizer_config.json").write_text('{"add_eos_token": true}')
+    neither = load_tokenizer(tmp_path / "a")
+    assert (neither.bos_id, neither.eos_id, neither.pad_id) == (None, None, None)
+    assert neither.encode("one", add_special_tokens=True) == neither.encode("one")
+    first = train_sentencepiece(TEXTS * 20, tmp_path / "b/tokenizer.model", 600, pad_id=0, bos_id=1, eos_id=2, unk_id=3)
+    assert (first.pad_id, first.bos_id, first.eos_id) == (0, 1, 2)
+    first.save(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/tokenizer_config.json").read_text())["pad_token"] == "<pad>"
+
+
+def test_an_unknown_token_that_pads_is_still_what_unknown_text_gives(tmp_path):
+    train_sentencepiece(TEXTS * 20, tmp_path / "tokenizer.model", 300, byte_fallback=False)
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "<unk>"}')
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode("one 🦙")
+    assert tokenizer.pad_id == 0 and ids == tokenizer.model.encode("one 🦙") and ids[-1] == 0
+    assert tokenizer.decode(ids) == tokenizer.model.decode(ids)
+
+
+def test_digits_of_a_trained_model_stand_apart(tmp_path):
+    tokenizer = train_sentencepiece(["in 2024 and 2024"] * 50, tmp_path / "tokenizer.model", 300)
+    assert tokenizer.decode(ids := tokenizer.encode("2024")) == "2024"
+    assert len(ids) in (4, 5)                                         # a space before them, maybe
+
+
+def test_a_long_text_is_trained_on(tmp_path):
+    tokenizer = train_sentencepiece(["paragraph " * 2000], tmp_path / "tokenizer.model", 300)
+    assert len(tokenizer.encode("paragraph")) == 1
 
 
 @pytest.mark.parametrize("config, message", [
