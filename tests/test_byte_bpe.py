@@ -140,11 +140,40 @@ def test_special_tokens_typed_are_text(pair):
     assert ours.decode([1, *ours.encode("hé"), 2, 3, 999_999]) == "hé"
 
 
+def test_a_special_token_may_take_the_spaces_around_it(pair, tmp_path):
+    """Text never gives it: what it would take there is nothing to refuse a file for."""
+    shape, oracle, ours = pair
+    content = json.loads(ours.path.read_text())
+    content["added_tokens"][3] |= {"lstrip": True, "rstrip": True, "single_word": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    check(shape, oracle, ByteLevelBPE(tmp_path / "tokenizer.json"), ["a <pad> b", *SENTENCES])
+
+
 def test_post_processor_adds_bos(pair):
     shape, oracle, ours = pair
     expected = oracle.encode("hello", add_special_tokens=True).ids
     assert ours.encode("hello", add_special_tokens=True) == expected
     assert (expected[0] == 1) == (shape == "llama3")
+
+
+def test_post_processor_adds_eos(pair, tmp_path):
+    oracle = tokenizers.Tokenizer.from_file(str(pair[2].path))
+    oracle.post_processor = processors.TemplateProcessing(single="<s> $A </s> <pad>", special_tokens=[
+        ("<s>", 1), ("</s>", 2), ("<pad>", 3)])
+    oracle.save(str(tmp_path / "tokenizer.json"))
+    ours = ByteLevelBPE(tmp_path / "tokenizer.json")
+    ids = ours.encode("hello", add_special_tokens=True)
+    assert ids == oracle.encode("hello").ids == [1, *ours.encode("hello"), 2, 3]
+
+
+def test_older_files_do_not_say_that_bytes_are_split_by_gpt2s_pattern(pair, tmp_path):
+    shape, oracle, ours = pair
+    content = json.loads(ours.path.read_text())
+    for part in content["pre_tokenizer"].get("pretokenizers", [content["pre_tokenizer"]]):
+        if part.get("use_regex"):
+            del part["use_regex"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    check(shape, oracle, ByteLevelBPE(tmp_path / "tokenizer.json"), SENTENCES)
 
 
 def test_stream_holds_back_incomplete_characters(pair):
@@ -228,6 +257,17 @@ def change(key, value):
     return edit
 
 
+def pre_tokens(*parts):
+    return {"type": "Sequence", "pretokenizers": [*parts]}
+
+
+def bloom_split(**other):
+    return {"type": "Split", "pattern": {"Regex": byte_bpe.BLOOM}, "behavior": "Isolated", "invert": False} | other
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
 @pytest.mark.parametrize("edit, message", [
     (lambda c: c["model"]["merges"].insert(3, ["q", "nope"]), r"merges\[3\].*'nope' is no token"),
     (lambda c: c["model"]["merges"].insert(3, "a b c"), r"merges\[3\].*expected two tokens"),
@@ -248,13 +288,27 @@ def change(key, value):
     (change("pre_tokenizer", {"type": "Sequence", "pretokenizers": []}), "pre_tokenizer is"),
     (change("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "x"}, "behavior": "Isolated", "invert": False}),
      "pre_tokenizer is .*'Regex': 'x'"),
+    (change("pre_tokenizer", pre_tokens(bloom_split(behavior="Removed"), BYTES)), "pre_tokenizer is .*Removed"),
+    (change("pre_tokenizer", pre_tokens(bloom_split(invert=True), BYTES)), "pre_tokenizer is .*'invert': True"),
+    (change("pre_tokenizer", pre_tokens(bloom_split())), "pre_tokenizer is .*expected one of BLOOM's"),
+    (change("pre_tokenizer", pre_tokens({"type": "Digits", "individual_digits": False}, BYTES | {"use_regex": True})),
+     "pre_tokenizer is .*'individual_digits': False"),
     (change("decoder", {"type": "WordPiece"}), "decoder is 'WordPiece'"),
     (change("decoder", None), "decoder is None"),
     (change("post_processor", {"type": "RobertaProcessing"}), "post_processor is .*RobertaProcessing"),
+    *[(change("post_processor", {"type": "TemplateProcessing", "single": single}), "post_processor.single is .*" + said)
+      for single, said in (([{"SpecialToken": {"id": "<nope>"}}], "<nope>"), ([{"Sequence": {"id": "B"}}], "'B'"),
+                           ([{"Sequence": {"id": "A"}}] * 2, "'A'"))],
     (change("post_processor", {"type": "Sequence", "processors": None}), "post_processor.processors is None"),
     (change("post_processor", {"type": "Sequence", "processors": ["x"]}), "post_processor is 'x'"),
     (change("added_tokens", [{"id": 1}]), "added_tokens is"),
-    (change("added_tokens", [{"id": 9999, "content": "<x>", "special": False, "lstrip": True}]), "added_tokens: '<x>'"),
+    *[(change("added_tokens", [{"id": 9999, "content": "<x>", "special": False, flag: True}]), "added_tokens: '<x>'")
+      for flag in ("lstrip", "rstrip", "single_word")],
+    *[(change(f"model.{key}", value), f"model.{key} is {value!r}, expected none")
+      for key, value in (("dropout", 0.1), ("continuing_subword_prefix", "##"), ("end_of_word_suffix", "</w>"))],
+    (lambda c: c["model"]["vocab"].update(a=-1), r"model.vocab is \('a', -1\)"),
+    (lambda c: (c["model"]["vocab"].pop("a"), c["model"].update(merges=[], unk_token="<unk>")),
+     "model.unk_token is '<unk>', expected none, as some bytes have no token"),
 ])
 def test_damaged_files_are_named(pair, tmp_path, edit, message):
     content = json.loads(pair[2].path.read_text())
@@ -285,6 +339,33 @@ def test_an_end_that_the_file_does_not_call_special_is_no_text(pair, tmp_path, w
     assert tokenizer.decode(ids) == "a</end>b" and tokenizer.decode([new]) == ""
     tokenizer.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").eos_id == new
+
+
+def test_an_end_that_merges_would_make_is_no_text(pair, tmp_path):
+    content = json.loads(pair[2].path.read_text())
+    left, right = next(merge for merge in content["model"]["merges"] if "".join(merge).isascii())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": left + right, "model_max_length": 77}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_id == content["model"]["vocab"][left + right]
+    written = pair[2].bytes_of(tokenizer.eos_id).decode()
+    assert tokenizer.eos_id in pair[2].encode(written)
+    for text in (written, *SENTENCES):
+        assert tokenizer.eos_id not in (ids := tokenizer.encode(text)) and tokenizer.decode(ids) == text
+    tokenizer.save(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/tokenizer_config.json").read_text())["model_max_length"] == 77
+
+
+def test_a_token_that_no_merge_makes_is_found_where_merges_are_ignored(pair, tmp_path):
+    content = json.loads(pair[2].path.read_text())
+    content["model"]["vocab"]["Ġxyzzy"] = new = max(pair[2].pieces) + 5
+    if pair[0] != "smollm2":
+        content["model"]["unk_token"] = "<unk>"                       # of no use where all bytes have tokens
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    ours = ByteLevelBPE(tmp_path / "tokenizer.json")
+    oracle = tokenizers.Tokenizer.from_file(str(ours.path))
+    check(pair[0], oracle, ours, ["a xyzzy, xyzzy"])
+    assert (new in ours.encode("a xyzzy")) == (pair[0] == "llama3") and ours.vocab_size == new + 1
 
 
 def test_truncated_and_absent_files(pair, tmp_path):
