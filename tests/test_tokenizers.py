@@ -6,9 +6,9 @@ import pickle
 import random
 from importlib import resources
 
-import numpy as np
 import pytest
 import sentencepiece
+import torch
 
 from minixllm.errors import UserError
 from minixllm.tokenizers import SentencePieceTokenizer, load_tokenizer, train_sentencepiece
@@ -38,7 +38,7 @@ def test_ids_are_those_of_sentencepiece(small, mistral):
             ids = tokenizer.encode(text)
             assert ids == oracle.encode(text)
             assert tokenizer.encode(text, add_special_tokens=True) == [1, *ids]
-            assert tokenizer.decode(np.array([1, *ids, 2])) == text
+            assert tokenizer.decode(torch.tensor([1, *ids, 2])) == text
             assert tokenizer.decode([1, *ids, 2]) == tokenizer.decode([-100, *ids, -1]) == tokenizer.decode(ids) == text
 
 
