@@ -57,7 +57,7 @@ PAIRS = {
             "យើងទៅផ្សារទិញត្រីនៅថ្ងៃនេះ។"),
 }
 EDGES = ["", " ", "a", ".", "..", "👍🏽 👨‍👩‍👧", "x<skipped>y &amp; &quot;z&quot; &lt; &amp;quot;",
-         "1,000.5 co-operate 3-4 e.g. km/h x,5", "no-\nbreak\nline-\n",
+         "1,000.5 co-operate 3-4 e.g. km/h x,5", "no-\nbreak\nof the line a-\n",
          "“Quoted” — text…",
          "日", "ｱｲｳ　全角", "नि", "السلام", "a\u00a0b\tc  d ", "(hi)", "''", "5.", ".5", "\u2028", "ʼn aʼb",
          "€20 a+b x=y", "2nd covid19 a1b2 ²5 ½a"]
