@@ -65,7 +65,6 @@ class Pairs:
 
 def run_ours(mode: str, count: int, dtype: str, size: dict) -> float:
     """Seconds a step, through the functions train_dpo.py is made of."""
-    count += BATCH * machine.WARMUP
     from minixllm import dpo, parallel
     from minixllm.adapters import open_model
     from minixllm.datasets import Stream, in_order
@@ -105,7 +104,6 @@ def run_ours(mode: str, count: int, dtype: str, size: dict) -> float:
 
 def run_trl(mode: str, count: int, dtype: str, size: dict) -> float:
     """Seconds a step of DPOTrainer, without activation checkpointing (its default, which is slower)."""
-    count += BATCH * machine.WARMUP
     import transformers
     from datasets import Dataset
     from peft import LoraConfig
@@ -158,8 +156,8 @@ def main():
     parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        seconds = {"ours": run_ours, "trl": run_trl}[args.side](args.modes[0], args.pairs, args.dtype,
-                                                                machine.LLAMA[args.size])
+        count, side = args.pairs + BATCH * machine.WARMUP, {"ours": run_ours, "trl": run_trl}[args.side]
+        seconds = side(args.modes[0], count, args.dtype, machine.LLAMA[args.size])
         print(json.dumps({"pairs/s": BATCH / seconds, "peak GB": machine.peak_memory()}))
         return
     environment = {**os.environ, "TQDM_DISABLE": "1"}

@@ -217,7 +217,7 @@ def main():
         model = model_class(config_class.from_dict(size))
     head = model.head.weight.numel()
     body = sum(parameter.numel() for parameter in model.blocks.parameters() if parameter.ndim == 2)
-    flops = (4 if args.lora else 6) * (body + head)  # a token's share of the products, every token supervised
+    flops = 4 if args.lora else 6  # of a token, for each weight
     state = (dtype.itemsize if args.lora else 16) * sum(parameter.numel() for parameter in model.parameters()) / 1e9
     print(f"{args.model} {args.size}{', LoRA' * args.lora}, vocabulary {size['vocab_size']:,}, {args.rows} x "
           f"{args.length} tokens, {machine.description()}, {args.dtype}, {'raised' if args.malloc else 'shipped'} "
@@ -227,7 +227,7 @@ def main():
             print(f"{side:15} failed, see above")
             continue
         rates = sorted(run["tokens"] / run["seconds"] for run in runs)
-        used = (flops - flops / (body + head) * head / 2 if side == "ours-masked" else flops) * rates[-1] / peak
+        used = flops * (body + (head / 2 if side == "ours-masked" else head)) * rates[-1] / peak
         memory = max(run["peak_gb"] for run in runs)
         print(f"{side:15} {rates[0]:6,.0f} to {rates[-1]:,.0f} tokens/s, {used:4.0%} of peak, {memory:.2f} GB, "
               f"{memory - state:.2f} GB beyond the state")
