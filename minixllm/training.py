@@ -87,10 +87,7 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
     """
     output = Path(settings.output)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ], lr=settings.learning_rate, betas=(0.9, settings.beta2), fused=True)
+    optimizer = adamw(trained, settings)
     steps = settings.steps or max(1, round(settings.epochs * stream.steps_per_epoch))
     tokens_per_step = stream.data.lengths[stream.records].sum() / stream.steps_per_epoch
     announce(model, world, settings, steps, tokens_per_step)
@@ -128,7 +125,7 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
                         save(step - 1)
                     tell_stopped(step - 1)
                     return False
-                stop = row.pop("stopped") > 0
+                stop = world.any(stopped)
                 row = {"step": step, **row, "learning_rate": rate} | meter.lap(row.pop("flops"), row["tokens"])
                 log(metrics, row)
                 average = row["loss"] if average is None else 0.95 * average + 0.05 * row["loss"]
@@ -156,6 +153,14 @@ def train(model, world: World, settings: TrainingSettings, stream, loss_fn, eval
                 tell_stopped(step)
                 return False
     return True
+
+
+def adamw(parameters, settings):
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2) that decays matrices, no biases or norms."""
+    return torch.optim.AdamW([
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ], lr=settings.learning_rate, betas=(0.9, settings.beta2), fused=True)
 
 
 def train_step(model, world, settings, stream, loss_fn, optimizer, meter, step, stopped) -> dict | None:
@@ -186,8 +191,8 @@ def train_step(model, world, settings, stream, loss_fn, optimizer, meter, step, 
     tokens = sum(len(m.input_ids) for m in batch.micro_batches if m.records)
     totals = torch.stack([torch.stack(losses).double().sum(), squares, *(sums[name].double() for name in sorted(sums))])
     stream.batch(step)  # the next one, made and kept while a GPU is still at this one
-    totals = torch.cat([totals, totals.new_tensor([tokens, meter.flops(batch.micro_batches), bool(stopped)])])
-    loss, squares, *values, tokens, flops, stop = world.sum(totals).tolist()
+    totals = torch.cat([totals, totals.new_tensor([tokens, meter.flops(batch.micro_batches)])])
+    loss, squares, *values, tokens, flops = world.sum(totals).tolist()
     norm = math.sqrt(squares)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         report_not_finite(world, settings, step, loss / batch.count, norm, stream, batch, losses)
@@ -195,8 +200,7 @@ def train_step(model, world, settings, stream, loss_fn, optimizer, meter, step, 
     optimizer.step()
     optimizer.zero_grad()
     means = {name: value / batch.count for name, value in zip(sorted(sums), values)}
-    return {"loss": loss / batch.count, **means, "gradient_norm": norm, "tokens": int(tokens), "flops": flops,
-            "stopped": stop}
+    return {"loss": loss / batch.count, **means, "gradient_norm": norm, "tokens": int(tokens), "flops": flops}
 
 
 def report_not_finite(world, settings, step, loss, norm, stream, batch, losses):
