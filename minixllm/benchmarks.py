@@ -281,7 +281,7 @@ def translation_directions(codes: list[str], asked, seed: int, note=print) -> li
             pairs = [(a, b, text) for a in LANGUAGES for b in LANGUAGES
                      if a != b and [LANGUAGES[a].tier, LANGUAGES[b].tier] == parts]
             random.Random(f"{seed} {text}").shuffle(pairs)  # of the 100: files of others change no draw
-            directions += sorted([pair for pair in pairs if {*pair[:2]} <= {*others}][:15])
+            directions += sorted([pair for pair in pairs if pair[0] in others and pair[1] in others][:15])
         elif len(parts) == 2:
             source, target = (languages.find(part).code for part in parts)
             if source in codes and target in codes and source != target:

@@ -137,7 +137,8 @@ def spoken(paths) -> Iterator[tuple[str, Instruction]]:
     for path in record_files(paths):
         for record in read_instructions(path):
             if record.language is None:
-                raise UserError(f"{path}, {place(record.line)}: no field 'language', expected a FLORES code: spa")
+                raise UserError(f"{path}, {place(record.line)}: no field 'language', expected a FLORES code such as "
+                                "spa")
             try:
                 code = languages.find(record.language).code
             except UserError as error:
@@ -160,13 +161,13 @@ def instructions(paths, drawn) -> Iterator[tuple[Instruction, str, str]]:
 
 def firsts(paths, drawn) -> Iterator[tuple[Instruction, str, str]]:
     """The first drawn records of the first languages, TRIED of them."""
-    languages, each = TRIED
+    spread, each = TRIED
     found = Counter()
     for item in instructions(paths, drawn):
-        if found[item[1]] < each and (item[1] in found or len(found) < languages):
+        if found[item[1]] < each and (item[1] in found or len(found) < spread):
             found[item[1]] += 1
             yield item
-        if found.total() == languages * each:
+        if found.total() == spread * each:
             return
 
 
