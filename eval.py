@@ -14,10 +14,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from minixllm import adapters, benchmarks, checkpoint, evaluation, languages, parallel, report, scorers
+from minixllm import distributed, languages
 from minixllm.errors import UserError
+from minixllm.evaluation import benchmarks, predict, report, scorers
 from minixllm.generation import BATCH_TOKENS
 from minixllm.settings import parse, run, setting
+from minixllm.weights import adapters, hf_directory
 
 DEFAULTS = {"max_new_tokens": 48}                    # of the embedded default: its answers are short
 
@@ -58,7 +60,7 @@ def main(argv=None) -> None:
     if settings.max_length and settings.max_length <= settings.max_new_tokens:
         raise UserError(f"--max-length is {settings.max_length}, expected more than --max-new-tokens, "
                         f"{settings.max_new_tokens}: a prompt needs room too")
-    world = parallel.setup()
+    world = distributed.setup()
     start = time.perf_counter()
     models = name_models(settings.model or default_models(), settings.names)
     notes = []
@@ -82,13 +84,13 @@ def main(argv=None) -> None:
     elif identifier and (unknown := {item.target for item in items if not item.choices} - identifier[1]):
         notes.append(f"{identifier[2]} cannot tell {', '.join(sorted(unknown))}: no off-target rates there")
     for name, directory in models.items():
-        dtype = parallel.compute_dtype(settings.dtype, world.device)
+        dtype = distributed.compute_dtype(settings.dtype, world.device)
         model, tokenizer = adapters.load(directory, dtype, world.device)
-        longest, room = evaluation.limits(model.config, settings.max_new_tokens, settings.max_length)
+        longest, room = predict.limits(model.config, settings.max_new_tokens, settings.max_length)
         if longest < settings.max_new_tokens:
             notes.append(f"{name}: answers of {longest} tokens at most, half of the {room} it is asked with")
-        with parallel.explain_lost_peers(f"evaluating {name}", "The same command goes on from there"):
-            predictions[name] = evaluation.predict(model, tokenizer, items, world, Path(settings.output) / name,
+        with distributed.explain_lost_peers(f"evaluating {name}", "The same command goes on from there"):
+            predictions[name] = predict.predict(model, tokenizer, items, world, Path(settings.output) / name,
                                                    settings.batch_tokens, settings.max_new_tokens, settings.max_length)
         del model
         if world.first:
@@ -98,19 +100,19 @@ def main(argv=None) -> None:
     if world.first:
         print(report.write(settings.output, tables, predictions, dataclasses.asdict(settings), notes))
         for name in models:
-            evaluation.forget(Path(settings.output) / name)
+            predict.forget(Path(settings.output) / name)
         print(f"every language: {settings.output}/report.md; results.json and predictions.jsonl are beside it; "
               f"{time.perf_counter() - start:.0f} s")
-    parallel.close()
+    distributed.close()
 
 
 def read_items(settings, world, notes: list[str]) -> list[benchmarks.Item]:
     """The items of the benchmarks, or of stand-ins where none are given; what there is to say of them joins `notes`."""
     folders = settings.benchmarks
     if not folders:
-        from minixllm.build import demo_benchmarks
+        from minixllm.demo import benchmarks as stand_ins
         with world.one_by_one():
-            folders, templates = demo_benchmarks.build(Path(settings.output) / "stand-in")
+            folders, templates = stand_ins.build(Path(settings.output) / "stand-in")
         settings.templates = settings.templates or str(templates)
         notes.append("these are stand-ins made from held-out CLDR items, not the published benchmarks; a language "
                      "identifier cannot tell the language of texts so short: no off-target rates")
@@ -148,7 +150,7 @@ def name_models(directories: list[str], names: list[str]) -> dict[str, str]:
     if names and len(names) != len(directories):
         raise UserError(f"--names gives {len(names)} names for {len(directories)} models")
     for directory in directories:
-        checkpoint.read_config(adapters.base_directory(directory))  # before anything is computed
+        hf_directory.read_config(adapters.base_directory(directory))  # before anything is computed
     paths = [Path(directory).resolve() for directory in directories]
     names = names or [path.parent.name if path.name == "model" else path.name for path in paths]
     if len(set(names)) < len(names) or any(not name.strip() or "/" in name or name.startswith(".") or

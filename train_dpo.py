@@ -15,15 +15,17 @@ from pathlib import Path
 
 import numpy as np
 
-from minixllm import dpo, parallel
-from minixllm.adapters import LoraSettings, open_model, save_trained
-from minixllm.build import demo_feedback
-from minixllm.checkpoint import read_directory
-from minixllm.datasets import PreferenceData, Stream, hold_out
+from minixllm import distributed
+from minixllm.data.datasets import PreferenceData
+from minixllm.data.records import record_files
+from minixllm.data.stream import Stream, hold_out
+from minixllm.demo import feedback
 from minixllm.errors import UserError
-from minixllm.records import record_files
 from minixllm.settings import STOPPED, parse, run, setting
-from minixllm.training import OUTPUT, TrainingSettings, claimed, held_out_means, train
+from minixllm.training import dpo
+from minixllm.training.loop import OUTPUT, TrainingSettings, claimed, held_out_means, train
+from minixllm.weights.adapters import LoraSettings, open_model, save_trained
+from minixllm.weights.hf_directory import read_directory
 
 
 @dataclass
@@ -66,16 +68,16 @@ class Settings(LoraSettings, TrainingSettings):
 
 
 def main(argv=None):
-    settings = parse(Settings, argv, demo_feedback.SETTINGS, description=__doc__)
+    settings = parse(Settings, argv, feedback.SETTINGS, description=__doc__)
     if settings.loss == "ipo" and settings.label_smoothing:
         raise UserError(f"label_smoothing: found {settings.label_smoothing} with --loss ipo, expected 0")
-    world = parallel.setup()
+    world = distributed.setup()
     embedded = not settings.model
     if embedded:
-        settings.model = demo_feedback.sft_model()
+        settings.model = feedback.sft_model()
     with claimed(settings, world):
         status = align(settings, world, embedded)
-    parallel.close()
+    distributed.close()
     return status
 
 
@@ -86,7 +88,7 @@ def align(settings, world, embedded: bool):
         with world.one_by_one():
             if world.first:
                 print("building the embedded pairs", flush=True)
-            demo_feedback.build(folder, settings.feedback)
+            feedback.build(folder, settings.feedback)
         settings.data, settings.held_out = [str(folder / "train.jsonl")], [str(folder / "valid.jsonl")]
     config, model_class, tokenizer = read_directory(settings.model)
     model = open_model(config, model_class, world, settings, settings.model).eval()
@@ -111,7 +113,7 @@ def align(settings, world, embedded: bool):
     tokens = settings.micro_batch_size * settings.max_length
     if settings.reference == "cached":
         make = functools.partial(dpo.cached, model, world, directory=settings.model, folder=settings.cache,
-                                 dtype=str(parallel.compute_dtype(settings.dtype, world.device)), tokens=tokens)
+                                 dtype=str(distributed.compute_dtype(settings.dtype, world.device)), tokens=tokens)
         reference = make(data=data)
         held_out_reference = reference if held_out_data is data else make(data=held_out_data)
     elif settings.lora_r:
@@ -129,12 +131,12 @@ def align(settings, world, embedded: bool):
         return held_out_means(world, held_out_data, held_out, tokens, measure)
 
     # The loop, and what comes out of it.
-    before = demo_feedback.measure(model, tokenizer, folder, world) if embedded else None
+    before = feedback.measure(model, tokenizer, folder, world) if embedded else None
     if not train(model, world, settings, stream, loss, evaluate):
         return STOPPED
     save_trained(model, settings, tokenizer)
     if embedded:
-        demo_feedback.report(before, demo_feedback.measure(model, tokenizer, folder, world), settings.output, world)
+        feedback.report(before, feedback.measure(model, tokenizer, folder, world), settings.output, world)
 
 
 if __name__ == "__main__":

@@ -13,19 +13,20 @@ from pathlib import Path
 
 import numpy as np
 
-from minixllm import parallel
-from minixllm.adapters import LoraSettings, open_model, save_trained
-from minixllm.build import demo
-from minixllm.checkpoint import ARCHITECTURES, read_directory
-from minixllm.datasets import SFTData, Stream, encode_prompt, hold_out
-from minixllm.exact_match import describe, exact_match
+from minixllm import distributed
+from minixllm.data.datasets import SFTData
+from minixllm.data.prompts import alpaca
+from minixllm.data.records import read_instructions, record_files
+from minixllm.data.stream import Stream, hold_out
+from minixllm.demo import cldr
+from minixllm.demo.exact_match import describe, exact_match
 from minixllm.files import write_json
 from minixllm.generation import answer
-from minixllm.prompts import alpaca
-from minixllm.records import read_instructions, record_files
 from minixllm.settings import STOPPED, parse, run, setting
 from minixllm.tokenizers import load_tokenizer
-from minixllm.training import OUTPUT, TrainingSettings, claimed, held_out_loss, sft_loss, train
+from minixllm.training.loop import OUTPUT, TrainingSettings, claimed, held_out_loss, sft_loss, train
+from minixllm.weights.adapters import LoraSettings, open_model, save_trained
+from minixllm.weights.hf_directory import ARCHITECTURES, read_directory
 
 
 @dataclass
@@ -58,11 +59,11 @@ class Settings(LoraSettings, TrainingSettings):
 
 
 def main(argv=None):
-    settings = parse(Settings, argv, demo.SETTINGS, description=__doc__)
-    world = parallel.setup()
+    settings = parse(Settings, argv, cldr.SETTINGS, description=__doc__)
+    world = distributed.setup()
     with claimed(settings, world):
         status = fine_tune(settings, world)
-    parallel.close()
+    distributed.close()
     return status
 
 
@@ -72,13 +73,13 @@ def fine_tune(settings, world):
         config, model_class, tokenizer = read_directory(settings.model)
         train_files, held_out_files = record_files(settings.data), record_files(settings.held_out)
     else:
-        folder = demo.folder(settings.cache)
+        folder = cldr.folder(settings.cache)
         with world.one_by_one():
             if not (folder / "tokenizer.model").exists():  # it is written last
                 print("building the embedded data and its tokenizer, once: this takes a while", flush=True)
-                demo.build(folder)
+                cldr.build(folder)
         tokenizer = load_tokenizer(folder)
-        config, model_class = demo.config(settings.arch, tokenizer), ARCHITECTURES[settings.arch][1]
+        config, model_class = cldr.config(settings.arch, tokenizer), ARCHITECTURES[settings.arch][1]
         train_files, held_out_files = [folder / "train.jsonl"], [folder / "valid.jsonl"]
     model = open_model(config, model_class, world, settings, settings.model)
 
@@ -112,7 +113,7 @@ def fine_tune(settings, world):
         expected = [tokenizer.decode(right.tolist()) for _, right in some]
     else:
         test = list(read_instructions(folder / "test.jsonl"))
-        prompts = [encode_prompt(tokenizer, alpaca(record.instruction, record.input)) for record in test]
+        prompts = [tokenizer.encode_prompt(alpaca(record.instruction, record.input)) for record in test]
         expected = [record.output for record in test]
     answers = answer(model, tokenizer, prompts, settings.max_new_tokens, world)
     if world.first:

@@ -30,7 +30,7 @@ def build(folder: Path, records: int, url: str, languages: list[str], core: int)
             }
             file.write(("," if i else "[") + json.dumps(record) + "\n")
         file.write("]")
-    command = [sys.executable, "-m", "minixllm.build", "instructions", "--data", str(folder / f"{records}.json"),
+    command = [sys.executable, "-m", "minixllm.building", "instructions", "--data", str(folder / f"{records}.json"),
                "--output", str(folder / f"out-{records}"), "--languages", *languages, "--translator", f"google@{url}",
                "--generator", f"chat:instant@{url}", "--quality-sample", "20"]
     start = time.perf_counter()

@@ -19,8 +19,9 @@ import numpy as np
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not bench/, where a file hides the library `tokenizers`
 
-from minixllm.datasets import SFTData, Stream, pack
-from minixllm.tokenizers import SentencePieceTokenizer, train_sentencepiece
+from minixllm.data.datasets import SFTData
+from minixllm.data.stream import Stream, pack
+from minixllm.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 
 ALPHABETS = ["abcdefghijklmnopqrstuvwxyz", "абвгдежзиклмнопрстуфхцчшыюя", "αβγδεζηθικλμνξοπρστυφχψω",
              "ابتثجحخدذرزسشصضطظعغفقكلمنهوي", "अआइईउएकखगघचछजझटठडढणतथदधनपफबभम"]

@@ -65,14 +65,15 @@ class Pairs:
 
 def run_ours(mode: str, count: int, dtype: str, size: dict) -> float:
     """Seconds a step, through the functions train_dpo.py is made of."""
-    from minixllm import dpo, parallel
-    from minixllm.adapters import open_model
-    from minixllm.datasets import Stream, in_order
-    from minixllm.llama import Llama, LlamaConfig
-    from minixllm.meter import Meter
-    from minixllm.training import train_step
+    from minixllm import distributed
+    from minixllm.data.stream import Stream, in_order
+    from minixllm.models.llama import Llama, LlamaConfig
+    from minixllm.training import dpo
+    from minixllm.training.loop import train_step
+    from minixllm.training.meter import Meter
+    from minixllm.weights.adapters import open_model
 
-    world, data = parallel.setup(machine.DEVICE), Pairs(make_pairs(count))
+    world, data = distributed.setup(machine.DEVICE), Pairs(make_pairs(count))
     settings = SimpleNamespace(dtype=dtype, seed=0, clip=1.0, **LORA | ({} if "lora" in mode else {"lora_r": 0}))
     config = LlamaConfig(**size)
     model = open_model(config, Llama, world, settings).eval()

@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from minixllm.generation import score
-from minixllm.llama import Llama, LlamaConfig
+from minixllm.models.llama import Llama, LlamaConfig
 
 ROUNDS, BATCHES = 3, (1, 8, 32)
 

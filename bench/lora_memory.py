@@ -22,11 +22,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from minixllm import parallel  # noqa: E402
-from minixllm.adapters import open_model  # noqa: E402
-from minixllm.checkpoint import build, initialise, read_config, save_model  # noqa: E402
-from minixllm.datasets import Batch  # noqa: E402
-from minixllm.llama import Llama, LlamaConfig  # noqa: E402
-from minixllm.training import sft_loss  # noqa: E402
+from minixllm.data.datasets import Batch  # noqa: E402
+from minixllm.models.llama import Llama, LlamaConfig  # noqa: E402
+from minixllm.training.loop import sft_loss  # noqa: E402
+from minixllm.weights.adapters import open_model  # noqa: E402
+from minixllm.weights.hf_directory import build, initialise, read_config, save_model  # noqa: E402
 
 CONFIG = LlamaConfig(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
                      num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True, rope_theta=500000.0)

@@ -10,7 +10,7 @@ import time
 import sacrebleu
 from multilingual_rouge.rouge_scorer import RougeScorer
 
-from minixllm import scorers
+from minixllm.evaluation import scorers
 
 
 def texts(count: int, words: int, seed: int) -> tuple[list[str], list[str]]:

@@ -47,9 +47,10 @@ def trained(model):
 
 
 def ours(args, size: dict, dtype: torch.dtype):
-    from minixllm import lora, parallel
-    from minixllm.datasets import Batch, pack
-    from minixllm.training import sft_loss
+    from minixllm import distributed
+    from minixllm.data.stream import Batch, pack
+    from minixllm.models import lora
+    from minixllm.training.loop import sft_loss
 
     def steps(rng):
         """Endless steps: the lengths of the whole documents in `rows` rows of `length` tokens, packed as in training,
@@ -64,7 +65,7 @@ def ours(args, size: dict, dtype: torch.dtype):
     if args.lora:
         lora.add_lora(model, lora.LoraConfig(RANK, 32.0, 0.0, tuple(TARGETS[args.model])))
         lora.initialise(model, 0)
-    parallel.shard(model, parallel.setup(machine.DEVICE), dtype)
+    distributed.shard(model, distributed.setup(machine.DEVICE), dtype)
     model.gradient_checkpointing = args.checkpointing
     optimizer = torch.optim.AdamW(trained(model), lr=1e-4, fused=True)
     for lengths in steps(np.random.default_rng(0)):
@@ -212,7 +213,7 @@ def main():
             results[side].append(json.loads(done.stdout.splitlines()[-1]))
     peak = machine.peak_flops(dtype)
     with torch.device("meta"):
-        from minixllm.checkpoint import ARCHITECTURES
+        from minixllm.weights.hf_directory import ARCHITECTURES
         config_class, model_class = ARCHITECTURES[args.model]
         model = model_class(config_class.from_dict(size))
     head = model.head.weight.numel()

@@ -10,10 +10,11 @@ import sys
 
 import torch
 
-from minixllm import adapters, generation, parallel, prompts
-from minixllm.datasets import encode_prompt
+from minixllm import distributed, generation
+from minixllm.data import prompts
 from minixllm.errors import UserError
 from minixllm.settings import Parser, run
+from minixllm.weights import adapters
 
 
 def main(argv=None):
@@ -43,14 +44,14 @@ def main(argv=None):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA GPU here, expected one, or --device cpu")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = adapters.load(args.model, parallel.compute_dtype("auto", device), device)
+    model, tokenizer = adapters.load(args.model, distributed.compute_dtype("auto", device), device)
     if not args.prompts:
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # what is no UTF-8 is named as such below
     for prompt in args.prompts or map(str.rstrip, sys.stdin):
         text = prompt if args.raw else prompts.alpaca(prompt, args.input)
-        for piece in generation.stream(model, tokenizer, encode_prompt(tokenizer, text),
-                                       args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
-                                       top_p=args.top_p, seed=args.seed):
+        for piece in generation.stream(model, tokenizer, tokenizer.encode_prompt(text), args.max_new_tokens,
+                                       temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                                       seed=args.seed):
             print(piece, end="", flush=True)
         print(flush=True)
 

@@ -18,11 +18,11 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from minixllm.attention import Packed
+from minixllm.distributed import gathered
 from minixllm.errors import UserError
-from minixllm.fused import fused
-from minixllm.kv_cache import KVCache
-from minixllm.parallel import gathered
+from minixllm.models.attention import Packed
+from minixllm.models.fused_cpu import fused
+from minixllm.models.kv_cache import KVCache
 
 BATCH_TOKENS = 32768   # of the cache; 16 GB for a model of 7B in bf16 on a GPU, 1 GB for one of 60 M on a CPU
 PREFILL_TOKENS = 4096  # prompts join a forward up to this many tokens, which bounds its memory

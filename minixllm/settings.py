@@ -79,7 +79,7 @@ def run(main) -> None:
     script, status = Path(sys.argv[0]).name, 0
     guard = contextlib.nullcontext()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        from minixllm.parallel import explain_lost_peers  # which imports torch: the building of data does without
+        from minixllm.distributed import explain_lost_peers  # which imports torch: the building of data does without
 
         guard = explain_lost_peers("this run")
         script += f" (rank {os.environ.get('RANK', 0)})"

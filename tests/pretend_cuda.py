@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from minixllm import attention, parallel
+from minixllm import distributed
+from minixllm.models import attention
 
 CUDA, aten = torch.device("cuda", 0), torch.ops.aten
 
@@ -159,14 +160,14 @@ def flex_attention(query, key, value, block_mask, score_mod, enable_gqa, kernel_
     return (scores.softmax(-1) @ repeated[1].float()).to(query.dtype)
 
 
-gloo = parallel.dist.init_process_group  # there is no NCCL without GPUs
+gloo = distributed.dist.init_process_group  # there is no NCCL without GPUs
 
 
 @contextlib.contextmanager
 def pretend_cuda():
     with (_Moves() as moves, mock.patch.object(attention, "_compiled_flex", lambda: flex_attention),
-          mock.patch.object(parallel, "init_device_mesh", lambda kind, shape: init_device_mesh("cpu", shape)),
-          mock.patch.object(parallel.dist, "init_process_group", lambda backend, **rest: gloo("gloo", **rest)),
+          mock.patch.object(distributed, "init_device_mesh", lambda kind, shape: init_device_mesh("cpu", shape)),
+          mock.patch.object(distributed.dist, "init_process_group", lambda backend, **rest: gloo("gloo", **rest)),
           # writing a checkpoint would wait for a GPU's streams
           mock.patch.object(filesystem, "_OverlappingCpuLoader", lambda f, **_: filesystem._SerialCpuLoader(f)),
           mock.patch("torch.cuda.is_available", lambda: True), mock.patch("torch.cuda.device_count", lambda: 1),

@@ -14,17 +14,19 @@ from unittest import mock
 import pytest
 import torch
 
+from minixllm import distributed, generate, plots
+from minixllm.data.datasets import SFTData
+from minixllm.data.stream import collate
+from minixllm.models.bloom import Bloom, BloomConfig
+from minixllm.models.llama import Llama, LlamaConfig
+from minixllm.tokenizers.sentencepiece import train_sentencepiece
+from minixllm.training.loop import sft_loss
+from minixllm.weights.hf_directory import initialise, load, save_model
+
 import eval as evaluation_script
 import train_dpo
 import train_sft
 from conftest import REAL_GPU
-from minixllm import generate, parallel, plots
-from minixllm.bloom import Bloom, BloomConfig
-from minixllm.checkpoint import initialise, load, save_model
-from minixllm.datasets import SFTData, collate
-from minixllm.llama import Llama, LlamaConfig
-from minixllm.tokenizers import train_sentencepiece
-from minixllm.training import sft_loss
 from pretend_cuda import pretend_cuda
 
 WORDS = "red green blue one two three four five cat dog bird fish runs sleeps sings".split()
@@ -127,7 +129,7 @@ def test_a_micro_batch_waits_for_the_gpu_at_its_head_alone(files, arch):
 @pytest.mark.parametrize("how", [[], ["--temperature", "1"], ["--temperature", "0.7", "--top-k", "5"],
                                  ["--temperature", "1", "--top-p", "0.95"]])
 def test_the_command_that_generates(files, arch, how, capsys, monkeypatch):
-    monkeypatch.setattr(parallel, "native_bf16", lambda device: False)
+    monkeypatch.setattr(distributed, "native_bf16", lambda device: False)
     given = ["--model", str(files / arch), "red cat", "--max-new-tokens", "20", *how]
     with cpu():
         generate.main(given)

@@ -9,14 +9,15 @@ import torch
 import transformers
 from torch import nn
 
-from minixllm import checkpoint, generation, parallel
+from minixllm import distributed, generation
 from minixllm import generate as command
-from minixllm.bloom import Bloom, BloomConfig
+from minixllm.data.prompts import alpaca
 from minixllm.errors import UserError
 from minixllm.generation import Sampling, generate, score, stream
-from minixllm.llama import Llama, LlamaConfig
-from minixllm.prompts import alpaca
-from minixllm.tokenizers import train_sentencepiece
+from minixllm.models.bloom import Bloom, BloomConfig
+from minixllm.models.llama import Llama, LlamaConfig
+from minixllm.tokenizers.sentencepiece import train_sentencepiece
+from minixllm.weights import hf_directory
 
 V = 101
 
@@ -275,9 +276,9 @@ def test_training_goes_on_as_before():
 
 @pytest.mark.parametrize("gathered", [False, True])
 def test_one_process_that_computes_in_bf16_generates_as_a_bf16_model(gathered):
-    plain, model = pair("llama")[0].bfloat16(), parallel.shard(pair("llama")[0], parallel.setup("cpu"), torch.bfloat16)
+    plain, model = pair("llama")[0].bfloat16(), distributed.shard(pair("llama")[0], distributed.setup("cpu"), torch.bfloat16)
     prompts = random_prompts(6, 2, 8, 1, 5)
-    with parallel.gathered(model) if gathered else contextlib.nullcontext():
+    with distributed.gathered(model) if gathered else contextlib.nullcontext():
         assert generate(model, NoEos, prompts, 9) == generate(plain, NoEos, prompts, 9)
 
 
@@ -286,12 +287,12 @@ SHARDED = textwrap.dedent("""
     from datetime import timedelta
     import torch, torch.distributed as dist
     dist.init_process_group("gloo", timeout=timedelta(seconds=20))  # a hang is an error, soon
-    from minixllm import parallel
+    from minixllm import distributed
     from minixllm.generation import generate, score
     from minixllm.settings import run
     from tests.test_generation import NoEos, pair, random_prompts
 
-    world = parallel.setup("cpu")
+    world = distributed.setup("cpu")
     plain, _ = pair("llama")
     prompts = random_prompts(30, 2, 8, 1, 5)
     alone = generate(plain, NoEos, prompts, 12, batch_tokens=2 * 42, temperature=1.0)
@@ -299,14 +300,14 @@ SHARDED = textwrap.dedent("""
     alone = generate(plain, Eos, prompts, 12, batch_tokens=2 * 42, temperature=1.0)
     items = [([1, 2, 3], [[4], [5, 6]])] * 2
     scores = score(plain, items)
-    sharded = parallel.shard(pair("llama")[0], world, torch.float32).train()
+    sharded = distributed.shard(pair("llama")[0], world, torch.float32).train()
     before = generate(sharded, Eos, prompts, 12, batch_tokens=2 * 42, temperature=1.0)
     one = generate(sharded, Eos, prompts[:1], 12, temperature=1.0)  # the second rank has nothing to do
     ids = torch.tensor([[1, 2, 3, 4]])
     sharded(ids, labels=ids).sum().backward()  # weights gathered for generation serve training
     after = generate(sharded, Eos, prompts, 12, batch_tokens=2 * 42, temperature=1.0)
     assert alone == before == after and one == alone[:1], (alone, before, after, one)
-    with parallel.gathered(sharded):  # each rank by itself
+    with distributed.gathered(sharded):  # each rank by itself
         assert alone == generate(sharded, Eos, prompts, 12, batch_tokens=2 * 42, temperature=1.0)
     assert len(set(map(len, alone))) > 1
     torch.testing.assert_close(score(sharded, items), scores, rtol=1e-5, atol=1e-5)
@@ -332,13 +333,13 @@ def directory(tmp_path_factory):
     model = Llama(LlamaConfig(tokenizer.vocab_size, 16, 16, 1, 2, eos_token_id=tokenizer.eos_id))
     with torch.no_grad():
         model.lm_head.weight.normal_(std=3.0)
-    checkpoint.save_model(model, folder / "saved", tokenizer)
+    hf_directory.save_model(model, folder / "saved", tokenizer)
     return folder / "saved"
 
 
 def test_command_prints_as_it_goes(directory, capsys):
     command.main(["--model", str(directory), "--max-new-tokens", "9", "The capital", "né"])
-    model, tokenizer = checkpoint.load(directory)
+    model, tokenizer = hf_directory.load(directory)
     prompts = [tokenizer.encode(alpaca(text), add_special_tokens=True) for text in ("The capital", "né")]
     answers = [tokenizer.decode(ids) for ids in generate(model, tokenizer, prompts, 9)]
     assert capsys.readouterr().out == "".join(f"{answer}\n" for answer in answers)

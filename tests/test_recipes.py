@@ -4,11 +4,11 @@ import re
 
 import pytest
 
+from minixllm.settings import parse
+
 import train_dpo
 import train_sft
 from conftest import ROOT
-from minixllm.settings import parse
-
 
 # as the authors' scripts have them, but for DPO's dropout, which is off in policy and reference
 PAPER = {"lora_r": 8, "lora_alpha": 16, "batch_size": 256, "warmup_steps": 100, "final_learning_rate": 0,

@@ -1,0 +1,274 @@
+"""Instructions in 100 languages out of an English Alpaca file (paper, section on multilingual instruction data).
+
+Instruction and input are translated. The answer is translated too where the language's translations are poor, and
+written by a chat model in the language where they are good: which, is told by translating a sample of instructions into
+the language and back and scoring it against the original. What is visibly broken is left out.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import random
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from minixllm import languages
+from minixllm.building import services
+from minixllm.building.filters import copied, fault, identifier, spaced
+from minixllm.building.runner import Estimate, LeftOut, Runner, RunnerSettings, Stopped
+from minixllm.building.services import Prompt, Translate
+from minixllm.data.records import Instruction, place, read_instructions
+from minixllm.errors import UserError, check_text
+from minixllm.evaluation import scorers
+from minixllm.files import atomic_write, write_json
+from minixllm.languages import LANGUAGES
+from minixllm.settings import setting
+
+DRY_RUN_SAMPLE = 500
+
+
+@dataclass
+class InstructionSettings(RunnerSettings):
+    data: list[str] = setting([], "English files (JSON or JSONL) of instruction, input and output, optionally with an "
+                                  "id")
+    languages: list[str] = setting([], "languages to build, by code, tag or name; none: all 100")
+    translator: list[str] = setting(["google", "nllb:nllb"], "translation services: a language is translated by the "
+                                                             "first that knows it; Google, then NLLB (here in a "
+                                                             "directory called nllb), is the paper's choice")
+    generator: str = setting("chat:gpt-4o-mini@https://api.openai.com/v1", "the service that writes answers in the "
+                                                                           "language itself")
+    quality_sample: int = setting(100, "instructions translated into a language and back, to judge its translations",
+                                  least=1)
+    min_bleu: float = setting(30.0, "the BLEU that these must reach for a language's answers to be generated; below it "
+                                    "they are translated", least=0)
+    max_new_tokens: int = setting(1024, "tokens of the longest generated answer; what is longer is left out", least=1)
+    temperature: float = setting(0.7, "sampling temperature of the generated answers", least=0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the records of one language are made."""
+
+    code: str
+    translator: object
+    generator: object | None  # None: answers are translated
+    prompt: dict              # of generated answers: max_new_tokens, temperature, seed
+
+
+def build(settings: InstructionSettings) -> bool:
+    """Write {code}.jsonl for each language that has records left, and build/failures.jsonl, report.json and report.md,
+    into settings.output.
+
+    Whether everything was asked and answered; where not, running it again goes on.
+    """
+    codes = chosen_languages(settings.languages)
+    if not (settings.data and settings.output):
+        raise UserError("expected --data FILE, an English file in Alpaca's format, and --output DIRECTORY")
+    total = check_source(settings.data)
+    sample = set(random.Random(settings.seed).sample(range(total), min(settings.quality_sample, total)))
+    generator = services.service(settings.generator, settings.timeout)
+    if not generator.does(Prompt("")):
+        raise UserError(f"--generator {settings.generator} only translates: expected chat:MODEL@URL or local:DIR")
+    translators = []
+    for word in settings.translator:  # opened as long as a language needs one
+        if not all(first_able(translators, code) for code in codes):
+            translators.append(services.service(word, settings.timeout))
+    prompt = dict(max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, seed=settings.seed)
+    plans = [Plan(code, first_able(translators, code), generator, prompt) for code in codes]
+    if unknown := [plan.code for plan in plans if plan.translator is None]:
+        named = " ".join(settings.translator)
+        raise UserError(f"{named}: no translator for {', '.join(unknown)}: expected --translator {named} nllb:DIR, or "
+                        "--languages without these")
+    if settings.dry_run:
+        print(estimate(settings, total, plans, len(sample)))
+        return True
+
+    wrong_language, finished = identifier(), 0
+    with Runner(settings, settings.data) as runner:
+        report = earlier_report(runner.folder)
+        for service in dict.fromkeys((*(plan.translator for plan in plans), *[generator] * (settings.min_bleu <= 100))):
+            runner.reach(service, settings.max_new_tokens * (service is generator))
+        for number, plan in enumerate(plans, start=1):
+            label = f"{plan.code} {number}/{len(plans)}"
+            report[plan.code] = entry = build_language(runner, settings, plan, sample, total, label, wrong_language)
+            report = {code: report[code] for code in LANGUAGES if code in report}
+            write_report(runner.folder, report, settings.min_bleu)
+            finished += 1
+            print(f"{label}: {entry['records']:,} records, {sum(entry['left_out'].values()):,} left out, "
+                  f"{entry['failed']:,} failed" + ", so no file" * (not entry["records"]), flush=True)
+    return runner.conclude(f"{finished} of {len(plans)} languages are finished")
+
+
+def build_language(runner: Runner, settings, plan: Plan, sample: set[int], total: int, label: str,
+                   wrong_language) -> dict:
+    """Write the language's file; its entry in the report."""
+    scores = quality(runner, settings.data, sample, plan, label)
+    if scores["bleu"] < settings.min_bleu:
+        plan = dataclasses.replace(plan, generator=None)
+    path = Path(settings.output) / f"{plan.code}.jsonl"
+    counts = runner.write(path, lambda ask, item: make(ask, item[1], plan),
+                          lambda item, made: finish(item, made, plan, scores, wrong_language, runner.is_new),
+                          sources(settings.data), total, label,
+                          lambda item: {"language": plan.code, "id": identity(*item)})
+    if not counts["records"]:
+        path.unlink()  # trainings, and the build of feedback, refuse files without records
+    return {**scores, "translator": plan.translator.name,
+            "answers": plan.generator.name if plan.generator else "translated", **counts}
+
+
+def chosen_languages(words: list[str]) -> list[str]:
+    """FLORES codes, without doubles, in the table's order; all of them for none."""
+    chosen = {languages.find(word).code for word in words}
+    if outside := chosen - LANGUAGES.keys():
+        raise UserError(f"--languages: {', '.join(sorted(outside))} is none of the 100")
+    return [code for code in LANGUAGES if code in chosen or not words]
+
+
+# -- the source -----------------------------------------------------------------------------------------------------
+
+
+def sources(paths) -> Iterator[tuple[int, Instruction]]:
+    """(number, record) of the English records, in order; a record's id is its own, or else its number."""
+    number = itertools.count()
+    return ((next(number), record) for path in paths for record in read_instructions(path))
+
+
+def identity(number: int, record: Instruction) -> str:
+    return str(number if record.extra.get("id") in (None, "") else record.extra["id"])
+
+
+def check_source(paths) -> int:
+    """How many records there are. Raises UserError for a broken one, or two with one id."""
+    number = 0
+    with contextlib.closing(sqlite3.connect("")) as database:  # on disk: so many ids would fill the memory
+        database.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, place TEXT) WITHOUT ROWID")
+        for path in paths:
+            for record in read_instructions(path):
+                own, here = identity(number, record), f"{path}, {place(record.line)}"
+                check_text(own, f"{here}: id")
+                if not database.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (own, here)).rowcount:
+                    first, = database.execute("SELECT place FROM ids WHERE id = ?", (own,)).fetchone()
+                    raise UserError(f"{here}: id {own!r} again, first in {first}; expected every record to have its "
+                                    "own, where it has none its number, from 0")
+                number += 1
+    return number
+
+
+# -- making records -------------------------------------------------------------------------------------------------
+
+
+def make(ask, record: Instruction, plan: Plan) -> tuple[str, str, str]:
+    """Instruction, input and output in the plan's language; everything comes through ask(service, request)."""
+    instruction = ask(plan.translator, Translate(record.instruction, "eng", plan.code))
+    input = ask(plan.translator, Translate(record.input, "eng", plan.code))
+    if plan.generator is None:
+        return instruction, input, ask(plan.translator, Translate(record.output, "eng", plan.code))
+    name = LANGUAGES[plan.code].name
+    system = f"You are a helpful assistant. Whatever you are asked, you answer in {name}."
+    return instruction, input, ask(plan.generator, Prompt(instruction, input, system, **plan.prompt))
+
+
+def finish(item, made: tuple[str, str, str], plan: Plan, scores: dict, wrong_language, is_new) -> dict:
+    """The record as it is written. Raises LeftOut."""
+    number, record = item
+    reason = (fault(record, made, plan.generator is not None)
+              or wrong_language(made[2], plan.code) or wrong_language(made[0], plan.code)
+              or (None if is_new("\n".join((plan.code, *map(spaced, made[:2])))) else "duplicate"))
+    if reason:
+        raise LeftOut(reason, *made)
+    return {**dict(zip(("instruction", "input", "output"), made)), "language": plan.code,
+            "id": identity(number, record), "translator": plan.translator.name,
+            "generator": plan.generator.name if plan.generator else None,
+            "bleu": scores["bleu"], "chrf": scores["chrf"]}
+
+
+def first_able(translators: list, code: str):
+    """The first that translates there and back; None if none does."""
+    both = Translate("", "eng", code), Translate("", code, "eng")
+    return next((each for each in translators if all(map(each.does, both))), None)
+
+
+def quality(runner: Runner, paths, sample: set[int], plan: Plan, label: str) -> dict:
+    """BLEU and chrF of the sampled instructions, translated there and back."""
+    sampled = [item for item in sources(paths) if item[0] in sample]
+
+    def back(ask, item):
+        there = ask(plan.translator, Translate(item[1].instruction, "eng", plan.code))
+        # what was not translated would come back as it was, for a perfect score
+        return "" if copied(item[1].instruction, there) else ask(plan.translator, Translate(there, plan.code, "eng"))
+
+    pairs = [(text, item[1].instruction) for item, text in runner.map(
+        back, sampled, len(sampled), f"{label} quality",
+        lambda item: {"language": plan.code, "sampled": identity(*item)})]
+    if 2 * len(pairs) < len(sampled):
+        runner.stop(f"{plan.code}: of {len(sampled)} sampled instructions only {len(pairs)} could be translated")
+        raise Stopped
+    scores = {"bleu": scorers.bleu(*zip(*pairs)), "chrf": scorers.chrf(*zip(*pairs))}
+    return {name: round(score.value, 2) for name, score in scores.items()} | {
+        "signatures": [score.signature for score in scores.values()], "sampled": len(pairs)}
+
+
+# -- reports --------------------------------------------------------------------------------------------------------
+
+
+def earlier_report(folder: Path) -> dict:
+    """The rows of languages built into the same directory before. Raises UserError for what is no such report."""
+    path = folder / "report.json"
+    try:
+        report = json.loads(path.read_bytes())
+        report_table(report, 0)
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
+        raise UserError(f"{path}: found no report of built languages, expected one, or none: remove it, or choose "
+                        "another --output") from None
+    return report
+
+
+def write_report(folder: Path, report: dict, min_bleu: float) -> None:
+    """report.json with all languages of the directory, and report.md."""
+    write_json(folder / "report.json", report)
+    with atomic_write(folder / "report.md") as file:
+        file.write(report_table(report, min_bleu))
+
+
+def report_table(report: dict, min_bleu: float) -> str:
+    """With the paper's table: how many languages have a quality in each interval."""
+    lines = ["| BLEU there and back | languages | which |", "|---|---|---|"]
+    for low in range(90, -10, -10):
+        members = [code for code, entry in report.items() if low <= min(entry["bleu"], 99.9) < low + 10]
+        if members:
+            lines.append(f"| {low} to {low + 10} | {len(members)} | {' '.join(members)} |")
+    lines += ["", f"The last build generated answers from {min_bleu:g} on, and translated them below.", "",
+              "| language | BLEU | chrF | answers | records | left out | failed |", "|---|---|---|---|---|---|---|"]
+    for code, entry in report.items():
+        left_out = ", ".join(f"{reason} {count:,}" for reason, count in entry["left_out"].items()) or "none"
+        lines.append(f"| {LANGUAGES[code].name} ({code}) | {entry['bleu']:.1f} | {entry['chrf']:.1f} | "
+                     f"{entry['answers']} | {entry['records']:,} | {left_out} | {entry['failed']:,} |")
+    return "\n".join(lines) + "\n"
+
+
+def estimate(settings, total: int, plans: list[Plan], sampled: int) -> str:
+    """What the build would ask, if all answers were translated, and if all were generated."""
+    chosen = set(random.Random(settings.seed).sample(range(total), min(DRY_RUN_SAMPLE, total)))
+    records = [record for number, record in sources(settings.data) if number in chosen]
+    answer = sum(len(record.output) for record in records) // len(records)
+    lines = [f"{total:,} records, {len(plans)} languages, counted on {len(records)} records; from all answers "
+             "translated to all generated:"]
+    bounds = []
+    for generated in (False, True):
+        bounds.append(estimate := Estimate(answer))
+        for plan in plans:
+            plan = plan if generated else dataclasses.replace(plan, generator=None)
+            for record in records:
+                estimate.times = total / len(records)
+                make(estimate.ask, record, plan)
+                estimate.times = sampled / len(records)
+                estimate.ask(plan.translator, Translate(record.instruction, plan.code, "eng"))
+    for name, unit in bounds[0].counts | bounds[1].counts:
+        low, high = sorted(round(bound.counts[name, unit]) for bound in bounds)
+        lines.append(f"{name}: {low:,} to {high:,} {unit}" if low < high else f"{name}: {low:,} {unit}")
+    return "\n".join(lines)

@@ -1,0 +1,337 @@
+"""Asking services many thousand times: at most so many at once, again after faults, within a budget, never twice.
+
+What a build writes is a function of its source records and of the answers to what they ask. `Runner.map` computes it
+with many threads, but in the order of the source; `Runner.ask` stores each answer under a hash of its request. So what
+is written depends neither on the order in which answers came nor on how often the build was killed. For that, a request
+is asked by one thread alone, and how it ended, with an answer or for good without, holds for the whole run.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import random
+import re
+import sqlite3
+import sys
+import threading
+import time
+from collections import Counter, deque
+from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+from tqdm import tqdm
+
+from minixllm.building.services import Failure, Prompt, Translate, fingerprint
+from minixllm.errors import UserError
+from minixllm.files import atomic_write, write_json_lines
+from minixllm.languages import LANGUAGES
+from minixllm.settings import setting
+
+ATTEMPTS = 8          # over a minute in all: quotas are often by the minute
+BACKOFF = 0.5         # seconds before the second attempt, doubled each time
+LONGEST_WAIT = 3600.0  # seconds that one request waits in all because a server says so; then it has failed
+FAILURES_IN_A_ROW = 40  # of one service, after which it is taken for dead
+AHEAD = 64            # records for each thread to go on with while the first of them waits for its answers
+EXAMPLES = 3          # of each reason for leaving a record out
+# what `atomic_write` leaves of a build's files when it is killed
+HALF_WRITTEN = re.compile(rf"\.(({'|'.join(LANGUAGES)}|pairs|failures)\.jsonl|report\.(json|md))\.[a-z0-9_]{{8}}")
+
+
+@dataclass
+class RunnerSettings:
+    """What both builds can be told about asking."""
+
+    output: str | None = setting(None, "directory of the finished files; its folder build/ has the report, the list of "
+                                       "what failed, and cache.sqlite with every answer")
+    concurrency: int = setting(16, "how many requests are under way at once", least=1, most=1000)
+    timeout: float = setting(120.0, "seconds without a sign of life after which a request is made again", least=0.001)
+    budget_requests: int | None = setting(None, "most requests of this run: it stops before there are more", least=1)
+    budget_tokens: int | None = setting(None, "most tokens of chat models in this run, prompts and answers", least=1)
+    budget_characters: int | None = setting(None, "most characters sent to translators in this run", least=1)
+    dry_run: bool = setting(False, "ask nothing: count the requests, characters and tokens, from a sample")
+    seed: int = setting(0, "of the samples and pairs of languages drawn; passed to chat models, too", least=0,
+                        most=2**32 - 1)
+
+
+class LeftOut(Exception):
+    """A record is not to be written: for what reason, and texts for an example of it."""
+
+    def __init__(self, reason: str, *example: str):
+        super().__init__(reason)
+        self.reason, self.example = reason, [text[:200] for text in example]
+
+
+class Stopped(Exception):
+    """The run is ending: nothing more is asked."""
+
+
+class Runner:
+    """The threads, the budget and the stored answers of one run over the records of `files`.
+
+    `with Runner(...)` ends quietly where the run is stopped; `conclude` then says why.
+    """
+
+    def __init__(self, settings: RunnerSettings, files=()):
+        self.folder = folder = Path(settings.output) / "build"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.files, self._fingerprint = files, fingerprint(files)
+        self.spent, self._reserved = Counter(requests=0, tokens=0, characters=0), Counter()
+        self.limits = {unit: limit for unit in self.spent if (limit := getattr(settings, f"budget_{unit}")) is not None}
+        self._settled = threading.Condition()
+        self._alone = [threading.Lock() for _ in range(2**16)]  # by the first two bytes of a request's key
+        self._stop, self.why_stopped = threading.Event(), None
+        self._failed_in_a_row, self._resume_at = Counter(), {}  # by service, and by how it failed
+        self._reasons = {}  # why a request got no answer in this run
+        self.failures = []  # the records that this concerns, as they are listed
+
+        # WAL: a stored answer survives the death of this process at once; exclusive: two builds may not share a folder
+        self._lock = threading.Lock()
+        self._database = sqlite3.connect(folder / "cache.sqlite", timeout=0.1, isolation_level=None,
+                                         check_same_thread=False)
+        try:
+            self._database.executescript("""
+                PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
+                CREATE TABLE IF NOT EXISTS answers (request BLOB PRIMARY KEY, answer TEXT);
+                CREATE TEMP TABLE seen (text BLOB PRIMARY KEY) WITHOUT ROWID;""")
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{settings.output}: another build is writing there" if "locked" in str(error) else
+                            f"{folder / 'cache.sqlite'}: {error}") from None
+        for path in (*folder.iterdir(), *folder.parent.iterdir()):
+            if HALF_WRITTEN.fullmatch(path.name) and path.is_file():
+                path.unlink()
+        self.ahead = AHEAD * settings.concurrency
+        self._pool = ThreadPool(settings.concurrency)  # of daemons, which Python does not wait for at its end
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        self._stop.set()
+        self._pool.close()
+        if kind is not KeyboardInterrupt:
+            with contextlib.suppress(KeyboardInterrupt):
+                self._pool.join()  # for the answers that are on their way
+        with self._lock:
+            self._database.close()
+        stopped = isinstance(error, Stopped)
+        if self.failures or stopped or error is None:
+            write_json_lines(self.folder / "failures.jsonl", self.failures)
+        return stopped
+
+    def _query(self, statement: str, *values):
+        with self._lock:
+            return self._database.execute(statement, values).fetchone()
+
+    def is_new(self, text: str) -> bool:
+        """Whether it is asked of `text` for the first time; on disk, for a set of all texts would fill the memory."""
+        digest = hashlib.sha256(text.encode()).digest()[:16]
+        return self._query("INSERT OR IGNORE INTO seen VALUES (?) RETURNING 1", digest) is not None
+
+    # -- asking
+
+    def reach(self, service, max_new_tokens: int = 0) -> None:
+        """Ask one short thing, so that a wrong address or key is known before much is asked. Raises UserError.
+
+        max_new_tokens: of the requests to come, for the shortest of which the budget must have room.
+        """
+        request = Prompt("Say yes.", max_new_tokens=512)  # enough for a model that thinks first
+        if not service.does(request):
+            request = Translate("Good morning.", "eng", "spa")
+        try:
+            if service.does(shortest := Prompt("", max_new_tokens=max_new_tokens)):
+                self._check_size(service.cost(shortest))
+            self._check_size(cost := service.cost(request))
+            self._insist(service, request, cost, 3)
+        except Failure as failure:
+            raise UserError(f"{service.name} cannot be asked: {failure}") from None
+
+    def ask(self, service, request) -> str:
+        """The answer, stored or new. Raises Failure when there is none for good, Stopped when the run is ending."""
+        if not request.text.strip():
+            return ""
+        key = _key(service, request)
+        with self._alone[int.from_bytes(key[:2])]:  # whoever else wants this waits, and finds it stored
+            if self._stop.is_set():
+                raise Stopped
+            if row := self._query("SELECT answer FROM answers WHERE request = ?", key):
+                self._failed_in_a_row[service.name, "refused"] = 0  # that it is well now is not told by this
+                return row[0]
+            if key in self._reasons:
+                raise Failure(self._reasons[key])
+            self._check_size(cost := service.cost(request))  # fails by itself, which says nothing of the service
+            try:
+                answer = self._insist(service, request, cost, ATTEMPTS)
+            except Failure as failure:
+                self._reasons[key] = str(failure)
+                kind = service.name, "gone" if failure.again else "refused"
+                self._failed_in_a_row[kind] += 1
+                if self._failed_in_a_row[kind] >= FAILURES_IN_A_ROW:
+                    self.stop(f"{FAILURES_IN_A_ROW} requests in a row failed, the last with: {failure}")
+                raise
+            self._failed_in_a_row[service.name, "gone"] = self._failed_in_a_row[service.name, "refused"] = 0
+            self._query("INSERT INTO answers VALUES (?, ?)", key, answer)
+            return answer
+
+    def _insist(self, service, request, cost: dict, attempts: int) -> str:
+        delay, patience = BACKOFF, LONGEST_WAIT
+        while True:
+            # whoever wakes first tells, refused again, all others to sleep on; so a few are refused, not all
+            while (pause := self._resume_at.get(service.name, 0) - time.monotonic()) > 0:
+                self._wait(pause * random.uniform(1, 1.25))
+            try:
+                return self._once(service, request, cost)
+            except Failure as failure:
+                attempts -= not failure.after  # to be told to come later is no failed attempt
+                patience -= failure.after or 0
+                if not failure.again or attempts == 0 or patience < 0:
+                    raise
+                if failure.after:
+                    self._resume_at[service.name] = time.monotonic() + failure.after
+                else:
+                    self._wait(delay * random.uniform(0.5, 1.5))
+                    delay *= 2
+
+    def _once(self, service, request, cost: dict) -> str:
+        self._reserve(cost)
+        used = cost
+        try:
+            answer, used = service.ask(request)
+            return answer
+        except Failure as failure:
+            used = cost if failure.charged else {"requests": 1}
+            raise
+        finally:
+            with self._settled:
+                self._reserved.subtract(cost)
+                self.spent.update(used)
+                self._settled.notify_all()
+
+    def _wait(self, seconds: float) -> None:
+        if self._stop.wait(seconds):
+            raise Stopped
+
+    def _check_size(self, cost: dict) -> None:
+        if above := {unit: amount for unit, amount in cost.items() if amount > self.limits.get(unit, math.inf)}:
+            raise Failure(f"the budget of {_amounts(self.limits)} is too small: one request may need up to "
+                          f"{_amounts(above)}")
+
+    def _reserve(self, cost: dict) -> None:
+        """Take a request's highest cost out of the budget; wait while only what is on its way stands against it."""
+        with self._settled:
+            while any(self.spent[unit] + self._reserved[unit] + amount > self.limits.get(unit, math.inf)
+                      for unit, amount in cost.items()):
+                if not self._reserved["requests"]:
+                    self.stop(f"the budget of {_amounts(self.limits)} is spent")
+                if self._stop.is_set():
+                    raise Stopped
+                self._settled.wait(0.5)
+            self._reserved.update(cost)
+
+    # -- many
+
+    def stop(self, why: str) -> None:
+        """Ask nothing more; the first reason is kept."""
+        self.why_stopped = self.why_stopped or why
+        self._stop.set()
+
+    def map(self, task, items, total: int, label: str, name):
+        """Yield (item, task(ask, item)) in the order of the items, with a progress bar; many tasks run at a time.
+
+        Items whose task raises Failure are left out, and listed under name(item), what tells an item from others.
+        Raises what reading the items raised, UserErrors of services, and Stopped.
+        """
+        def attempt(item):
+            try:
+                return task(self.ask, item)
+            except (Failure, Stopped):
+                raise
+            except BaseException:  # a wrong key, a full disk: the others would be asked for nothing
+                self._stop.set()
+                raise
+
+        asked = ((item, self._pool.apply_async(attempt, (item,))) for item in items)
+        waiting = deque(itertools.islice(asked, self.ahead))
+        with tqdm(total=total, desc=label, unit="record", smoothing=0.05, disable=None, file=sys.stderr) as bar:
+            while waiting:
+                item, result = waiting.popleft()
+                try:
+                    yield item, result.get()
+                except Failure as failure:
+                    self.failures.append({**name(item), "reason": str(failure)})
+                except Stopped:
+                    continue  # of those behind it some may have failed, and are to be listed
+                bar.update()
+                waiting.extend(itertools.islice(asked, 1))
+        if self._stop.is_set():
+            raise Stopped
+
+    def write(self, path, task, finish, items, total: int, label: str, name) -> dict:
+        """Write finish(item, task(ask, item)) of every item as JSON lines; see `map`.
+
+        Returns the counts of records written, failed, and left out by reason, these with examples.
+        """
+        written, failed, reasons, examples = 0, len(self.failures), Counter(), {}
+        with atomic_write(path) as file:
+            for item, made in self.map(task, items, total, label, name):
+                try:
+                    record = finish(item, made)
+                except LeftOut as out:
+                    reasons[out.reason] += 1
+                    if reasons[out.reason] <= EXAMPLES:
+                        examples.setdefault(out.reason, []).append({**name(item), "texts": out.example})
+                else:
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    written += 1
+            if fingerprint(self.files) != self._fingerprint:
+                self.stop("the data changed meanwhile")
+                raise Stopped
+        return {"records": written, "failed": len(self.failures) - failed, "left_out": dict(sorted(reasons.items())),
+                "examples": dict(sorted(examples.items()))}
+
+    def conclude(self, state: str) -> bool:
+        """Print how the run ended; whether it has done all it should."""
+        print(f"{state}; asked in this run: {_amounts(self.spent)}")
+        for reason, count in Counter(failure["reason"] for failure in self.failures).most_common(5):
+            print(f"no answer for {count} records: {reason}")
+        if self.why_stopped:
+            print(f"stopped: {self.why_stopped}")
+        if not self.failures and not self.why_stopped:
+            return True
+        print(f"the same command goes on with what is missing; {self.folder / 'failures.jsonl'} lists what failed")
+        return False
+
+
+def _amounts(amounts: dict) -> str:
+    return ", ".join(f"{amount:,} {unit}" for unit, amount in amounts.items())
+
+
+def _key(service, request) -> bytes:
+    fields = json.dumps([service.name, type(request).__name__, dataclasses.asdict(request)], ensure_ascii=False)
+    return hashlib.sha256(fields.encode()).digest()[:16]
+
+
+class Estimate:
+    """What a build would ask, without asking: `ask` counts, and answers with a text of a likely length.
+
+    Translations are taken to be as long as their originals, answers to have `answer` characters and all to differ, and
+    tokens three characters: English has four to five of them, most other languages two to four.
+    """
+
+    def __init__(self, answer: int, times: float = 1):
+        self.answers, self.times = (f"{i:{answer}}" for i in itertools.count()), times  # that one request stands for
+        self.counts = Counter()  # {(service, unit): amount}
+
+    def ask(self, service, request) -> str:
+        if not request.text.strip():
+            return ""
+        cost, translated = service.cost(request), isinstance(request, Translate)
+        answer = request.text if translated else next(self.answers)
+        if "tokens" in cost:
+            sent = len(request.text) if translated else len(request.text) + len(request.input) + len(request.system)
+            cost["tokens"] = (sent + 60 + len(answer)) // 3
+        self.counts.update({(service.name, unit): amount * self.times for unit, amount in cost.items()})
+        return answer

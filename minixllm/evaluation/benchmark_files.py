@@ -1,0 +1,110 @@
+"""Where the five benchmarks keep their files, as published: which benchmark a directory holds, and whose file is whose.
+
+A file's language stands in its name, or its folder's, spelt in each benchmark's own way.
+"""
+
+import collections
+import contextlib
+import re
+from pathlib import Path
+
+from minixllm import languages
+from minixllm.data.records import read_objects
+from minixllm.errors import UserError
+
+TITLES = {"pawsx": "PAWS-X", "xcopa": "XCOPA", "translation": "Translation", "xlsum": "XL-Sum",
+          "self-instruct": "Self-Inst*"}
+
+# FLORES-200's and NTREX's codes where FLORES-101 has another; XL-Sum's names and the English file of Self-Instruct
+OTHER_NAMES = {
+    "arb": "ara", "fuv": "ful", "lvs": "lav", "zsm": "msa", "khk": "mon", "gaz": "orm", "pbt": "pus", "pes": "fas",
+    "uzn": "uzb", "aze": "azj", "nep": "npi", "swa": "swh", "fil": "tgl", "zho_Hans": "zho_simpl",
+    "zho_Hant": "zho_trad", "zho_CN": "zho_simpl", "zho_TW": "zho_trad", "chinese_simplified": "zho_simpl",
+    "chinese_traditional": "zho_trad", "serbian_cyrillic": "srp", "scottish_gaelic": "gla", "pidgin": "pcm",
+    "user_oriented_instructions": "eng"}
+
+
+def _code(name: str) -> str | None:
+    """The language of this name, tag or code, those of OTHER_NAMES too; None for any other text."""
+    try:
+        return languages.find(OTHER_NAMES.get(name, name)).code
+    except UserError:
+        return None
+
+
+def _code_of_text(file: Path) -> str | None:
+    """fra.devtest, fra_Latn.devtest, newstest2019-ref.fra.txt, fra.txt, fra -> fra; None for what names no language,
+    and for what is no text, such as records, fra.devtest.gz or an editor's fra.devtest~."""
+    if file.suffix not in (".dev", ".devtest", ".txt", ""):
+        return None
+    name = re.sub(r"^newstest\d+-(src|ref)\.", "", file.name).split(".")[0].replace("-", "_")
+    first, _, script = name.partition("_")
+    whole, code = _code(name), _code(first)
+    if whole or not code:
+        return whole
+    known = languages.find(code).script
+    return code if script in (known, "Hang" if known == "Kore" else "") else None
+
+
+# {benchmark: (patterns of its files in a directory, file -> code of its language)}
+LAYOUTS = {
+    "pawsx": (["*/test_2k.tsv"], lambda file: _code(file.parent.name)),
+    "xcopa": (["test.*.jsonl", "*/test.*.jsonl", "data/*/test.*.jsonl"], lambda file: _code(file.name.split(".")[1])),
+    "translation": (["*"], _code_of_text),
+    "xlsum": (["*_test.jsonl"], lambda file: _code(file.name.removesuffix("_test.jsonl"))),
+    "self-instruct": (["*.jsonl"], lambda file: _code(file.stem))}
+
+
+def files(benchmark: str, folder: Path) -> dict[Path, str | None]:
+    """What may be a benchmark's files in a directory, by name (fra.dev before fra.devtest), each with the code of its
+    language, None where its name names none."""
+    patterns, code_of = LAYOUTS[benchmark]
+    found = sorted(file for pattern in patterns for file in folder.glob(pattern) if not file.is_dir())
+    return {file: code_of(file) for file in found}
+
+
+def detect(path) -> str:
+    """Which of the five benchmarks a directory holds, from its file names.
+
+    Raises UserError where it has files of another one, too, or a folder up to two below it has, as deep as archives of
+    benchmarks go: only one would be evaluated.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        found = "found a file" if path.exists() else "no such directory"
+        raise UserError(f"{path}: {found}; expected a directory of a benchmark's files")
+    own, where = _held(path), collections.defaultdict(list)
+    for folder in [*sorted(path.glob("*/")), *sorted(path.glob("*/*/"))]:
+        with contextlib.suppress(OSError):
+            for name in _held(folder):
+                if not any(parent in where[name] for parent in folder.parents):
+                    where[name].append(folder)
+    where = {name: [path] for name in own} | where
+    if len(where) == len(own) == 1:
+        return own[0]
+    if len(where) == 1:
+        [(name, folders)] = where.items()
+        raise UserError(f"{path}: holds {TITLES[name]} below, expected one of: {', '.join(map(str, folders[:5]))}"
+                        + ", ..." * (len(folders) > 5))
+    if where:
+        held = ", ".join(f"{TITLES[name]} in {where[name][0]}" for name in TITLES if name in where)
+        raise UserError(f"{path}: holds {held}: expected each benchmark by itself")
+    found = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
+    raise UserError(f"{path}: none of the five benchmarks: found {found}; expected */test_2k.tsv (PAWS-X), "
+                    "test.*.jsonl (XCOPA), *_test.jsonl (XL-Sum), *.jsonl with instances from its first line on "
+                    "(Self-Instruct), or texts named by language, such as fra.devtest (translation)")
+
+
+def _held(folder: Path) -> list[str]:
+    """The benchmarks of which a directory has files: of translation in two languages, of Self-Instruct's kind."""
+    found = {benchmark: files(benchmark, folder) for benchmark in TITLES}
+    found["translation"] = len(set(found["translation"].values()) - {None}) >= 2
+    found["self-instruct"] = any(map(_has_instances, found["self-instruct"]))
+    return [benchmark for benchmark in TITLES if found[benchmark]]
+
+
+def _has_instances(file: Path) -> bool:
+    try:
+        return "instances" in next(read_objects(file))[1]
+    except UserError:                                  # empty or damaged, it may be anything's
+        return False

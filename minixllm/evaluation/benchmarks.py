@@ -1,0 +1,330 @@
+"""The paper's five benchmarks: how their published files are read, and what a model is asked.
+
+| benchmark | files in its directory | answer | limit |
+|---|---|---|---|
+| pawsx | `{lang}/test_2k.tsv`: id, sentence1, sentence2, label (1 = paraphrase) | yes or no | all |
+| xcopa | `test.{lang}.jsonl`: premise, choice1, choice2, question, label | A or B | all |
+| translation | aligned `{code}.devtest` (FLORES-101, -200), `{code}.txt`, `newstest2019-ref.{code}.txt` | text | 200 |
+| xlsum | `{language}_test.jsonl` (v2.0): id, url, title, summary, text | text | 250 |
+| self-instruct | `{lang}.jsonl`: instruction, instances [{input, output}]; `user_oriented_instructions` | text | all |
+
+Instructions come from templates/instructions.toml (the paper's wording), or a file of the same form. Limits are the
+default, per language or direction, from the start of the file. The directory tells the benchmark: benchmark_files.py.
+"""
+
+import functools
+import itertools
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minixllm import languages
+from minixllm.data.prompts import alpaca
+from minixllm.data.records import place, read_objects
+from minixllm.errors import UserError, check_text
+from minixllm.evaluation.benchmark_files import TITLES, detect, files
+from minixllm.evaluation.templates import FIELDS, read_templates
+from minixllm.languages import LANGUAGES
+
+LIMITS = {"translation": 200, "xlsum": 250}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question. `body` names the field whose end may be cut where a prompt is too long."""
+
+    benchmark: str
+    column: str                   # of the paper's table: "FLORES(f)"
+    group: str                    # what is scored together: a language, or a direction "eng-fra"
+    language: str                 # whose tier the group counts to
+    target: str                   # the language an answer must be in
+    id: str                       # the file's own, or the place in it
+    instruction: str              # with the fields' names in braces
+    input: str
+    fields: dict
+    reference: str
+    choices: tuple[str, ...] = ()   # whose likelihoods are compared; the reference is one of them
+    words: tuple = ()             # for each choice, what is understood as it in a free answer
+    body: str = ""
+
+    def prompt(self, kept: int | None = None) -> str:
+        """The Alpaca prompt, with only the first `kept` characters of the body where that is given."""
+        fields = {**self.fields, self.body: self.fields[self.body][:kept]} if self.body else self.fields
+        return alpaca(self.instruction.format(**fields), self.input.format(**fields))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to read: `languages` and `directions` are empty for all; `limit` None for the paper's."""
+
+    mode: str = "generating"      # or "understanding": the instruction in the input's language
+    languages: tuple[str, ...] = ()
+    directions: tuple[str, ...] = ("from-english", "to-english")
+    limit: int | None = None
+    seed: int = 0                 # of the draw of non-English pairs
+    templates: Path | None = None
+
+
+def read(path, wanted: Wanted) -> tuple[list[Item], list[str]]:
+    """The items of one benchmark's directory, none perhaps, and notes: what was skipped, missing or not asked.
+
+    Raises UserError naming file and line for what is malformed, and for a directory that is none of the five.
+    """
+    path, notes = Path(path), []
+    name = detect(path)
+    reader = _Reader(name, path, wanted, read_templates(wanted.templates), notes)
+    if not (items := READERS[name](reader)):
+        reader.note(f"nothing of {path} is left to evaluate")
+    for source, asked_in in reader.used.items():
+        reader.note(f"{wanted.mode} mode, instructions in {', '.join(asked_in)}: {source}")
+    return items, notes
+
+
+@dataclass
+class _Reader:
+    """What the five readers share: which languages are wanted, which instruction each gets, and the notes."""
+
+    benchmark: str
+    path: Path
+    wanted: Wanted
+    templates: dict
+    notes: list[str]
+    used: dict[str, dict] = field(default_factory=dict)   # {where instructions are from: {the languages they are in}}
+
+    @property
+    def limit(self) -> int | None:
+        return self.wanted.limit if self.wanted.limit is not None else LIMITS.get(self.benchmark)
+
+    @property
+    def asked(self) -> list[str]:
+        return [languages.find(text).code for text in self.wanted.languages]
+
+    def by_language(self) -> dict[str, Path]:
+        """{language code: file}, the last of each language; what is left out, and languages asked without a file, are
+        noted."""
+        codes = files(self.benchmark, self.path)
+        found = {code: path for path, code in codes.items() if code}
+        left_out = {f"{path.relative_to(self.path)}": code for path, code in codes.items() if found.get(code) != path}
+        second = [f"{name} is a second file of {languages.find(code).name} ({code})"
+                  for name, code in left_out.items() if code]
+        for what, some in ((" of no known language", [name for name in left_out if not left_out[name]]), ("", second)):
+            if some:
+                self.note(f"{len(some)} files{what} left out: {', '.join(some[:5])}" + ", ..." * (len(some) > 5))
+        if missing := [code for code in self.asked if code not in found]:
+            self.note(f"no file for {', '.join(missing)} in {self.path}")
+        return found
+
+    def choose(self) -> dict[str, Path]:
+        """The files of the wanted languages that can be asked; languages without an instruction are noted."""
+        chosen = {code: file for code, file in sorted(self.by_language().items())
+                  if not self.asked or code in self.asked}
+        if self.wanted.mode == "understanding" and self.benchmark in FIELDS:
+            if without := [code for code in chosen if (self.benchmark, code) not in self.templates]:
+                self.note(f"no instruction in the language itself for {', '.join(without)}: left out")
+            chosen = {code: file for code, file in chosen.items() if code not in without}
+        return chosen
+
+    def template(self, code: str) -> tuple[dict, str]:
+        """The instruction for items in this language, and the language it is written in."""
+        asked_in = code if self.wanted.mode == "understanding" else "eng"
+        template = self.templates[self.benchmark, asked_in]
+        shipped = template == read_templates().get((self.benchmark, asked_in))
+        self.used.setdefault("as shipped" if shipped else str(self.wanted.templates), {})[asked_in] = None
+        return template, asked_in
+
+    def note(self, text: str) -> None:
+        self.notes.append(f"{TITLES[self.benchmark]}: {text}")
+
+    def item(self, code: str, id: str, template: dict, fields: dict, reference: str, **more) -> Item:
+        return Item(self.benchmark, TITLES[self.benchmark], code, code, code, id, template["instruction"],
+                    template["input"], fields, reference, **more)
+
+
+def _name(code: str, asked_in: str) -> str:
+    """A language's name for an instruction: in English, or where that is written in another language its own."""
+    language = languages.find(code)
+    return language.name if asked_in == "eng" else language.own_name
+
+
+def _pawsx(reader: _Reader) -> list[Item]:
+    items = []
+    for code, file in reader.choose().items():
+        template, asked_in = reader.template(code)
+        own, english = reader.templates.get(("pawsx", code), template), reader.templates["pawsx", "eng"]
+        words = tuple(tuple(dict.fromkeys([*template[k], *own[k], *english[k]])) for k in ("yes", "no"))
+        choices, skipped, count = (template["yes"][0], template["no"][0]), 0, 0
+        for number, line in enumerate(_lines(file), 1):
+            if not line.strip() or number == 1 and line.lower().startswith("id\t"):
+                continue
+            row = line.split("\t")
+            if len(row) != 4:
+                raise UserError(f"{file}, line {number}: {len(row)} columns, "
+                                "expected 4: id, sentence1, sentence2, label")
+            id, first, second, label = row
+            if {first.strip(), second.strip()} & {"", "NS"}:             # both are found in the published files
+                skipped += 1
+                continue
+            if label not in ("0", "1"):
+                raise UserError(f"{file}, line {number}: label {label!r}, expected 0 or 1")
+            if count == reader.limit:
+                break
+            count += 1
+            items.append(reader.item(code, id, template,
+                                     {"sentence1": first, "sentence2": second, "language": _name(code, asked_in)},
+                                     choices[label == "0"], choices=choices, words=words))
+        if not count + skipped:
+            raise UserError(f"{file}: holds no rows, expected id, sentence1, sentence2, label in each")
+        if skipped:
+            reader.note(f"{file}: {skipped} rows skipped, a sentence is empty or the placeholder NS")
+    return items
+
+
+def _xcopa(reader: _Reader) -> list[Item]:
+    items = []
+    for code, file in reader.choose().items():
+        template, asked_in = reader.template(code)
+        for count, (line, entry) in enumerate(itertools.islice(read_objects(file), reader.limit)):
+            texts = {key: _text(file, line, entry, key) for key in ("premise", "choice1", "choice2", "question")}
+            if texts["question"] not in ("cause", "effect"):
+                raise UserError(f"{file}, {place(line)}: question {texts['question']!r}, expected 'cause' or 'effect'")
+            label = entry.get("label")
+            if type(label) is not int or label not in (0, 1):
+                raise UserError(f"{file}, {place(line)}: label {label!r}, expected 0 or 1")
+            choices = texts["choice1"], texts["choice2"]
+            fields = {**texts, "question": template[texts["question"]], "language": _name(code, asked_in)}
+            items.append(reader.item(code, _id(file, line, entry, "idx", count), template, fields,
+                                     choices[label], choices=choices))
+    return items
+
+
+def _xlsum(reader: _Reader) -> list[Item]:
+    items = []
+    for code, file in reader.choose().items():
+        (template, asked_in), skipped = reader.template(code), 0
+        for count, (line, entry) in enumerate(read_objects(file)):
+            if count - skipped == reader.limit:
+                break
+            article, summary = (_text(file, line, entry, key, empty=True) for key in ("text", "summary"))
+            if not (article.strip() and summary.strip()):
+                skipped += 1
+                continue
+            fields = {"article": article, "language": _name(code, asked_in)}
+            items.append(reader.item(code, _id(file, line, entry, "id", count), template, fields, summary,
+                                     body="article"))
+        if skipped:
+            reader.note(f"{file}: {skipped} rows skipped, the article or its summary is empty")
+    return items
+
+
+def _self_instruct(reader: _Reader) -> list[Item]:
+    """Instruction and input as the file has them, in its language, in both modes."""
+    template, items = {"instruction": "{instruction}", "input": "{input}"}, []
+    reader.note(f"{reader.wanted.mode} mode, instructions as its files have them")
+    for code, file in reader.choose().items():
+        for count, (line, entry) in enumerate(itertools.islice(read_objects(file), reader.limit)):
+            instances = entry.get("instances")
+            if not isinstance(instances, list) or not instances or not isinstance(instances[0], dict):
+                raise UserError(f"{file}, {place(line)}: instances: found {instances!r:.60}, "
+                                "expected [{input, output}]")
+            fields = {"instruction": _text(file, line, entry, "instruction"),
+                      "input": _text(file, line, instances[0], "input", empty=True)}
+            items.append(reader.item(code, _id(file, line, entry, "id", count), template, fields,
+                                     _text(file, line, instances[0], "output"), body="input"))
+    return items
+
+
+def _translation(reader: _Reader) -> list[Item]:
+    texts = reader.by_language()
+    codes = [code for code in texts if not reader.asked or code in [*reader.asked, "eng"]]
+    lines = functools.cache(lambda code: _lines(texts[code]))
+    title = _translation_set(texts.values())
+    items = []
+    directions = translation_directions(codes, reader.wanted.directions, reader.wanted.seed, reader.note)
+    for source, target, column in directions:
+        if len(lines(source)) != len(lines(target)):
+            raise UserError(f"{texts[source]} has {len(lines(source))} lines, {texts[target]} {len(lines(target))}: "
+                            "expected texts aligned line by line")
+        if reader.wanted.mode == "understanding" and ("translation", source) not in reader.templates:
+            reader.note(f"{source}-{target}: no instruction in {source}: left out")
+            continue
+        template, asked_in = reader.template(source)
+        language = source if target == "eng" else target
+        pairs = [(number, *pair) for number, pair in enumerate(zip(lines(source), lines(target)), 1)
+                 if all(map(str.strip, pair))]
+        pairs = pairs[:reader.limit]
+        if empty := (pairs[-1][0] if len(pairs) == reader.limit else len(lines(source))) - len(pairs):
+            reader.note(f"{source}-{target}: {empty} lines skipped, a sentence is empty")
+        for number, text, reference in pairs:
+            fields = {"source": text, "source_language": _name(source, asked_in),
+                      "target_language": _name(target, asked_in), "language": _name(target, asked_in)}
+            items.append(Item("translation", f"{title}({column})", f"{source}-{target}", language,
+                              target, str(number), template["instruction"], template["input"], fields, reference,
+                              body="source"))
+    return items
+
+
+def translation_directions(codes: list[str], asked, seed: int, note=print) -> list[tuple[str, str, str]]:
+    """(source, target, column) of each direction asked: f is from English, t to English, as in the paper's tables.
+
+    asked: "from-english", "to-english", "deu-fra", or a pair of tiers such as "high-low", of which 15 pairs without
+    English are drawn by the seed, as many as the paper has.
+    """
+    others, directions = [code for code in codes if code != "eng"], []
+    for text in asked:
+        parts = text.split("-")
+        if text in ("from-english", "to-english"):
+            if "eng" not in codes:
+                note(f"direction {text}: no English file")
+                continue
+            directions += [("eng", code, "f") if text == "from-english" else (code, "eng", "t") for code in others]
+        elif len(parts) == 2 and set(parts) <= {"high", "mid", "low"}:
+            pairs = [(a, b, text) for a in LANGUAGES for b in LANGUAGES
+                     if a != b and [LANGUAGES[a].tier, LANGUAGES[b].tier] == parts]
+            random.Random(f"{seed} {text}").shuffle(pairs)  # of the 100: files of others change no draw
+            directions += sorted([pair for pair in pairs if pair[0] in others and pair[1] in others][:15])
+        elif len(parts) == 2:
+            source, target = (languages.find(part).code for part in parts)
+            if source in codes and target in codes and source != target:
+                directions.append((source, target, "f" if source == "eng" else "t" if target == "eng" else "pairs"))
+            else:
+                note(f"direction {text}: no files for it")
+        else:
+            raise UserError(f"directions: found {text!r}, expected from-english, to-english, two tiers such as "
+                            "high-low, or two languages such as deu-fra")
+    return list(dict.fromkeys(directions))
+
+
+READERS = {"pawsx": _pawsx, "xcopa": _xcopa, "translation": _translation, "xlsum": _xlsum,
+           "self-instruct": _self_instruct}
+
+
+def _translation_set(texts) -> str:
+    """What the tables call aligned texts: the set that publishes files of such names."""
+    if all(file.suffix in (".dev", ".devtest") for file in texts):
+        return "FLORES"
+    return "NTREX" if all(file.name.startswith("newstest2019-") for file in texts) else TITLES["translation"]
+
+
+def _lines(file: Path) -> list[str]:
+    """Lines by line feeds alone: str.splitlines would also cut at U+2028 and others that stand inside sentences."""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 at byte {error.start}") from None
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+
+
+def _text(file: Path, line: int, entry: dict, key: str, empty: bool = False) -> str:
+    value = entry.get(key)
+    if not isinstance(value, str) or not (value.strip() or empty):
+        raise UserError(f"{file}, {place(line)}: {key}: found {value!r:.60}, expected text")
+    check_text(value, f"{file}, {place(line)}: {key}")
+    return value
+
+
+def _id(file: Path, line: int, entry: dict, key: str, count: int) -> str:
+    """An item's own number or text, or its place in the file."""
+    value = entry.get(key, count)
+    return _text(file, line, entry, key) if isinstance(value, str) else str(value)

@@ -1,0 +1,559 @@
+"""eval.py as a user runs it: predictions, likelihoods, tables; killed and continued; one process or two."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+
+from minixllm import languages
+from minixllm.demo import benchmarks as stand_ins
+from minixllm.errors import UserError
+from minixllm.evaluation import benchmark_files, benchmarks, predict, report, scorers, templates
+from minixllm.evaluation.significance import democratization
+from minixllm.tokenizers.sentencepiece import train_sentencepiece
+from minixllm.weights import hf_directory
+
+import eval as script
+from conftest import ROOT
+from test_benchmarks import PAWSX_ROWS, XCOPA_ROWS, lines
+
+ALONE = SimpleNamespace(rank=0, size=1, first=True, gather=lambda value: [value])
+WORDS = "the dog cat saw a red house by sea and old man went home early today because it was late".split()
+
+
+def make_model(folder: Path, architecture: str = "llama", positions: int = 1024) -> Path:
+    """A tiny random model, but far from its initial weights, so that its answers differ and some of them end."""
+    kind = {"llama": "llama", "bloom": "bloom"}[architecture]
+    texts = [templates.read_templates()["pawsx", "eng"]["instruction"], "Below is an instruction that describes a task.",
+             *XCOPA_ROWS[0].values()]
+    tokenizer = train_sentencepiece([str(text) for text in texts] * 3, folder / "tokenizer.model", vocab_size=400)
+    values = {"llama": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                            num_key_value_heads=2,
+                            max_position_embeddings=positions),
+              "bloom": dict(hidden_size=32, n_layer=2, n_head=4)}[kind]
+    config_class, model_class = hf_directory.ARCHITECTURES[kind]
+    config = config_class.from_dict({"model_type": kind, "vocab_size": tokenizer.vocab_size, **values})
+    model = hf_directory.build(config, model_class)
+    hf_directory.initialise(model, seed=0)
+    with torch.no_grad():
+        for i, parameter in enumerate(model.blocks.parameters()):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * 0.3)
+    hf_directory.save_model(model, folder / kind, tokenizer)
+    return folder / kind
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def five(tmp_path_factory):
+    """All five benchmarks, a few items each."""
+    folder = tmp_path_factory.mktemp("five")
+    lines(folder / "pawsx/de/test_2k.tsv", PAWSX_ROWS)
+    lines(folder / "pawsx/zh/test_2k.tsv", PAWSX_ROWS)
+    for tag in ("it", "sw"):
+        lines(folder / f"xcopa/test.{tag}.jsonl",
+              [{**XCOPA_ROWS[0], "premise": " ".join(WORDS[i % 9:i % 9 + 2 + i % 7]), "idx": i} for i in range(30)])
+    for code in ("eng", "deu", "zho_simpl", "amh", "kam"):
+        lines(folder / f"flores/{code}.devtest", [" ".join(WORDS[i:i + 5]) for i in range(6)])
+    for name in ("french", "yoruba"):
+        lines(folder / f"xlsum/{name}_test.jsonl",
+              [{"id": f"{i}", "summary": "the red dog", "text": " ".join(WORDS * (i + 1))} for i in range(4)])
+    lines(folder / "self/de.jsonl",
+          [{"id": "a", "instruction": "Say it.", "instances": [{"input": "", "output": "the dog saw"}]}] * 3)
+    return [str(folder / name) for name in ("pawsx", "xcopa", "flores", "xlsum", "self")]
+
+
+def items_of(folders, **wanted):
+    return [item for folder in folders for item in benchmarks.read(folder, benchmarks.Wanted(**wanted))[0]]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bloom"])
+def test_answers_and_likelihoods_are_those_of_each_item_alone(five, tmp_path, architecture):
+    if architecture not in hf_directory.ARCHITECTURES:
+        pytest.skip(f"no {architecture}")
+    directory = make_model(tmp_path, architecture)
+    model, tokenizer = hf_directory.load(directory)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    items = items_of(five)
+    predictions = predict.predict(model, tokenizer, items, ALONE, tmp_path / "out", batch_tokens=1000,
+                                     max_new_tokens=12)
+    assert len({p["answer"] for p in predictions}) > 5 and [p["id"] for p in predictions] == [i.id for i in items]
+    for number, (item, prediction) in enumerate(zip(items, predictions)):
+        assert prediction["prompt"] == item.prompt() and prediction["cut"] == 0
+        ids = torch.tensor([tokenizer.encode_prompt(item.prompt())])
+        with torch.no_grad():
+            for choice, logp in zip(item.choices, prediction.get("logps", [])):
+                tokens = tokenizer.encode(choice)
+                logits = theirs(torch.cat([ids, torch.tensor([tokens])], 1)).logits[0, ids.shape[1] - 1:-1]
+                expected = logits.double().log_softmax(-1)[range(len(tokens)), tokens].sum().item()
+                assert logp == pytest.approx(expected, abs=1e-5, rel=1e-5)
+            if number % 5:                                # generation of theirs takes long
+                continue
+            new = theirs.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=tokenizer.eos_id,
+                                  pad_token_id=0,
+                                  attention_mask=torch.ones_like(ids))[0, ids.shape[1]:].tolist()
+            assert prediction["answer"] == tokenizer.decode(new[:new.index(tokenizer.eos_id)]
+                                                            if tokenizer.eos_id in new else new)
+
+
+def test_a_broken_model_is_not_scored(model_directory, five, tmp_path):
+    """The largest of log-probabilities that are NaN is the first, which is often right."""
+    model, tokenizer = hf_directory.load(model_directory)
+    with torch.no_grad():
+        model.blocks[1].mlp.up_proj.weight[3, 4] = float("nan")
+    with pytest.raises(UserError, match="layers.1.mlp.up_proj.weight holds infinite numbers or NaN"):
+        predict.predict(model, tokenizer, items_of(five), ALONE, tmp_path)
+
+
+@pytest.mark.parametrize("architecture, positions, max_length", [("llama", 200, None), ("llama", 1024, 200),
+                                                                 ("bloom", None, 200)])
+def test_a_prompt_too_long_is_cut_from_the_article_alone(tmp_path, five, architecture, positions, max_length):
+    model, tokenizer = hf_directory.load(make_model(tmp_path, architecture, positions))
+    article = items_of(five[3:4])[3]
+    ids, prompt, cut = predict.fit(tokenizer, article, 180)
+    assert 0 < cut < len(article.fields["article"]) and len(ids) <= 180
+    assert prompt == article.prompt(len(article.fields["article"]) - cut)
+    assert prompt.endswith("Please summarize the provided article.\n\n### Response:")
+    one_more = article.prompt(len(article.fields["article"]) - cut + 1)
+    assert len(tokenizer.encode_prompt(one_more)) > 180               # no smaller cut would do
+    assert predict.fit(tokenizer, article, 195)[2] < cut
+    pawsx = items_of(five[:1])[0]
+    assert predict.fit(tokenizer, pawsx, 10)[2] is None                # nothing there may be cut
+    new = 201 - len(tokenizer.encode_prompt(pawsx.prompt()))           # one token too many
+    short, long = predict.predict(model, tokenizer, [article, pawsx], ALONE, tmp_path / "out", max_new_tokens=new,
+                                     max_length=max_length)
+    assert short["cut"] > 0 and long["cut"] is None and long["answer"] == "" and long["parsed"] is None
+    assert long["logps"] is None
+    scores = report.score([long])
+    assert scores["accuracy"].value == scores["acc"].value == 0
+
+
+def test_every_benchmark_has_a_main_score():
+    assert report.MAIN.keys() == benchmark_files.TITLES.keys()
+
+
+def test_the_report_says_what_was_unread_cut_and_too_long():
+    base = {"benchmark": "xcopa", "column": "XCOPA", "group": "ita", "language": "ita", "target": "ita", "cut": 0,
+            "choices": ["a", "b"], "logps": [-1.0, -2.0], "parsed": "a", "reference": "a"}
+    changes = [{}, {"parsed": None}, {"parsed": None, "cut": None, "logps": None}, {"cut": 3}, {"cut": 9}]
+    table = report.results([base | change for change in changes])
+    entry = table["XCOPA"]["groups"]["ita"]
+    assert (entry["unparsed"], entry["cut"], entry["too_long"], entry["items"]) == (2, 2, 1, 5)
+    assert entry["scores"]["accuracy"]["value"] == 60 and entry["scores"]["acc"]["value"] == 80
+    row = report.details({"m": table}).split("| ita (high, 5) ")[1].split("|")[1]
+    result = entry["scores"]["accuracy"]
+    assert row.strip().startswith(f"60.00 ± {(result['high'] - result['low']) / 2:.2f}, ")
+    assert row.endswith(", 40 % unread, 40 % cut, 20 % too long ")
+    assert "- ±: half of the 95 % interval" in report.details({"m": table})
+    assert "%" not in report.details({"m": report.results([base])}).split("| ita (high, 1) ")[1].split("|")[1]
+
+
+def test_a_model_is_tested_against_the_one_before_it():
+    base = {"benchmark": "xcopa", "column": "XCOPA", "group": "ita", "language": "ita", "target": "ita", "cut": 0,
+            "choices": ["a", "b"], "logps": [-1.0, -2.0], "reference": "a"}
+    wrong, right = [base | {"parsed": "b"}] * 40, [base | {"parsed": "a"}] * 40
+    before = report.results(wrong)
+    for after, p in ((wrong, 1), (right, 1 / 1001)):
+        table = report.results(after, before)
+        assert table["XCOPA"]["groups"]["ita"]["scores"]["accuracy"]["p"] == pytest.approx(p)
+        assert f" ± 0.00, p {p:.3f} |" in report.details({"one": before, "two": table})
+
+
+def test_answers_leave_room_for_prompts(tmp_path, five, capsys):
+    """A model of 512 positions or fewer, asked for the default's 512 tokens, would have no prompt fit beside them."""
+    directory = make_model(tmp_path, positions=400)
+    script.main(["--model", str(directory), "--benchmarks", five[4], "--output", str(tmp_path / "out")])
+    [prediction, *_] = map(json.loads, (tmp_path / "out/llama/predictions.jsonl").read_text("utf-8").splitlines())
+    assert prediction["answer"] and prediction["cut"] == 0
+    assert "llama: answers of 200 tokens at most, half of the 400" in capsys.readouterr().out
+    config = SimpleNamespace(max_position_embeddings=400)
+    assert predict.limits(config, 200) == (200, 400) and predict.limits(config, 300, 900) == (300, 900)
+    assert predict.limits(SimpleNamespace(), 2000) == (1024, 2048)
+
+
+def test_a_model_without_positions_is_asked_2048_tokens(tmp_path):
+    """BLOOM's ALiBi has no last position, but memory has an end."""
+    model, tokenizer = hf_directory.load(make_model(tmp_path, "bloom"))
+    lines(tmp_path / "yoruba_test.jsonl", [{"id": "1", "summary": "dog", "text": " ".join(WORDS * 200)}])
+    [prediction] = predict.predict(model, tokenizer, items_of([tmp_path]), ALONE, tmp_path / "out", max_new_tokens=8)
+    assert prediction["cut"] > 0
+    assert 2030 < len(tokenizer.encode_prompt(prediction["prompt"])) <= 2040
+
+
+def test_a_choice_without_tokens_is_refused(five, tmp_path):
+    """It would have probability 1 and win every time."""
+    tokenizer = SimpleNamespace(encode=lambda text, **_: [], eos_id=None)
+    item = benchmarks.read(five[1], benchmarks.Wanted(limit=1))[0][0]
+    with pytest.raises(UserError, match=f"XCOPA {item.group} {item.id}: a choice gives no token"):
+        predict._answer(None, tokenizer, [item], 1, 8, 2048, None)
+
+
+def test_likelihood_metrics_divide_by_what_they_say():
+    predictions = [{"logps": [-4.0, -5.0], "choices": ["abc", "abcdef"], "reference": "abcdef"},
+                   # by length the second
+                   {"logps": [-4.0, -3.9], "choices": ["яяя", "abcd"], "reference": "яяя"},
+                   # by bytes, not characters, the first
+                   {"logps": [-2.0, -2.0], "choices": ["aa", "bb"],
+                    "reference": "aa"}]                    # a tie goes to the first
+    assert {name: score.value for name, score in report.likelihood(predictions).items()} == pytest.approx(
+        {"acc": 100 / 3, "acc_char": 200 / 3, "acc_byte": 100})
+
+
+def prediction(benchmark, target, parsed, reference):
+    return {"benchmark": benchmark, "target": target, "parsed": parsed, "reference": reference}
+
+
+def test_translations_are_scored_in_the_tokens_of_their_language():
+    """13a would take a sentence written without spaces for one word."""
+    expected = {"jpn": "char", "tha": "char", "lao": "char", "khm": "char", "mya": "char", "zho_simpl": "zh",
+                "zho_trad": "zh"}
+    for language in languages.LANGUAGES | languages.BENCHMARK_ONLY:
+        scores = report.score([prediction("translation", language, "a b c d e", "a b c d f")])
+        assert f"|tok:{expected.get(language, '13a')}|" in scores["BLEU"].signature, language
+        assert set(scores) == {"BLEU", "chrF++"}
+    assert scores["chrF++"].signature.startswith("chrF2++|") and "|nw:2|" in scores["chrF++"].signature
+    assert scores["chrF++"].value == scorers.chrf(["a b c d e"], ["a b c d f"], 2).value
+    assert "|tok:char|" in report.score([prediction("translation", "deu", "a", "a")], "char")["BLEU"].signature
+
+
+def test_free_texts_are_scored_by_rouge_and_exact_match(monkeypatch):
+    pair = [prediction("self-instruct", "deu", *texts) for texts in (("Ja. ", "Ja."), ("ja.", "Ja."))]
+    scores = report.score(pair)
+    assert scores["rouge1"].value == 100 and scores["exact_match"].value == 50
+    monkeypatch.setattr(report, "word_segmenter", lambda code: (str.split, f"words-{code}"))
+    for segment, said in ((False, "|tok:xlsum-char|"), (True, "|tok:xlsum-words-deu|")):   # into words only if asked
+        assert said in report.score(pair, segment=segment)["rougeL"].signature
+
+
+def test_off_target_rates_are_reported_where_the_identifier_knows_the_language():
+    said = [("a", "fra"), ("b", "deu"), ("", "deu"), ("c", "deu")]
+    base = {"benchmark": "translation", "column": "FLORES(f)", "cut": 0, "reference": "x"}
+    lines = [base | {"group": f"eng-{code}", "language": code, "target": code, "parsed": text}
+             for code in ("deu", "kam") for text, _ in said]
+    table = report.results(lines, identifier=(lambda text, code: dict(said)[text] == code, {"deu", "fra"}, "fake-1"))
+    german = table["FLORES(f)"]["groups"]["eng-deu"]["scores"]["off_target"]
+    assert german["value"] == 50 and german["signature"].startswith("off_target|lid:fake-1|")
+    assert "off_target" not in table["FLORES(f)"]["groups"]["eng-kam"]["scores"]
+    assert table["FLORES(f)"]["groups"]["eng-deu"]["unparsed"] == 0   # though one is empty
+    assert table["FLORES(f)"]["tiers"]["off_target"] == {"high": 50, "all": 50}
+    assert "| FLORES(f) all " in report.overview({"m": table}, [])   # of two tiers
+    written = report.overview({"m": table}, []).partition("## Off-target rate (%, less is better)\n\n")[2]
+    assert written.startswith("|                |     m |\n| -------------- | ----: |\n| FLORES(f) high | 50.00 |\n\n#")
+
+
+@pytest.mark.parametrize("code, module, text, words", [
+    ("zho_simpl", "jieba", "我来到北京清华大学", ["我", "来到", "北京", "清华大学"]),
+    ("tha", "pythainlp", "ฉันรักภาษาไทย", ["ฉัน", "รัก", "ภาษาไทย"])])
+def test_rouge_over_words_where_no_spaces_are_written(code, module, text, words):
+    pytest.importorskip(module)
+    segment, name = report.word_segmenter(code)
+    assert segment(text) == words and name == module
+    pair = [prediction("self-instruct", code, text, text.replace(words[-1], words[0]))]
+    by_word, by_character = (report.score(pair, segment=segmented)["rouge1"] for segmented in (True, False))
+    assert f"|tok:xlsum-{module}|" in by_word.signature and "|tok:xlsum-char|" in by_character.signature
+    assert by_word.value == pytest.approx(100 * (len(words) - 1) / len(words)) != by_character.value
+
+
+def test_tables_of_five_benchmarks_and_two_models(model_directory, five, tmp_path, capsys):
+    other = make_model(tmp_path / "other")
+    arguments = ["--model", str(model_directory), str(other), "--names", "base", "SFT", "--benchmarks", *five,
+                 "--max-new-tokens", "12"]
+    script.main([*arguments, "--output", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "| XCOPA low " in said and "| FLORES(f) high " in said and "stand-ins" not in said
+    assert max(len(line) for line in said.splitlines() if line.startswith("|")) <= 80
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    table = results["models"]["SFT"]
+    assert set(table) == {"PAWS-X", "XCOPA", "FLORES(f)", "FLORES(t)", "XL-Sum", "Self-Inst*"}
+    swahili = table["XCOPA"]["groups"]["swh"]
+    assert swahili["items"] == 30 and swahili["tier"] == "low" and {"accuracy", "acc", "acc_char",
+                                                                    "acc_byte"} == set(swahili["scores"])
+    assert table["FLORES(f)"]["groups"]["eng-zho_simpl"]["scores"]["BLEU"]["signature"].count("tok:zh")
+    assert "p" in swahili["scores"]["accuracy"]
+    assert swahili["scores"]["accuracy"]["p"] == 1        # the same model twice
+    values = {group: entry["scores"]["rouge1"]["value"] for group, entry in table["XL-Sum"]["groups"].items()}
+    assert table["XL-Sum"]["democratization"] == pytest.approx(democratization(values))
+    assert table["XL-Sum"]["tiers"]["rouge1"] == pytest.approx({"high": values["fra"], "low": values["yor"],
+                                                                "all": sum(values.values()) / 2})
+    predictions = [json.loads(line)
+                   for line in (tmp_path / "out/base/predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(predictions) == 4 + 60 + 48 + 8 + 3 and {"prompt", "answer", "parsed", "reference",
+                                                        "language"} <= set(predictions[0])
+    assert (tmp_path / "out/scores.png").stat().st_size > 1000
+    written = (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    assert written.partition("\n## PAWS-X")[0] in said and "## PAWS-X" not in said and "## PAWS-X: accuracy" in written
+    assert "- XCOPA: generating mode, instructions in eng: as shipped" in written
+    assert "XCOPA: generating mode, instructions in eng: as shipped" in results["notes"]
+    assert any(note.endswith("cannot tell kam: no off-target rates there") for note in results["notes"])
+    assert written.split("## Off-target rate")[1].split("\n")[2].split() == ["|", "|", "base", "|", "SFT", "|"]
+    assert not list((tmp_path / "out").glob("*/.partial*"))
+
+
+def test_a_report_is_not_replaced_by_one_of_other_models_or_benchmarks(model_directory, five, tmp_path):
+    def evaluate(*names, benchmarks=five[:1], more=()):
+        script.main(["--model", *[str(model_directory)] * len(names), "--names", *names, "--benchmarks", *benchmarks,
+                     "--max-new-tokens", "2", "--output", str(tmp_path), *more])
+        return set(json.loads((tmp_path / "results.json").read_text())["models"])
+
+    assert evaluate("base") == {"base"}
+    written = (tmp_path / "report.md").read_text()
+    with pytest.raises(UserError, match="found results of base, which would be lost; expected another --output"):
+        evaluate("SFT")
+    with pytest.raises(UserError, match="found results of PAWS-X, which would be lost; expected another --output"):
+        evaluate("base", benchmarks=five[3:])
+    with pytest.raises(UserError, match=r"found results of 2 items of PAWS-X deu \(now 0\), which would be lost"):
+        evaluate("base", more=["--languages", "zh"])
+    with pytest.raises(UserError, match=r"of 2 items of PAWS-X deu \(now 1\), 2 items of PAWS-X zho_simpl \(now 1\),"):
+        evaluate("base", more=["--limit", "1"])
+    (tmp_path / "mine.toml").write_text("")
+    with pytest.raises(UserError, match="found results of --mode 'generating', --templates '', which would be lost"):
+        evaluate("base", more=["--mode", "understanding", "--templates", str(tmp_path / "mine.toml")])
+    assert (tmp_path / "report.md").read_text() == written
+    assert evaluate("base", "SFT") == evaluate("SFT", "base", benchmarks=[five[0], five[4]]) == {"base", "SFT"}
+
+
+@pytest.mark.parametrize("found", [{"models": []}, {"models": None}, {"models": ["m1"]}, {"models": {"m": []}},
+                                   {"a": 1}, {"models": {"m": {"XCOPA": {"groups": {"ita": {"items": "x"}}}}}, "settings": {}}])
+def test_results_of_something_else_are_not_replaced(five, tmp_path, found):
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match="results.json: found no results of eval.py in it, expected another --output"):
+        report.check_output(tmp_path, {"m": ""}, items_of(five[1:2]), {"mode": "generating", "templates": ""})
+
+
+def test_stand_ins_may_go(five, tmp_path):
+    entry = {"m": {"PAWS-X stand-in": {"groups": {"deu": {"items": 20}}}}}
+    (tmp_path / "results.json").write_text(json.dumps({"models": entry, "settings": {"mode": "x", "templates": "t"}}))
+    report.check_output(tmp_path, {"m": ""}, items_of(five[1:2]), {"mode": "generating", "templates": ""})
+
+
+def test_a_benchmark_with_nothing_left_is_named_and_the_rest_run(model_directory, five, tmp_path, capsys):
+    base = ["--model", str(model_directory), "--max-new-tokens", "2", "--benchmarks"]
+    script.main([*base, *five[:2], "--languages", "de", "--output", str(tmp_path / "de")])
+    said = capsys.readouterr().out
+    assert "2 items of PAWS-X, " in said and f"XCOPA: nothing of {five[1]} is left" in said
+    script.main([*base, five[1], five[3], "--mode", "understanding", "--languages", "it", "fr", "--output",
+                 str(tmp_path / "it")])
+    said = capsys.readouterr().out
+    assert "30 items of XCOPA, " in said and f"XL-Sum: nothing of {five[3]} is left" in said
+    with pytest.raises(UserError, match="nothing to evaluate: PAWS-X: no file for it.*; XL-Sum: .*is left to evaluate"):
+        script.main([*base, five[0], five[3], "--languages", "it"])
+
+
+def arguments(model_directory, five, output):
+    return ["--model", str(model_directory), "--benchmarks", *five, "--max-new-tokens", "16", "--output", str(output),
+            "--names", "m"]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """300 items, three chunks."""
+    folder = tmp_path_factory.mktemp("many")
+    for tag in ("it", "sw", "et"):
+        lines(folder / f"test.{tag}.jsonl",
+              [{**XCOPA_ROWS[0], "premise": " ".join(WORDS[i % 9:i % 9 + 2 + i % 7]) + f" {i}", "idx": i}
+               for i in range(100)])
+    return [str(folder)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model_directory, many, tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed")
+    command(arguments(model_directory, many, output)).wait(120)
+    return (output / "m/predictions.jsonl").read_bytes()
+
+
+def command(argv):
+    return subprocess.Popen([sys.executable, str(ROOT / "eval.py"), *argv], cwd=ROOT,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def test_killed_and_run_again(model_directory, many, undisturbed, tmp_path):
+    assert undisturbed.count(b"\n") == 300
+    argv = arguments(model_directory, many, tmp_path)
+    running = command(argv)
+    while running.poll() is None and not any(file.read_bytes() for file in tmp_path.glob("m/.partial*")):
+        time.sleep(0.005)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert not (tmp_path / "m/predictions.jsonl").exists()
+    [partial] = tmp_path.glob("m/.partial*")
+    with open(partial, "ab") as file:                     # a kill in the middle of a line
+        file.write(b'{"5": {"benchm')
+    assert len(predict._read_partial(tmp_path / "m", partial.name.split("-")[1])) % predict.CHUNK == 0
+    assert partial.read_bytes().endswith(b"\n")           # or the next chunk would be glued to the torn one
+    again = command(argv)
+    out = again.communicate(timeout=120)[0].decode()
+    assert again.returncode == 0, out
+    assert (tmp_path / "m/predictions.jsonl").read_bytes() == undisturbed
+
+
+def test_two_processes_predict_as_one(model_directory, many, undisturbed, tmp_path, torchrun):
+    torchrun(2, "eval.py", *arguments(model_directory, many, tmp_path))
+    assert (tmp_path / "m/predictions.jsonl").read_bytes() == undisturbed
+
+
+def test_other_weights_do_not_continue_a_partial_evaluation(model_directory, five, tmp_path):
+    model, tokenizer = hf_directory.load(model_directory)
+    items = items_of(five[:1])
+    first = predict.predict(model, tokenizer, items, ALONE, tmp_path, max_new_tokens=8)
+    with torch.no_grad():
+        model.head.weight.neg_()
+    second = predict.predict(model, tokenizer, items, ALONE, tmp_path, max_new_tokens=8)
+    assert first[0]["logps"] != second[0]["logps"]
+    predict.forget(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["--benchmarks", "/nowhere"], "/nowhere: no such directory"), (["--names", "a", "b"], "2 names for 1 models"),
+    (["--names", "a/b"], "without '/'"), (["--names", ""], "called '': expected different names, not empty"),
+    *[(["--names", name], f"called '{name}': .* not those of files") for name in ("results.json", "report.md",
+                                                                                 "scores.png")],
+    (["--limit", "-5"], "--limit is -5, expected a whole number of at least 1"), (["--batch-tokens", "0"], "--batch-tokens is 0"),
+    (["--max-new-tokens", "0"], "--max-new-tokens is 0"), (["--max-length", "0"], "--max-length is 0"),
+    (["--max-length", "2"], "--max-length is 2, expected more than --max-new-tokens, 2"),
+    (["--languages", "germn"], "unknown language 'germn'"),
+    (["--directions", "upward", "--benchmarks", "{flores}"], "upward"),
+    (["--model", "/nowhere"], "/nowhere"), (["--mode", "reading"], "reading"),
+    (["--templates", "/nowhere.toml"], "/nowhere.toml"),
+    (["--benchmarks", "{flores}", "{flores}/../xcopa", "{flores}/"],
+     r"flores and .*/flores/ both have item 1 of FLORES\(f\) eng-amh: expected each benchmark once"),
+    (["--bleu-tokenizer", "13A", "--benchmarks", "{flores}"], "13A: expected 13a, zh, char or a SentencePiece model"),
+    (["--segment", "--benchmarks", "{thai}"], "segmenting tha into words needs .*pythainlp")])
+def test_mistakes(model_directory, five, tmp_path, monkeypatch, argv, said):
+    """All of them before a model answers."""
+    monkeypatch.setattr(hf_directory, "load", None)
+    monkeypatch.setitem(sys.modules, "pythainlp.tokenize", None)
+    report.word_segmenter.cache_clear()
+    lines(tmp_path / "thai/thai_test.jsonl", [{"id": "1", "summary": "s", "text": "t"}])
+    argv = [text.format(flores=five[2], thai=tmp_path / "thai") for text in argv]
+    base = ["--model", str(model_directory), "--benchmarks", five[0], "--output", str(tmp_path), "--max-new-tokens",
+            "2"]
+    with pytest.raises(UserError, match=said):
+        script.main(base + argv)
+
+
+def test_a_model_is_named_by_its_resolved_path(model_directory, tmp_path, monkeypatch):
+    shutil.copytree(model_directory, tmp_path / "sft/model")
+    monkeypatch.chdir(tmp_path / "sft")
+    assert script.name_models(["model"], []) == {"sft": "model"}
+    monkeypatch.chdir(tmp_path / "sft/model")
+    assert script.name_models(["."], []) == {"sft": "."}
+
+
+def test_without_models_it_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="run train_sft.py first"):
+        script.main([])
+
+
+def test_stand_ins_are_read_as_the_published_files_and_held_out(tmp_path, monkeypatch):
+    pytest.importorskip("babel")
+    from minixllm.demo import cldr
+    rendered, render = {}, cldr.render
+
+    def remember(content, tag):
+        text = render(content, tag)
+        rendered.setdefault(text, set()).add(content)
+        return text
+
+    def contents(text):                                   # what it says, in no language
+        if text.count("-") == 2 and len(text) == 10:
+            return {("date", *map(int, text.split("-")))}
+        return rendered.get(text) or {("list", *text.split(", "))}
+
+    monkeypatch.setattr(cldr, "render", remember)
+    folders, templates = stand_ins.build(tmp_path / "a")
+    assert [benchmark_files.detect(folder) for folder in folders] == ["pawsx", "xcopa", "translation", "xlsum",
+                                                                      "self-instruct"]
+    items = items_of(folders, templates=templates)
+    assert len(items) > 1000 and len({(item.column, item.group, item.id) for item in items}) == len(items)
+    telling = {"pawsx": ["sentence1"], "xcopa": ["premise"], "translation": ["source"], "xlsum": ["article"],
+               "self-instruct": ["input"]}
+    subjects = set()
+    for item in items:                                    # nothing asked was seen in training, in any language
+        asked = [item.fields[name] for name in telling[item.benchmark]]
+        answer = [] if item.benchmark in ("pawsx", "self-instruct") else [item.reference]
+        for text in asked + answer:
+            assert "test" in map(cldr.split, contents(text)), (item, text)
+        subjects |= {(item.benchmark, content[0]) for content in contents(asked[0])}
+        assert not item.choices or item.choices[0] != item.choices[1]
+    assert {subject for benchmark, subject in subjects if benchmark == "translation"} == {"date", "quantity", "list"}
+    stand_ins.build(tmp_path / "b")
+    for file in (tmp_path / "a").rglob("*.*"):
+        assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()
+
+
+def test_language_identifier_knows_our_codes():
+    pytest.importorskip("py3langid")
+    is_in, known, name = languages.identifier()
+    german = "Das ist ein deutscher Satz über das Wetter von heute."
+    assert is_in(german, "deu") and not is_in(german, "nld") and not is_in(german, "umb")
+    assert is_in("这是一个中文句子。", "zho_simpl") and is_in("Dette er en norsk setning om været i dag.", "nob")
+    assert is_in("Giles 指出，该海域有超过 135 个鲨鱼物种", "zho_simpl")  # Wu, it says
+    croatian = "Ovo je rečenica na hrvatskom jeziku o današnjem vremenu."
+    assert is_in(croatian, "bos") and is_in(croatian, "hrv") and not is_in(croatian, "slv")
+    assert len(known) > 80 and {"tgl", "ful", "heb", "eng"} <= known and not {"ckb", "nso", "umb"} & known
+    assert name.startswith("py3langid-")
+
+
+# ---- a real model, against lm-evaluation-harness ----
+
+def test_accuracies_are_those_of_lm_evaluation_harness(data, tmp_path):
+    """XCOPA with the same prompts, SmolLM2-135M. As a rule 30 items of three languages with short prompts, for time;
+    MINIXLLM_ALL_OF_XCOPA=1 takes all items of all languages there with the paper's prompts."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    from real_models import smollm2
+    directory = smollm2()
+    model, tokenizer = hf_directory.load(directory)
+    everything = bool(os.environ.get("MINIXLLM_ALL_OF_XCOPA"))
+    items = items_of([data / "xcopa"], **{} if everything else {"languages": ("id", "it", "zh"), "limit": 30})
+
+    def prompt(item):
+        return item.prompt() if everything else f"{item.fields['premise']} {item.fields['question']}:"
+
+    tables = {}
+    contexts = [(tokenizer.encode_prompt(prompt(i)), [tokenizer.encode(c) for c in i.choices])
+                for i in items]
+    for item, logps in zip(items, predict.generation.score(model, contexts)):
+        tables.setdefault(item.group, []).append({"logps": logps, "choices": item.choices, "reference": item.reference})
+    del model
+
+    lm = HFLM(pretrained=transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32),
+              tokenizer=transformers.AutoTokenizer.from_pretrained(directory), batch_size=8)
+    for code, predictions in tables.items():
+        mine = [item for item in items if item.group == code]
+        lines(tmp_path / f"{code}.json",
+              [{"prompt": prompt(i), "choices": list(i.choices), "label": i.choices.index(i.reference)} for i in mine])
+        task = ConfigurableTask(config={
+            "task": f"xcopa_{code}", "dataset_path": "json",
+                                        "dataset_kwargs": {"data_files": {"test": str(tmp_path / f"{code}.json")}},
+            "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "prompt", "doc_to_choice": "choices",
+            "doc_to_target": "label", "target_delimiter": "",
+            "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True}
+                            for m in ("acc", "acc_norm", "acc_bytes")]})
+        found = evaluate(lm, {f"xcopa_{code}": task}, bootstrap_iters=0, log_samples=True)
+        theirs = [sample["filtered_resps"]
+                  for sample in sorted(found["samples"][f"xcopa_{code}"], key=lambda s: s["doc_id"])]
+        for prediction, responses in zip(predictions, theirs, strict=True):
+            assert prediction["logps"] == pytest.approx([float(r[0]) for r in responses], abs=1e-3, rel=1e-5)
+        values, ours = found["results"][f"xcopa_{code}"], report.likelihood(predictions)
+        for name, their_name in (("acc", "acc"), ("acc_char", "acc_norm"), ("acc_byte", "acc_bytes")):
+            assert ours[name].value == pytest.approx(100 * values[f"{their_name},none"]), (code, name)
