@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+PYTHONPATH = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # of the scripts that tests start
 REAL_GPU = "MINIXLLM_TEST_CUDA" in os.environ
 if not REAL_GPU:  # the tests and the processes they start run on the CPU, on machines that have GPUs as on others
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -48,7 +49,7 @@ def torchrun():
     def run(nproc: int, script, *args, timeout: float = 300, check: bool = True, env: dict | None = None):
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}",
                    f"--master-port={free_port()}", str(script), *map(str, args)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH, **(env or {})}
         done = subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True)
         if check and done.returncode != 0:
             raise AssertionError(f"{' '.join(command)} exited {done.returncode}\n{done.stdout}\n{done.stderr}")

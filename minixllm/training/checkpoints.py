@@ -76,7 +76,7 @@ def load(path, model, optimizer, facts: dict) -> tuple[int, list[str]]:
         run = json.loads((path / "run.json").read_text(encoding="utf-8"))
         step, before = run["step"], run["facts"]
         changed = [f"{name} {before[name]} -> {value}" for name, value in facts.items()
-                   if name != "resume" and before.get(name, value) != value]
+                   if name not in ("resume", "output") and before.get(name, value) != value]
         stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         found = {name: [*of.size] for name, of in stored.items()}
     if before.get("training", facts["training"]) != facts["training"]:

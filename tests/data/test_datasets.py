@@ -26,6 +26,7 @@ from minixllm.errors import UserError
 from minixllm.models.attention import Packed
 from minixllm.models.llama import Llama, LlamaConfig
 from minixllm.tokenizers import load_tokenizer
+from minixllm.tokenizers.base import Tokenizer
 from minixllm.tokenizers.sentencepiece import train_sentencepiece
 
 
@@ -33,6 +34,7 @@ class Bytes:
     """A tokenizer of bytes, ids 3 to 258; pad is eos, as with many a model."""
 
     vocab_size, bos_id, eos_id, pad_id = 259, 1, 2, 2
+    encode_prompt = Tokenizer.encode_prompt
 
     def __init__(self, prefix=(1,), suffix=(), fingerprint="bytes"):
         self.prefix, self.suffix, self.fingerprint = list(prefix), list(suffix), fingerprint

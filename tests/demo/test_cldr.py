@@ -161,8 +161,8 @@ def test_feedback(tmp_path, monkeypatch, feedback, ordered):
     assert not {r["input"] for r in made["train"]} & {r["input"] for r in made["test"]}
     for r in made["train"]:
         assert r["chosen"].strip() != r["rejected"].strip()
-        told = feedback.languages_of(r["rejected"], "date")
-        assert r["response_language"] in feedback.languages_of(r["chosen"], "date"), r
+        told = feedback_module.languages_of(r["rejected"], "date")
+        assert r["response_language"] in feedback_module.languages_of(r["chosen"], "date"), r
         assert {"instruction's language": r["language"] in told, "wrong value": r["response_language"] in told,
                 "repeated": not told}.get(r["mistake"], True), r
 

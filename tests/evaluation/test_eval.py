@@ -20,11 +20,11 @@ from minixllm.errors import UserError
 from minixllm.evaluation import benchmark_files, benchmarks, predict, report, scorers, templates
 from minixllm.evaluation.significance import democratization
 from minixllm.tokenizers.sentencepiece import train_sentencepiece
+from tests.evaluation.test_benchmarks import PAWSX_ROWS, XCOPA_ROWS, lines
 from minixllm.weights import hf_directory
 
 import eval as script
 from conftest import ROOT
-from test_benchmarks import PAWSX_ROWS, XCOPA_ROWS, lines
 
 ALONE = SimpleNamespace(rank=0, size=1, first=True, gather=lambda value: [value])
 WORDS = "the dog cat saw a red house by sea and old man went home early today because it was late".split()

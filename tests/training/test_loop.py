@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from minixllm import distributed
-from minixllm.data import datasets
+from minixllm.data import stream as stream_module
 from minixllm.data.stream import Stream
 from minixllm.errors import UserError
 from minixllm.files import locked
@@ -54,7 +54,7 @@ from minixllm.training.loop import (
 from minixllm.training.meter import Meter, attending_pairs, memory_needed, peak_flops
 from minixllm.weights.hf_directory import build, initialise
 
-from conftest import ROOT, free_port
+from conftest import PYTHONPATH, ROOT, free_port
 
 CONFIG = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                      num_key_value_heads=2, tie_word_embeddings=True)
@@ -230,7 +230,7 @@ def same(a, b):
 
 
 def start(command, folder, *flags):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *command, __file__, "--output", folder, *map(str, flags)]
     return subprocess.Popen(command, cwd=ROOT, text=True, env=environment, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, start_new_session=True)
@@ -531,8 +531,8 @@ def test_the_next_batch_is_made_before_this_step_is_waited_for(tmp_path, monkeyp
     settings = Settings(output=str(tmp_path), steps=3, gradient_checkpointing=True)
     world, model = setup(settings)
     stream, events = make_stream(settings, world), []
-    collate, add_up = datasets.collate, distributed.World.sum
-    monkeypatch.setattr(datasets, "collate", lambda *args: events.append("micro-batch") or collate(*args))
+    collate, add_up = stream_module.collate, distributed.World.sum
+    monkeypatch.setattr(stream_module, "collate", lambda *args: events.append("micro-batch") or collate(*args))
     monkeypatch.setattr(distributed.World, "sum", lambda *args: events.append("sum") or add_up(*args))
     train(model, world, settings, stream, sft_loss)
     a_step = ["micro-batch"] * 3 + ["sum"]
