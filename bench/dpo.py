@@ -38,7 +38,6 @@ def make_pairs(count: int):
 class Pairs:
     """The pairs with the interface of datasets.PreferenceData."""
 
-    blank = (0, [1, 1])
     language_names = ["und"]
 
     def __init__(self, pairs):

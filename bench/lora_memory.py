@@ -22,9 +22,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from minixllm import parallel  # noqa: E402
-from minixllm.data.datasets import Batch  # noqa: E402
+from minixllm.data.stream import Batch  # noqa: E402
 from minixllm.models.llama import Llama, LlamaConfig  # noqa: E402
-from minixllm.training.loop import sft_loss  # noqa: E402
+from minixllm.training.losses import sft_loss  # noqa: E402
 from minixllm.weights.adapters import open_model  # noqa: E402
 from minixllm.weights.hf_directory import build, initialise, read_config, save_model  # noqa: E402
 

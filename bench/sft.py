@@ -50,7 +50,7 @@ def ours(args, size: dict, dtype: torch.dtype):
     from minixllm import distributed
     from minixllm.data.stream import Batch, pack
     from minixllm.models import lora
-    from minixllm.training.loop import sft_loss
+    from minixllm.training.losses import sft_loss
 
     def steps(rng):
         """Endless steps: the lengths of the whole documents in `rows` rows of `length` tokens, packed as in training,

@@ -20,7 +20,7 @@ from minixllm.data.stream import collate
 from minixllm.models.bloom import Bloom, BloomConfig
 from minixllm.models.llama import Llama, LlamaConfig
 from minixllm.tokenizers.sentencepiece import train_sentencepiece
-from minixllm.training.loop import sft_loss
+from minixllm.training.losses import sft_loss
 from minixllm.weights.hf_directory import initialise, load, save_model
 
 import eval as evaluation_script

@@ -91,8 +91,6 @@ class SFTData(TokenCache):
     Raises UserError for files that cannot be read, and when no record is left.
     """
 
-    blank = 1  # the document of an empty batch (see `Batch`)
-
     def __init__(self, paths, tokenizer, max_length: int, cache_dir, too_long: str = "drop",
                  train_on_prompt: bool = False, workers: int | None = None):
         settings = {"max_length": max_length, "too_long": too_long}
@@ -124,8 +122,6 @@ class PreferenceData(TokenCache):
     A pair is one document of two branches. Its trunk is the prompt but for the last token; the branches are that last
     token followed by the chosen answer, and by the rejected one. What is left out or cut: see encode_preference.
     """
-
-    blank = (0, [1, 1])  # the document of an empty batch (see `Batch`)
 
     def __init__(self, paths, tokenizer, max_length: int, cache_dir, too_long: str = "drop",
                  workers: int | None = None):

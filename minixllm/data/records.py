@@ -95,7 +95,7 @@ class _Fields:
         if optional and value is None:
             return None
         if name is None:
-            found = _shortened(", ".join(sorted(self.entry)), 200) or "none"
+            found = _shortened(", ".join(sorted(self.entry)), 80) or "none"
             raise UserError(f"{self.where}: no field {spellings[0]!r}: found {found}; expected {self.expected}")
         if not isinstance(value, str):
             raise UserError(f"{self.where}: field {name!r} holds {_kind(value)}, expected text")

@@ -12,34 +12,20 @@ import torch
 
 from minixllm.data.datasets import IGNORE
 from minixllm.errors import UserError
-from minixllm.models.attention import Packed, to_device
 
 
 @dataclass
 class Batch:
     """Documents laid end to end: input_ids (N,), labels (N,) long, `documents` as `attention.Packed` takes them.
 
-    records: the id of each document's record. An empty batch, which a rank with nothing left runs so that all ranks
-    take part in every collective, has no records and one document whose tokens have no label.
+    records: the id of each document's record. A rank with nothing left to do runs an empty batch, so that all ranks
+    take part in every collective. It has no records, and one document of one token without a label.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     documents: list
     records: list[int]
-
-    def logps(self, model) -> torch.Tensor:
-        """(N,) fp32: the log-probability of each label, 0 where there is none."""
-        device = model.embedding.weight.device
-        return model(to_device(self.input_ids, device), Packed(self.documents, device), to_device(self.labels, device))
-
-    def answer_logps(self, model) -> torch.Tensor:
-        """(answers,) fp32: the summed log-probability, EOS included, of each record's answer, or of a pair's two."""
-        lengths = [length for document in self.documents for length in (  # a trunk, without labels, joins an answer
-            [document] if isinstance(document, int) else [document[0] + document[1][0], *document[1][1:]])]
-        # by splits: a GPU adds by index in no fixed order, and a resumed run would differ
-        sums = torch.stack([answer.sum() for answer in self.logps(model).split(lengths)])
-        return sums if self.records else sums[:0]  # none of an empty batch, which only keeps its rank in step
 
 
 @dataclass
@@ -53,8 +39,7 @@ class Step:
 def collate(data, records) -> Batch:
     """The batch of these record ids, in this order."""
     if not len(records):
-        size = 1 if isinstance(data.blank, int) else sum(data.blank[1])
-        return Batch(torch.zeros(size, dtype=torch.long), torch.full((size,), IGNORE), [data.blank], [])
+        return Batch(torch.zeros(1, dtype=torch.long), torch.full((1,), IGNORE), [1], [])
     records = [int(record) for record in records]
     input_ids, labels = zip(*(data[record] for record in records))
     return Batch(torch.from_numpy(np.concatenate(input_ids)), torch.from_numpy(np.concatenate(labels)),

@@ -19,12 +19,12 @@ from minixllm.data.token_cache import file_digest
 from minixllm.files import atomic_write
 from minixllm.models import lora
 from minixllm.models.attention import to_device
-from minixllm.training.losses import dpo_loss, ipo_loss
+from minixllm.training.losses import answer_logps, dpo_loss, ipo_loss
 
 
 def pair_logps(model, batch) -> torch.Tensor:
     """(P, 2) fp32: log-probabilities of the chosen and the rejected answer of each pair, EOS included, summed."""
-    return batch.answer_logps(model).view(-1, 2)
+    return answer_logps(model, batch).view(-1, 2)
 
 
 def compare(model, batch, reference, kind: str, beta: float, label_smoothing: float,

@@ -25,6 +25,7 @@ from minixllm.errors import UserError
 from minixllm.files import atomic_write, finite, locked, write_json
 from minixllm.settings import setting
 from minixllm.training import checkpoints
+from minixllm.training.losses import answer_logps
 from minixllm.training.meter import Meter, announce
 from minixllm.weights.hf_directory import check_target
 from minixllm.weights.safetensors_files import fingerprint
@@ -327,11 +328,6 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def sft_loss(model, batch):
-    """The summed negative log-likelihood of a micro-batch's labels; nothing else to log."""
-    return -batch.logps(model).sum(), {}
-
-
 @torch.no_grad()
 def held_out_means(world: World, data, records, tokens: int, measure) -> dict[str, float]:
     """Means over held-out records: {"loss": of all, "loss/deu": of one language, ...}. A collective.
@@ -358,4 +354,4 @@ def held_out_means(world: World, data, records, tokens: int, measure) -> dict[st
 
 def held_out_loss(model, world: World, data, records, tokens: int) -> dict[str, float]:
     """Mean loss per supervised token, as `held_out_means` gives it."""
-    return held_out_means(world, data, records, tokens, lambda batch: {"loss": -batch.answer_logps(model)})
+    return held_out_means(world, data, records, tokens, lambda batch: {"loss": -answer_logps(model, batch)})

@@ -1,7 +1,34 @@
-"""Losses as pure functions."""
+"""The losses of both trainings, and the log-probabilities they are made of."""
 
 import torch
 import torch.nn.functional as F
+
+from minixllm.models.attention import Packed, to_device
+
+
+def label_logps(model, batch) -> torch.Tensor:
+    """(N,) fp32: the log-probability of each label of a `stream.Batch`, 0 where a token has no label."""
+    device = model.embedding.weight.device
+    return model(to_device(batch.input_ids, device), Packed(batch.documents, device), to_device(batch.labels, device))
+
+
+def answer_logps(model, batch) -> torch.Tensor:
+    """(answers,) fp32: the summed log-probability of each answer with its EOS: one a record, or two a pair."""
+    lengths = []
+    for document in batch.documents:
+        if isinstance(document, int):
+            lengths.append(document)
+        else:  # the trunk has no labels, so its zeros can be summed with the first branch
+            trunk, (first, *others) = document
+            lengths += [trunk + first, *others]
+    # Summed by splitting and not by index: a GPU adds by index in no fixed order, and a resumed run would differ.
+    sums = torch.stack([answer.sum() for answer in label_logps(model, batch).split(lengths)])
+    return sums if batch.records else sums[:0]  # an empty batch has no answers
+
+
+def sft_loss(model, batch):
+    """The cross-entropy of a micro-batch's labels, summed: -sum log p(label). -> (loss, {}: nothing else to log)."""
+    return -label_logps(model, batch).sum(), {}
 
 
 def dpo_loss(policy_logps, reference_logps, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:

@@ -46,11 +46,11 @@ from minixllm.training.loop import (
     held_out_loss,
     learning_rate,
     log,
-    sft_loss,
     start_or_resume,
     train,
     train_step,
 )
+from minixllm.training.losses import sft_loss
 from minixllm.training.meter import Meter, attending_pairs, memory_needed, peak_flops
 from minixllm.weights.hf_directory import build, initialise
 
@@ -65,7 +65,6 @@ class Records:
     """Random token ids in two languages, with the interface of SFTData; the first half of each record is its prompt."""
 
     language_names = ["deu", "tha"]
-    blank = 1
     key = "tiny"
 
     def __init__(self, n, seed=0):
