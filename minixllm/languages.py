@@ -1,21 +1,18 @@
 """The 100 languages of the instruction data, the 30 of the feedback data, and those that only a benchmark has.
 
-Where each column of the table comes from:
-
-- code: FLORES-101 (Goyal et al. 2022). Its 102 rows less English and Traditional Chinese are the 100 languages here;
-  the paper names "100 languages covered in FLORES-101" and no list.
-- tag: BCP-47, in the form Unicode CLDR uses (fil for Tagalog).
-- English name: as FLORES-101 has it, shortened to what one would write in a sentence.
-- own name: Unicode CLDR 47's name of the language in itself; for Umbundu, which CLDR lacks, the usual spelling.
-- script: ISO 15924, as written in FLORES-101.
-- tier: the classes of Joshi et al. 2020, "The State and Fate of Linguistic Diversity" (lang2tax): classes 5 and 4 are
-  "high", 3 is "mid", 2 to 0 are "low". The paper publishes no list of its tiers.
+languages.tsv holds the table and says where each of its columns comes from. Every part of the project finds languages
+by `find`, so that one language has one code whatever a file calls it.
 """
 
 import difflib
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
-from minixllm.errors import UserError
+from minixllm.errors import UserError, found
+
+
+TABLE = Path(__file__).with_name("languages.tsv")
 
 
 @dataclass(frozen=True)
@@ -28,129 +25,34 @@ class Language:
     tier: str  # "high", "mid" or "low"
 
 
-def _parse(table: str) -> dict[str, Language]:
-    rows = [[cell.strip() for cell in line.split("|")] for line in table.strip().splitlines()]
-    return {row[0]: Language(*row) for row in rows}
+def _read_table() -> tuple[dict, dict, dict]:
+    """(the 100 by code, those that only a benchmark has by code, all by every spelling of code, tag and name)."""
+    lines = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    hundred, benchmark_only, known = {}, {}, {}
+    for *columns, where, others in (line.split("\t") for line in lines[1:]):
+        language = Language(*columns)
+        (hundred if where == "100" else benchmark_only)[language.code] = language
+        for spelling in (*columns[:4], *others.split(", ")):
+            known.setdefault("_".join(_words(spelling)), language)
+    return hundred, benchmark_only, known
 
 
-LANGUAGES = _parse("""
-afr       | af  | Afrikaans            | Afrikaans          | Latn | mid
-amh       | am  | Amharic              | አማርኛ               | Ethi | low
-ara       | ar  | Arabic               | العربية            | Arab | high
-hye       | hy  | Armenian             | հայերեն            | Armn | low
-asm       | as  | Assamese             | অসমীয়া            | Beng | low
-ast       | ast | Asturian             | asturianu          | Latn | low
-azj       | az  | Azerbaijani          | azərbaycan         | Latn | low
-bel       | be  | Belarusian           | беларуская         | Cyrl | mid
-ben       | bn  | Bengali              | বাংলা              | Beng | mid
-bos       | bs  | Bosnian              | bosanski           | Latn | mid
-bul       | bg  | Bulgarian            | български          | Cyrl | mid
-mya       | my  | Burmese              | မြန်မာ             | Mymr | low
-cat       | ca  | Catalan              | català             | Latn | high
-ceb       | ceb | Cebuano              | Cebuano            | Latn | mid
-zho_simpl | zh  | Chinese              | 中文                 | Hans | high
-hrv       | hr  | Croatian             | hrvatski           | Latn | high
-ces       | cs  | Czech                | čeština            | Latn | high
-dan       | da  | Danish               | dansk              | Latn | mid
-nld       | nl  | Dutch                | Nederlands         | Latn | high
-est       | et  | Estonian             | eesti              | Latn | mid
-tgl       | fil | Tagalog              | Tagalog            | Latn | mid
-fin       | fi  | Finnish              | suomi              | Latn | high
-fra       | fr  | French               | français           | Latn | high
-ful       | ff  | Fula                 | Pulaar             | Latn | low
-glg       | gl  | Galician             | galego             | Latn | mid
-lug       | lg  | Ganda                | Luganda            | Latn | low
-kat       | ka  | Georgian             | ქართული            | Geor | mid
-deu       | de  | German               | Deutsch            | Latn | high
-ell       | el  | Greek                | Ελληνικά           | Grek | mid
-guj       | gu  | Gujarati             | ગુજરાતી            | Gujr | low
-hau       | ha  | Hausa                | Hausa              | Latn | low
-heb       | he  | Hebrew               | עברית              | Hebr | mid
-hin       | hi  | Hindi                | हिन्दी             | Deva | high
-hun       | hu  | Hungarian            | magyar             | Latn | high
-isl       | is  | Icelandic            | íslenska           | Latn | low
-ibo       | ig  | Igbo                 | Igbo               | Latn | low
-ind       | id  | Indonesian           | Bahasa Indonesia   | Latn | mid
-gle       | ga  | Irish                | Gaeilge            | Latn | low
-ita       | it  | Italian              | italiano           | Latn | high
-jpn       | ja  | Japanese             | 日本語                | Jpan | high
-jav       | jv  | Javanese             | Basa Jawa          | Latn | low
-kea       | kea | Kabuverdianu         | kabuverdianu       | Latn | low
-kam       | kam | Kamba                | Kikamba            | Latn | low
-kan       | kn  | Kannada              | ಕನ್ನಡ              | Knda | low
-kaz       | kk  | Kazakh               | қазақ тілі         | Cyrl | mid
-khm       | km  | Khmer                | ខ្មែរ              | Khmr | low
-kor       | ko  | Korean               | 한국어                | Kore | high
-kir       | ky  | Kyrgyz               | кыргызча           | Cyrl | low
-lao       | lo  | Lao                  | ລາວ                | Laoo | low
-lav       | lv  | Latvian              | latviešu           | Latn | mid
-lin       | ln  | Lingala              | lingála            | Latn | low
-lit       | lt  | Lithuanian           | lietuvių           | Latn | mid
-luo       | luo | Luo                  | Dholuo             | Latn | low
-ltz       | lb  | Luxembourgish        | Lëtzebuergesch     | Latn | low
-mkd       | mk  | Macedonian           | македонски         | Cyrl | low
-msa       | ms  | Malay                | Bahasa Melayu      | Latn | mid
-mal       | ml  | Malayalam            | മലയാളം             | Mlym | low
-mlt       | mt  | Maltese              | Malti              | Latn | low
-mri       | mi  | Maori                | Māori              | Latn | low
-mar       | mr  | Marathi              | मराठी              | Deva | low
-mon       | mn  | Mongolian            | монгол             | Cyrl | low
-npi       | ne  | Nepali               | नेपाली             | Deva | low
-nso       | nso | Northern Sotho       | Sesotho sa Leboa   | Latn | low
-nob       | nb  | Norwegian            | norsk bokmål       | Latn | low
-nya       | ny  | Nyanja               | Nyanja             | Latn | low
-oci       | oc  | Occitan              | occitan            | Latn | low
-ory       | or  | Odia                 | ଓଡ଼ିଆ              | Orya | low
-orm       | om  | Oromo                | Oromoo             | Latn | low
-pus       | ps  | Pashto               | پښتو               | Arab | low
-fas       | fa  | Persian              | فارسی              | Arab | high
-pol       | pl  | Polish               | polski             | Latn | high
-por       | pt  | Portuguese           | português          | Latn | high
-pan       | pa  | Punjabi              | ਪੰਜਾਬੀ             | Guru | low
-ron       | ro  | Romanian             | română             | Latn | mid
-rus       | ru  | Russian              | русский            | Cyrl | high
-srp       | sr  | Serbian              | српски             | Cyrl | high
-sna       | sn  | Shona                | chiShona           | Latn | low
-snd       | sd  | Sindhi               | سنڌي               | Arab | low
-slk       | sk  | Slovak               | slovenčina         | Latn | mid
-slv       | sl  | Slovenian            | slovenščina        | Latn | mid
-som       | so  | Somali               | Soomaali           | Latn | low
-ckb       | ckb | Central Kurdish      | کوردیی ناوەندی     | Arab | low
-spa       | es  | Spanish              | español            | Latn | high
-swh       | sw  | Swahili              | Kiswahili          | Latn | low
-swe       | sv  | Swedish              | svenska            | Latn | high
-tgk       | tg  | Tajik                | тоҷикӣ             | Cyrl | low
-tam       | ta  | Tamil                | தமிழ்              | Taml | mid
-tel       | te  | Telugu               | తెలుగు             | Telu | low
-tha       | th  | Thai                 | ไทย                | Thai | mid
-tur       | tr  | Turkish              | Türkçe             | Latn | high
-ukr       | uk  | Ukrainian            | українська         | Cyrl | mid
-umb       | umb | Umbundu              | Umbundu            | Latn | low
-urd       | ur  | Urdu                 | اردو               | Arab | mid
-uzb       | uz  | Uzbek                | o‘zbek             | Latn | mid
-vie       | vi  | Vietnamese           | Tiếng Việt         | Latn | high
-cym       | cy  | Welsh                | Cymraeg            | Latn | low
-wol       | wo  | Wolof                | Wolof              | Latn | low
-xho       | xh  | Xhosa                | IsiXhosa           | Latn | low
-yor       | yo  | Yoruba               | Èdè Yorùbá         | Latn | low
-zul       | zu  | Zulu                 | isiZulu            | Latn | low
-""")
+def _words(text: str) -> list[str]:
+    """The parts of a tag or name: zh-Hant-TW, zh_Hant_TW and "Chinese (Traditional)" are cut alike."""
+    return [word for word in re.split(r"[-_()\s]+", text.lower()) if word]
 
-# Met in PAWS-X, XCOPA, FLORES-101 or XL-Sum, but not among the 100.
-BENCHMARK_ONLY = _parse("""
-eng      | en      | English             | English          | Latn | high
-zho_trad | zh-Hant | Traditional Chinese | 繁體中文         | Hant | high
-hat      | ht      | Haitian Creole      | Kreyòl ayisyen   | Latn | low
-que      | qu      | Quechua             | Runasimi         | Latn | low
-run      | rn      | Kirundi             | Ikirundi         | Latn | low
-tir      | ti      | Tigrinya            | ትግርኛ            | Ethi | low
-pcm      | pcm     | Nigerian Pidgin     | Naijíriá Píjin   | Latn | low
-sin      | si      | Sinhala             | සිංහල            | Sinh | low
-gla      | gd      | Scottish Gaelic     | Gàidhlig         | Latn | low
-""")
 
-_KNOWN = {key.lower(): language for language in [*BENCHMARK_ONLY.values(), *LANGUAGES.values()]
-          for key in (language.code, language.tag, language.name)}
+LANGUAGES, BENCHMARK_ONLY, _KNOWN = _read_table()
+del _KNOWN[""]
+# What may follow a language: a script (as a code, or as file names write it) and a region.
+SCRIPTS = {*(language.script.lower() for language in _KNOWN.values()), "hang", "hani", "mong"}
+SCRIPT_NAMES = {"simplified": "hans", "traditional": "hant", "cyrillic": "cyrl", "latin": "latn"}
+REGION = re.compile("[a-z]{2}|[0-9]{3}")  # ISO 3166 and UN M.49
+TRADITIONAL = {"hant", "tw", "hk", "mo"}  # Chinese is written in traditional characters there
+OWN = {"zho_simpl": {"cn"}, "zho_trad": {"tw"}, "kor": {"hang"}}  # adds nothing, as little as the script of the table
+# CLDR replaces these codes by a language and a region or script.
+REGIONAL = {"prs": "fa-AF", "drw": "fa-AF", "tnf": "fa-AF", "swc": "sw-CD", "cnr": "sr-ME", "sh": "sr-Latn",
+            "hbs": "sr-Latn"}
 
 # The paper does not name its 30. Ours: every language of the 100 that PAWS-X, XCOPA or Self-Instruct* scores (21), so
 # that each benchmark can show what feedback changes, and nine more that bring in further scripts and families.
@@ -211,15 +113,34 @@ def identifier():
     return is_in, set(codes.values()) - UNRELIABLE, f"py3langid-{version('py3langid')}"
 
 
-def find(text: str) -> Language:
-    """The language with this FLORES-101 code, BCP-47 tag or English name (in any case), benchmark-only ones included.
+def lookup(text: str) -> tuple[Language, tuple[str, ...]] | None:
+    """The language that a code, tag, name or word of a file name means, and the script and region that it adds.
 
-    Raises UserError naming the nearest spellings when there is none.
+    "pt-BR" -> (Portuguese, ("br",)); "serbian_latin" -> (Serbian, ("latn",)); "serbian_cyrillic" -> (Serbian, ()), for
+    that is its script in the table; None for what names no language. Known are all spellings in languages.tsv, in any
+    case. Chinese is two languages here, told apart by script or region.
     """
-    if (language := _KNOWN.get(text.lower())) is not None:
-        return language
+    words = _words(text)
+    if words and words[0] in REGIONAL:
+        words = _words(REGIONAL[words[0]]) + words[1:]
+    for size in range(len(words), 0, -1):  # the longest name first: "Haitian Creole" before "Haitian"
+        if language := _KNOWN.get("_".join(words[:size])):
+            rest = tuple(SCRIPT_NAMES.get(word, word) for word in words[size:])
+            if not all(word in SCRIPTS or REGION.fullmatch(word) for word in rest):
+                return None
+            if language.code == "zho_simpl" and TRADITIONAL & set(rest) and "hans" not in rest:
+                language = BENCHMARK_ONLY["zho_trad"]
+            own = {language.script.lower(), *OWN.get(language.code, ())}
+            return language, tuple(word for word in rest if word not in own)
+    return None
+
+
+def find(text: str) -> Language:
+    """The language that `lookup` finds. Raises UserError with the nearest spellings where there is none."""
+    if known := lookup(text):
+        return known[0]
     near = difflib.get_close_matches(text.lower(), _KNOWN, n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    if "," in text and all(part.strip().lower() in _KNOWN for part in text.split(",")):
+    if "," in text and all(lookup(part) for part in text.split(",")):
         hint = "; several are parted by spaces, not commas"
-    raise UserError(f"unknown language {text!r}: expected a FLORES-101 code, a BCP-47 tag or an English name{hint}")
+    raise UserError(f"unknown language {found(text)}: expected a FLORES-101 code, a BCP-47 tag or a name{hint}")

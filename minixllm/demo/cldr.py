@@ -233,7 +233,7 @@ def named(made: dict, code: str) -> dict:
 
 def folder(cache) -> Path:
     """Where below `cache` the data set is kept: another place when what makes it has changed."""
-    sources = [Path(file) for file in (__file__, languages.__file__, prompts.__file__, prompts.REQUESTS)]
+    sources = [Path(file) for file in (__file__, languages.TABLE, prompts.__file__, prompts.REQUESTS)]
     made_of = [*(path.read_bytes() for path in sources), _cldr().__version__.encode()]
     return Path(cache) / f"demo-{hashlib.sha256(b''.join(made_of)).hexdigest()[:16]}"
 

@@ -15,52 +15,35 @@ from minixllm.errors import UserError
 TITLES = {"pawsx": "PAWS-X", "xcopa": "XCOPA", "translation": "Translation", "xlsum": "XL-Sum",
           "self-instruct": "Self-Inst*"}
 
-# FLORES-200's and NTREX's codes where FLORES-101 has another; XL-Sum's names and the English file of Self-Instruct
-OTHER_NAMES = {
-    "arb": "ara", "fuv": "ful", "lvs": "lav", "zsm": "msa", "khk": "mon", "gaz": "orm", "pbt": "pus", "pes": "fas",
-    "uzn": "uzb", "aze": "azj", "nep": "npi", "swa": "swh", "fil": "tgl", "zho_Hans": "zho_simpl",
-    "zho_Hant": "zho_trad", "zho_CN": "zho_simpl", "zho_TW": "zho_trad", "chinese_simplified": "zho_simpl",
-    "chinese_traditional": "zho_trad", "serbian_cyrillic": "srp", "scottish_gaelic": "gla", "pidgin": "pcm",
-    "user_oriented_instructions": "eng"}
+def _name_of_text(file: Path) -> str:
+    """fra.devtest, newstest2019-ref.fra.txt, fra.txt, fra -> fra; "" for what names no language, for a text in another
+    script (arb_Latn is Arabic in Latin letters), for a pair of languages (en-de), and for what is no text, such as
+    records, fra.devtest.gz or an editor's fra.devtest~."""
+    name = re.sub(r"^newstest\d+-(src|ref)\.", "", file.name).split(".")[0]
+    known = languages.lookup(name)
+    if file.suffix not in (".dev", ".devtest", ".txt", "") or not known:
+        return ""
+    # a tag in small letters is a second language, in capitals a region
+    return "" if any(len(word) == 4 or word in name and languages.lookup(word) for word in known[1]) else name
 
 
-def _code(name: str) -> str | None:
-    """The language of this name, tag or code, those of OTHER_NAMES too; None for any other text."""
-    try:
-        return languages.find(OTHER_NAMES.get(name, name)).code
-    except UserError:
-        return None
-
-
-def _code_of_text(file: Path) -> str | None:
-    """fra.devtest, fra_Latn.devtest, newstest2019-ref.fra.txt, fra.txt, fra -> fra; None for what names no language,
-    and for what is no text, such as records, fra.devtest.gz or an editor's fra.devtest~."""
-    if file.suffix not in (".dev", ".devtest", ".txt", ""):
-        return None
-    name = re.sub(r"^newstest\d+-(src|ref)\.", "", file.name).split(".")[0].replace("-", "_")
-    first, _, script = name.partition("_")
-    whole, code = _code(name), _code(first)
-    if whole or not code:
-        return whole
-    known = languages.find(code).script
-    return code if script in (known, "Hang" if known == "Kore" else "") else None
-
-
-# {benchmark: (patterns of its files in a directory, file -> code of its language)}
+# {benchmark: (patterns of its files in a directory, file -> what it calls its language)}
 LAYOUTS = {
-    "pawsx": (["*/test_2k.tsv"], lambda file: _code(file.parent.name)),
-    "xcopa": (["test.*.jsonl", "*/test.*.jsonl", "data/*/test.*.jsonl"], lambda file: _code(file.name.split(".")[1])),
-    "translation": (["*"], _code_of_text),
-    "xlsum": (["*_test.jsonl"], lambda file: _code(file.name.removesuffix("_test.jsonl"))),
-    "self-instruct": (["*.jsonl"], lambda file: _code(file.stem))}
+    "pawsx": (["*/test_2k.tsv"], lambda file: file.parent.name),
+    "xcopa": (["test.*.jsonl", "*/test.*.jsonl", "data/*/test.*.jsonl"], lambda file: file.name.split(".")[1]),
+    "translation": (["*"], _name_of_text),
+    "xlsum": (["*_test.jsonl"], lambda file: file.name.removesuffix("_test.jsonl")),
+    "self-instruct": (["*.jsonl"], lambda file: {"user_oriented_instructions": "eng"}.get(file.stem, file.stem))}
 
 
 def files(benchmark: str, folder: Path) -> dict[Path, str | None]:
-    """What may be a benchmark's files in a directory, by name (fra.dev before fra.devtest), each with the code of its
-    language, None where its name names none."""
-    patterns, code_of = LAYOUTS[benchmark]
-    found = sorted(file for pattern in patterns for file in folder.glob(pattern) if not file.is_dir())
-    return {file: code_of(file) for file in found}
+    """What may be a benchmark's files in a directory, each with the code of its language, None where its name names
+    none. By name (fra.dev before fra.devtest), but first those of a region or another script (eng-GB before eng)."""
+    patterns, name_of = LAYOUTS[benchmark]
+    known = {file: languages.lookup(name_of(file)) for pattern in patterns for file in folder.glob(pattern)
+             if not file.is_dir() and not file.name.startswith(".")}
+    order = sorted(known, key=lambda file: (not (known[file] and known[file][1]), file))
+    return {file: known[file] and known[file][0].code for file in order}
 
 
 def detect(path) -> str:

@@ -120,9 +120,24 @@ def test_directions():
     ("zho_simpl.devtest", "zho_simpl"), ("arb_Arab.devtest", "ara"),
     ("arb_Latn.devtest", None), ("kor_Hang.devtest", "kor"), ("newstest2019-ref.fra.txt", "fra"),
     ("newstest2019-src.eng.txt", "eng"),
-    ("newstest2019-ref.zho-CN.txt", "zho_simpl"), ("zsm_Latn.devtest", "msa"), ("README.md", None), ("xyz.txt", None)])
+    ("newstest2019-ref.zho-CN.txt", "zho_simpl"), ("zsm_Latn.devtest", "msa"), ("README.md", None), ("xyz.txt", None),
+    ("cmn_Hans.devtest", "zho_simpl"), ("cmn_Hant.devtest", "zho_trad"), ("ekk_Latn.devtest", "est"),
+    ("en-de.txt", None), ("newstest2019-ref.por-BR.txt", "por"), ("pt-br.txt", "por"), ("arz_Arab.devtest", None)])
 def test_language_of_a_translation_file(tmp_path, name, code):
-    assert benchmark_files.LAYOUTS["translation"][1](tmp_path / name) == code
+    (tmp_path / name).touch()
+    assert benchmark_files.files("translation", tmp_path) == {tmp_path / name: code}
+
+
+def test_the_file_of_the_language_itself_is_read_and_hidden_files_are_passed_over(tmp_path):
+    for name in ("newstest2019-ref.eng-GB.txt", "newstest2019-src.eng.txt", "pes_Arab.txt", "prs_Arab.txt",
+                 "._eng.txt"):
+        (tmp_path / name).touch()
+    files = {code: file.name for file, code in benchmark_files.files("translation", tmp_path).items()}  # the last wins
+    assert files == {"eng": "newstest2019-src.eng.txt", "fas": "pes_Arab.txt"}
+    for name in ("serbian_latin", "serbian_cyrillic"):
+        (tmp_path / f"{name}_test.jsonl").touch()
+    assert [file.name for file in benchmark_files.files("xlsum", tmp_path)] == [
+        "serbian_latin_test.jsonl", "serbian_cyrillic_test.jsonl"]
 
 
 def test_a_backup_or_an_archive_of_a_text_is_not_taken_for_it(flores):
