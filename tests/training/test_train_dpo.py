@@ -395,6 +395,6 @@ def test_what_is_missing_is_named(models, pairs, tmp_path, monkeypatch):
         train_dpo.main(["--data", str(pairs), "--output", str(tmp_path / "out")])
     with pytest.raises(UserError, match="label_smoothing: found 0.1 with --loss ipo, expected 0"):
         train_dpo.main([*flags(models, pairs, "llama", tmp_path / "out", "ipo"), "--label-smoothing", "0.1"])
-    monkeypatch.setattr(train_dpo.demo_feedback, "SFT_MODEL", tmp_path / "none")
+    monkeypatch.setattr(train_dpo.feedback, "SFT_MODEL", tmp_path / "none")
     with pytest.raises(UserError, match="run torchrun train_sft.py first"):
         train_dpo.main(["--output", str(tmp_path / "out")])
