@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONPATH = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # of the scripts that tests start
 REAL_GPU = "MINIXLLM_TEST_CUDA" in os.environ
+PATIENCE = 600  # seconds for what takes a few: the machine may be slow, or busy with other things
 if not REAL_GPU:  # the tests and the processes they start run on the CPU, on machines that have GPUs as on others
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests that run side by side take a core each
@@ -46,9 +47,9 @@ def torchrun():
     not depend on how the machine's cores are shared out.
     """
 
-    def run(nproc: int, script, *args, timeout: float = 300, check: bool = True, env: dict | None = None):
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}",
-                   f"--master-port={free_port()}", str(script), *map(str, args)]
+    def run(nproc: int, script, *args, timeout: float = PATIENCE, check: bool = True, env: dict | None = None):
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}", "--standalone",
+                   str(script), *map(str, args)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH, **(env or {})}
         done = subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True)
         if check and done.returncode != 0:

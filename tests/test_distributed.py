@@ -109,12 +109,12 @@ def test_only_lost_peers_are_explained(monkeypatch):
 
 
 def test_two_processes(torchrun):
-    said = torchrun(2, __file__, timeout=90).stdout
+    said = torchrun(2, __file__).stdout
     assert said.count("all is well") == 2
 
 
 def test_threads_of_gloo_do_not_abort_a_process_that_ends(torchrun):
-    said = torchrun(2, __file__, "end", timeout=90, check=False).stderr
+    said = torchrun(2, __file__, "end", check=False).stderr
     assert "terminate called" not in said and "exitcode" not in said
 
 

@@ -24,7 +24,7 @@ from tests.evaluation.test_benchmarks import PAWSX_ROWS, XCOPA_ROWS, lines
 from minixllm.weights import hf_directory
 
 import eval as script
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 ALONE = SimpleNamespace(rank=0, size=1, first=True, gather=lambda value: [value])
 WORDS = "the dog cat saw a red house by sea and old man went home early today because it was late".split()
@@ -395,7 +395,7 @@ def test_killed_and_run_again(model_directory, many, undisturbed, tmp_path):
     assert len(predict._read_partial(tmp_path / "m", partial.name.split("-")[1])) % predict.CHUNK == 0
     assert partial.read_bytes().endswith(b"\n")           # or the next chunk would be glued to the torn one
     again = command(argv)
-    out = again.communicate(timeout=120)[0].decode()
+    out = again.communicate(timeout=PATIENCE)[0].decode()
     assert again.returncode == 0, out
     assert (tmp_path / "m/predictions.jsonl").read_bytes() == undisturbed
 

@@ -54,7 +54,7 @@ from minixllm.training.losses import sft_loss
 from minixllm.training.meter import Meter, attending_pairs, memory_needed, peak_flops
 from minixllm.weights.hf_directory import build, initialise
 
-from conftest import PYTHONPATH, ROOT, free_port
+from conftest import PATIENCE, PYTHONPATH, ROOT
 
 CONFIG = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                      num_key_value_heads=2, tie_word_embeddings=True)
@@ -354,11 +354,11 @@ def test_two_processes(plain, reference, torchrun, tmp_path):
     assert f"(rank 0): error: step {step}: another process died" in dead.stderr and "--resume continues" in dead.stderr
     assert checkpoints.latest(broken / "checkpoints").name == "step-00000003"
 
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     process = start(launcher, broken, "--resume", "--pause", 0.02)
     wait_for_steps(process, broken, 6)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=PATIENCE)[0]
     assert "stopped by a signal: step" in said
     stopped = checkpoints.latest(broken / "checkpoints")
     assert int(stopped.name.split("-")[1]) == metrics(broken)[-1]["step"] < 12, said
@@ -379,7 +379,7 @@ def test_a_signal_saves_and_the_run_goes_on(reference, tmp_path, number):
     process = start([], tmp_path, "--pause", 0.02)
     wait_for_steps(process, tmp_path, 4)
     process.send_signal(number)
-    assert "stopped by a signal: step" in process.communicate(timeout=60)[0] and process.returncode == 0
+    assert "stopped by a signal: step" in process.communicate(timeout=PATIENCE)[0] and process.returncode == 0
     assert int(checkpoints.latest(tmp_path / "checkpoints").name.split("-")[1]) == metrics(tmp_path)[-1]["step"] < 12
     run_here(tmp_path, "--resume")
     assert metrics(tmp_path) == metrics(reference) and same(weights(tmp_path), weights(reference))
@@ -496,7 +496,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(reference, tmp_path):
 def test_what_goes_wrong_in_one_of_two_processes(torchrun, tmp_path):
     """A loss that is not finite, a full disk: every process says what it is, none hangs, nothing is half there."""
     for fault, said in [("nan", "step 5: loss nan"), ("disk", "step-00000006: checkpoint not written")]:
-        done = torchrun(2, __file__, "--output", tmp_path / fault, "--fault", fault, check=False, timeout=90)
+        done = torchrun(2, __file__, "--output", tmp_path / fault, "--fault", fault, check=False)
         assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr.split("torch/")[0]
         assert [path.name for path in (tmp_path / fault / "checkpoints").iterdir()] == ["step-00000003"]
 

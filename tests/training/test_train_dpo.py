@@ -148,7 +148,7 @@ def test_two_processes_give_what_one_gives_and_resume_bit_equal(runs, models, pa
 
     def launch(*plan, **options):
         (tmp_path / "plan.json").write_text(json.dumps(plan))
-        return torchrun(2, tmp_path / "several.py", tmp_path / "plan.json", timeout=120, **options)
+        return torchrun(2, tmp_path / "several.py", tmp_path / "plan.json", **options)
 
     def of(output, arch, mode):
         return flags(models, pairs, arch, tmp_path / output, mode) + ["--cache", str(tmp_path / "cache{rank}")]

@@ -65,7 +65,7 @@ def test_a_model_directory_and_records(files, tmp_path, capsys, torchrun):
     assert before < held_out()[0]["loss"] - 0.5
 
     # two processes go on from there, and their samples are those of the model they leave
-    done = torchrun(2, "train_sft.py", *flags, "--epochs", "3", "--resume", timeout=100)
+    done = torchrun(2, "train_sft.py", *flags, "--epochs", "3", "--resume")
     assert "resuming after step" in done.stdout and "epochs 2.0 -> 3.0" in done.stdout
     assert held_out()[-1]["loss"] < before
     model, tokenizer = load(tmp_path / "run/model")

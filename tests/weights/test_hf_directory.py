@@ -566,7 +566,7 @@ run(lambda argv: None)  # ends the process before gloo's threads can abort it
 def test_two_processes_hold_slices_of_the_same_model(theirs, tmp_path, torchrun, kind):
     directory = theirs(kind)[1]
     (tmp_path / "script.py").write_text(SHARDED)
-    torchrun(2, tmp_path / "script.py", directory, tmp_path, timeout=120)
+    torchrun(2, tmp_path / "script.py", directory, tmp_path)
     same(torch.load(tmp_path / "logits.pt"), logits_of(load_model(directory)))
     assert contents(tmp_path / "saved")[Path("model.safetensors")]
     whole, saved = load_model(directory), load_model(tmp_path / "saved")
