@@ -14,9 +14,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from minixllm import distributed, languages
+from minixllm import distributed
 from minixllm.errors import UserError
-from minixllm.evaluation import benchmarks, predict, report, scorers
+from minixllm.evaluation import benchmarks, language_id, predict, report, scorers
 from minixllm.generation import BATCH_TOKENS
 from minixllm.settings import parse, run, setting
 from minixllm.weights import adapters, hf_directory
@@ -78,11 +78,11 @@ def main(argv=None) -> None:
             if report.MAIN[item.benchmark] == "rouge1":
                 report.word_segmenter(item.target)
     predictions, tables = {}, {}
-    identifier = languages.identifier() if settings.benchmarks else None
+    identifier = language_id.identifier() if settings.benchmarks else None
     if identifier is None and settings.benchmarks:
         notes.append("off-target rates need a language identifier: pip install 'minixllm[lid]'")
-    elif identifier and (unknown := {item.target for item in items if not item.choices} - identifier[1]):
-        notes.append(f"{identifier[2]} cannot tell {', '.join(sorted(unknown))}: no off-target rates there")
+    elif identifier:
+        notes += identifier.notes({item.target for item in items if not item.choices})
     for name, directory in models.items():
         dtype = distributed.compute_dtype(settings.dtype, world.device)
         model, tokenizer = adapters.load(directory, dtype, world.device)

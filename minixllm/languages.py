@@ -85,34 +85,6 @@ def nllb_code(code: str) -> str:
     return f"{_FLORES200.get(code, code)}_{_FLORES200.get(script, script)}"
 
 
-# What py3langid takes for each other in a tenth or more of news sentences, and what it always takes for something else.
-RELATIVES = ({"bos", "hrv", "srp"}, {"ind", "msa"}, {"xho", "zul"})
-UNRELIABLE = {"ckb", "nso"}
-# Where its labels are not our tags; it knows Wu, Cantonese, Egyptian Arabic and Biblical Hebrew as well.
-_LABELS = {"no": "nob", "tl": "fil", "fuv": "ful", "ku": "ckb", "zh": "zho_simpl", "wuu": "zho_simpl",
-           "yue": "zho_simpl", "arz": "ara", "hbo": "heb"}
-
-
-def identifier():
-    """(is_in(text, FLORES code) -> whether it is in the language, the codes it can tell, its name), by py3langid.
-
-    A close relative of a language passes for it. None where py3langid is not installed.
-    """
-    try:
-        import py3langid
-    except ImportError:
-        return None
-    from importlib.metadata import version
-    codes = {label: find(_LABELS.get(label, label)).code for label, _ in py3langid.rank("")
-             if _LABELS.get(label, label).lower() in _KNOWN}
-
-    def is_in(text: str, code: str) -> bool:
-        found = codes.get(py3langid.classify(text)[0])
-        return found == code or any({found, code} <= relatives for relatives in RELATIVES)
-
-    return is_in, set(codes.values()) - UNRELIABLE, f"py3langid-{version('py3langid')}"
-
-
 def lookup(text: str) -> tuple[Language, tuple[str, ...]] | None:
     """The language that a code, tag, name or word of a file name means, and the script and region that it adds.
 

@@ -4,9 +4,9 @@ import math
 import re
 import unicodedata
 
-from minixllm import languages
 from minixllm.data.records import Instruction
 from minixllm.errors import UserError
+from minixllm.evaluation import language_id
 from minixllm.languages import LANGUAGES
 
 CANNOT, UNABLE = "i can(?: ?not|['’]t)", "i(?: am|['’]m) (?:unable|not able)"
@@ -108,16 +108,16 @@ def spaced(text: str) -> str:
 
 
 def identifier():
-    """(text, code) -> "wrong language" or None, by py3langid; about languages that it does not know, only whether the
-    text is English. Raises UserError where it is not installed."""
-    if (found := languages.identifier()) is None:
+    """(text, code) -> "wrong language" or None; about languages that are not identified, only whether the text is
+    English. Raises UserError where no identifier is installed."""
+    if (found := language_id.identifier()) is None:
         raise UserError("to know in what language answers are takes the package py3langid: pip install 'minixllm[lid]'")
-    is_in, known, _ = found
 
     def wrong_language(text: str, code: str) -> str | None:
         text = VERBATIM.sub(" ", text)  # code is in no language
         if sum(map(len, words(text))) < (10 if LANGUAGES[code].script in ("Hans", "Jpan", "Kore") else 25):
             return None  # too short to tell
-        return "wrong language" if (not is_in(text, code) if code in known else is_in(text, "eng")) else None
+        right = found.is_in(text, code) if code in found.known else not found.is_in(text, "eng")
+        return None if right else "wrong language"
 
     return wrong_language

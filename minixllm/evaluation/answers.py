@@ -87,6 +87,17 @@ _MARKED = re.compile(
     rf"""{_BEFORE}(?:\(([AB])\)|\[([AB])\]|([AB])(?=\s*[:.)。])|(?:{_IS}|(?<=:))[\s\-"'*]*([AB])(?=[,，]|\W*$))""")
 
 
+def parse(item, raw: str, prompt: str) -> str | None:
+    """What a raw answer says: the text without echoes, or the choice it picks (None: cannot tell).
+
+    item: the benchmarks.Item that was asked."""
+    answer = clean(raw, prompt)
+    if not item.choices:
+        return answer
+    choice = yes_no(answer, item.words) if item.benchmark == "pawsx" else option(answer, item.choices)
+    return None if choice is None else item.choices[choice]
+
+
 def clean(raw: str, prompt: str = "") -> str:
     """The answer without a repeated prompt and without the further turns that a model may write after it."""
     if prompt and prompt in raw:

@@ -124,17 +124,8 @@ def _answer(model, tokenizer, items: list[Item], batch_tokens: int, max_new_toke
     for i, logps in zip(scored, generation.score(model, [contexts[i] for i in scored])):
         predictions[i]["logps"] = logps
     for item, prediction in zip(items, predictions):
-        prediction["parsed"] = parse(item, prediction["answer"], prediction["prompt"])
+        prediction["parsed"] = answers.parse(item, prediction["answer"], prediction["prompt"])
     return predictions
-
-
-def parse(item: Item, raw: str, prompt: str) -> str | None:
-    """What a raw answer says: the text without echoes, or the choice it picks (None: cannot tell)."""
-    answer = answers.clean(raw, prompt)
-    if not item.choices:
-        return answer
-    choice = answers.yes_no(answer, item.words) if item.benchmark == "pawsx" else answers.option(answer, item.choices)
-    return None if choice is None else item.choices[choice]
 
 
 def fit(tokenizer, item: Item, room: int) -> tuple[list[int], str, int | None]:

@@ -21,7 +21,7 @@ def score(predictions: list[dict], bleu_tokenizer: str | None = None, segment: b
     """{metric: Score} of one language or direction, the paper's metric first.
 
     bleu_tokenizer: for all languages; None takes 13a, zh for Chinese and char where no spaces are written.
-    identifier: as `languages.identifier` gives it; None leaves off_target out.
+    identifier: as `language_id.identifier` gives it; None leaves off_target out.
     """
     benchmark, target = predictions[0]["benchmark"], predictions[0]["target"]
     parsed, references = [p["parsed"] for p in predictions], [p["reference"] for p in predictions]
@@ -33,8 +33,8 @@ def score(predictions: list[dict], bleu_tokenizer: str | None = None, segment: b
     else:
         scores = scorers.rouge(parsed, references, *(word_segmenter(target) if segment else ()))
         scores["exact_match"] = scorers.exact_match(parsed, references)
-    if identifier and target in identifier[1]:
-        scores["off_target"] = scorers.off_target(parsed, target, identifier[0], identifier[2])
+    if identifier and target in identifier.known:
+        scores["off_target"] = scorers.off_target(parsed, target, identifier.is_in, identifier.name)
     return scores
 
 

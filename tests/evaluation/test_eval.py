@@ -17,7 +17,7 @@ import transformers
 from minixllm import languages
 from minixllm.demo import benchmarks as stand_ins
 from minixllm.errors import UserError
-from minixllm.evaluation import benchmark_files, benchmarks, predict, report, scorers, templates
+from minixllm.evaluation import benchmark_files, benchmarks, language_id, predict, report, scorers, templates
 from minixllm.evaluation.significance import democratization
 from minixllm.tokenizers.sentencepiece import train_sentencepiece
 from tests.evaluation.test_benchmarks import PAWSX_ROWS, XCOPA_ROWS, lines
@@ -242,7 +242,8 @@ def test_off_target_rates_are_reported_where_the_identifier_knows_the_language()
     base = {"benchmark": "translation", "column": "FLORES(f)", "cut": 0, "reference": "x"}
     lines = [base | {"group": f"eng-{code}", "language": code, "target": code, "parsed": text}
              for code in ("deu", "kam") for text, _ in said]
-    table = report.results(lines, identifier=(lambda text, code: dict(said)[text] == code, {"deu", "fra"}, "fake-1"))
+    fake = language_id.Identifier("fake-1", frozenset({"deu", "fra"}), dict(said).get)
+    table = report.results(lines, identifier=fake)
     german = table["FLORES(f)"]["groups"]["eng-deu"]["scores"]["off_target"]
     assert german["value"] == 50 and german["signature"].startswith("off_target|lid:fake-1|")
     assert "off_target" not in table["FLORES(f)"]["groups"]["eng-kam"]["scores"]
@@ -495,19 +496,6 @@ def test_stand_ins_are_read_as_the_published_files_and_held_out(tmp_path, monkey
     stand_ins.build(tmp_path / "b")
     for file in (tmp_path / "a").rglob("*.*"):
         assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()
-
-
-def test_language_identifier_knows_our_codes():
-    pytest.importorskip("py3langid")
-    is_in, known, name = languages.identifier()
-    german = "Das ist ein deutscher Satz über das Wetter von heute."
-    assert is_in(german, "deu") and not is_in(german, "nld") and not is_in(german, "umb")
-    assert is_in("这是一个中文句子。", "zho_simpl") and is_in("Dette er en norsk setning om været i dag.", "nob")
-    assert is_in("Giles 指出，该海域有超过 135 个鲨鱼物种", "zho_simpl")  # Wu, it says
-    croatian = "Ovo je rečenica na hrvatskom jeziku o današnjem vremenu."
-    assert is_in(croatian, "bos") and is_in(croatian, "hrv") and not is_in(croatian, "slv")
-    assert len(known) > 80 and {"tgl", "ful", "heb", "eng"} <= known and not {"ckb", "nso", "umb"} & known
-    assert name.startswith("py3langid-")
 
 
 # ---- a real model, against lm-evaluation-harness ----
