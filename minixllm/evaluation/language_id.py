@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from minixllm import languages
-from minixllm.errors import UserError
 
 MEASURED = Path(__file__).with_name("language_id.tsv")   # by bench/language_id.py
 RELATIVES = ({"bos", "hrv", "srp"}, {"ind", "msa"}, {"xho", "zul"}, {"zho_simpl", "zho_trad"})
@@ -58,7 +57,7 @@ def identifier() -> Identifier | None:
     except ImportError:
         return None
     labels = [label for label, _ in py3langid.rank("")]
-    codes = {label: code for label in labels if (code := LABELS.get(label, _code(label)))}
+    codes = {label: found[0].code for label in labels if (found := languages.lookup(LABELS.get(label, label)))}
     known, name = {*codes.values(), "zho_trad"}, f"py3langid-{version('py3langid')}"
     try:
         import pycld2
@@ -75,10 +74,3 @@ def identifier() -> Identifier | None:
         return more[tag] if tag in more else codes.get(py3langid.classify(text)[0])
 
     return Identifier(f"{name}+pycld2-{version('pycld2')}", frozenset({*known, *PYCLD2}), classify)
-
-
-def _code(label: str) -> str | None:
-    try:
-        return languages.find(label).code
-    except UserError:
-        return None
