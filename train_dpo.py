@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from minixllm import distributed
-from minixllm.data.datasets import PreferenceData
+from minixllm.data.datasets import Preferences
 from minixllm.data.records import record_files
 from minixllm.data.stream import Stream, hold_out
+from minixllm.data.token_cache import TokenCache
 from minixllm.demo import feedback
 from minixllm.errors import UserError
 from minixllm.settings import STOPPED, parse, run, setting
@@ -95,7 +96,7 @@ def align(settings, world, embedded: bool):
 
     # The pairs, each one document of two branches.
     def tokenised(files):
-        return PreferenceData(files, tokenizer, settings.max_length, settings.cache, settings.too_long)
+        return TokenCache(files, tokenizer, settings.cache, Preferences(settings.max_length, settings.too_long))
 
     data = tokenised(record_files(settings.data))
     if settings.held_out:

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from minixllm import distributed
-from minixllm.data.datasets import SFTData
+from minixllm.data.datasets import Instructions
 from minixllm.data.prompts import alpaca
 from minixllm.data.records import read_instructions, record_files
 from minixllm.data.stream import Stream, hold_out
+from minixllm.data.token_cache import TokenCache
 from minixllm.demo import cldr
 from minixllm.demo.exact_match import describe, exact_match
 from minixllm.files import write_json
@@ -86,8 +87,8 @@ def fine_tune(settings, world):
 
     # The data: records to packed rows, the loss on the answers.
     def tokenised(files):
-        return SFTData(files, tokenizer, settings.max_length, settings.cache, settings.too_long,
-                       settings.train_on_prompt)
+        return TokenCache(files, tokenizer, settings.cache,
+                          Instructions(settings.max_length, settings.too_long, settings.train_on_prompt))
 
     data = tokenised(train_files)
     if held_out_files:

@@ -19,8 +19,9 @@ import numpy as np
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not bench/, where a file hides the library `tokenizers`
 
-from minixllm.data.datasets import SFTData
+from minixllm.data.datasets import Instructions
 from minixllm.data.stream import Stream, pack
+from minixllm.data.token_cache import TokenCache
 from minixllm.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 
 ALPHABETS = ["abcdefghijklmnopqrstuvwxyz", "абвгдежзиклмнопрстуфхцчшыюя", "αβγδεζηθικλμνξοπρστυφχψω",
@@ -76,7 +77,7 @@ def _run(send, stage, *args):
 def build(folder, workers):
     tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
     start = time.perf_counter()
-    data = SFTData(folder / "records.jsonl", tokenizer, 512, folder / f"cache{workers}", workers=workers)
+    data = TokenCache(folder / "records.jsonl", tokenizer, folder / f"cache{workers}", Instructions(512), workers)
     seconds = time.perf_counter() - start
     return f"{len(data) / seconds:,.0f} records/s, {len(data.tokens) / seconds:,.0f} tokens/s"
 
@@ -84,7 +85,7 @@ def build(folder, workers):
 def draw(folder):
     tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
     start = time.perf_counter()
-    data = SFTData(folder / "records.jsonl", tokenizer, 512, folder / "cache1")
+    data = TokenCache(folder / "records.jsonl", tokenizer, folder / "cache1", Instructions(512))
     opened = time.perf_counter()
     stream = Stream(data, 0, 32, 8, 512)
     planned = time.perf_counter()

@@ -36,7 +36,7 @@ def make_pairs(count: int):
 
 
 class Pairs:
-    """The pairs with the interface of datasets.PreferenceData."""
+    """The pairs with the interface of token_cache.TokenCache."""
 
     language_names = ["und"]
 

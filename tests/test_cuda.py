@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from minixllm import distributed, generate, plots
-from minixllm.data.datasets import SFTData
+from minixllm.data.datasets import Instructions
 from minixllm.data.stream import collate
+from minixllm.data.token_cache import TokenCache
 from minixllm.models.bloom import Bloom, BloomConfig
 from minixllm.models.llama import Llama, LlamaConfig
 from minixllm.tokenizers.sentencepiece import train_sentencepiece
@@ -119,7 +120,7 @@ def test_a_micro_batch_waits_for_the_gpu_at_its_head_alone(files, arch):
     """Its inputs and masks are made and sent while the GPU is still at the micro-batch before."""
     with pretend_cuda() as moves:
         model, tokenizer = load(files / arch, device="cuda")
-        batch = collate(SFTData(files / "sft.jsonl", tokenizer, 999, files / "cache"), range(3))
+        batch = collate(TokenCache(files / "sft.jsonl", tokenizer, files / "cache", Instructions(999)), range(3))
         moves.waits.clear()
         sft_loss(model, batch)[0].backward()
     assert +moves.waits == {"nonzero": 1, "__bool__": 1}

@@ -52,13 +52,14 @@ def cross_lingual(instruction: str, target_language: str, instruction_language: 
 
 
 def preference(record) -> str:
-    """The prompt of a `records.Preference`: with the request where its two languages are given and differ."""
+    """The prompt of a `records.Preference`: with the request where its two languages are known and differ."""
     if record.prompt is not None:
         return record.prompt
-    instruction, source, target = record.instruction, record.language, record.response_language
-    if source and target and languages.find(source) != languages.find(target):
-        instruction = cross_lingual(instruction, target, source)
-    return alpaca(instruction, record.input)
+    known = [languages.lookup(name or "") for name in (record.language, record.response_language)]
+    if all(known) and known[0][0] != known[1][0]:
+        (source, _), (target, _) = known
+        return alpaca(cross_lingual(record.instruction, target.code, source.code), record.input)
+    return alpaca(record.instruction, record.input)
 
 
 @functools.cache

@@ -1,27 +1,28 @@
-"""The records that data files hold, read one at a time and checked, with file and line in every complaint.
+"""The records of data files, read one at a time and checked, with file and line in every complaint.
 
-A file is either JSON lines (one object a line) or one JSON array of objects (Alpaca's own format); of either, only a
-record at a time is in memory. Which of the two is seen from its first character, whatever the suffix.
+A file is either JSON lines (one object a line, of which one is in memory at a time) or one JSON array of objects, as
+Alpaca's own file is (read whole). Its first character tells which of the two it is, whatever the suffix says.
 """
 
 import codecs
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minixllm.errors import UserError, check_text
+from minixllm.errors import UserError, expect, found
 
 LONGEST_LINE = 16 * 2**20     # bytes; a longer line is a broken file, not an instruction
-CHUNK = 64 * 2**10            # bytes of an array read at once, more within a record that is longer
-WHITESPACE = " \t\n\r"        # JSON's
 # What records are often kept in but not read from, by a file's first bytes.
 OTHER_FORMATS = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"\x1f\x8b": "a gzip archive",
                  b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "a Zstandard archive",
                  b"\xff\xfe": "text in UTF-16", b"\xfe\xff": "text in UTF-16"}
-INSTRUCTION_FIELDS = "instruction, output and optionally input, language"
+ARCHIVES = (".gz", ".zst", ".xz", ".bz2", ".zip")
+INSTRUCTION_FIELDS = "instruction, output and optionally input, language; or messages"
 PREFERENCE_FIELDS = ("instruction, chosen, rejected and optionally input, language, response_language; or prompt, "
                      "chosen, rejected")
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names for who speaks
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +37,41 @@ class Instruction:
     line: int = 0                 # where it stands in its file (see `place`)
 
 
-def read_instructions(path, progress: Callable[[int], None] | None = None) -> Iterator[Instruction]:
+def read_instructions(path, progress: Callable[[int], None] | None = None,
+                      leave_out: Callable[[int], None] | None = None) -> Iterator[Instruction]:
     """Yield the records of an Alpaca-format file: `instruction`, `output`, and optionally `input` and `language`.
 
-    `progress` is called with the number of bytes read since its last call. Raises UserError naming file and line.
+    Chats are read, too: `messages` (turns of role and content) or ShareGPT's `conversations` (from and value) of one
+    exchange. The system's text, where there is one, stands before the user's in the instruction. Of a chat that is not
+    one exchange leave_out is told the line; without leave_out it is an error. `progress` is called with the number of
+    bytes read since its last call. Raises UserError naming file and line.
     """
     for line, entry in read_objects(path, progress):
         take = _Fields(path, line, entry, INSTRUCTION_FIELDS)
-        yield Instruction(take("instruction"), take("input", optional=True) or "", take("output"),
-                          take("language", optional=True), take.left, line)
+        chat = next((name for name in ("messages", "conversations") if name in entry), None)
+        if "instruction" in entry or chat is None:
+            instruction, input = take("instruction"), take("input", optional=True) or ""
+            yield Instruction(instruction, input, take("output"), take("language", optional=True), take.left, line)
+            continue
+        roles, texts = _turns(take.left.pop(chat), f"{take.where}: {chat}")
+        if roles[-2:] == ["user", "assistant"] and roles[:-2] in ([], ["system"]):
+            yield Instruction("\n\n".join(texts[:-1]), "", texts[-1], take("language", optional=True), take.left, line)
+        elif leave_out:
+            leave_out(line)
+        else:
+            raise UserError(f"{take.where}: {chat}: found turns of {', '.join(roles)[:80] or 'nobody'}, expected one "
+                            "of the user and one of the assistant")
+
+
+def _turns(turns, where: str) -> tuple[list[str], list[str]]:
+    """(who speaks, what is said) in each turn of a chat."""
+    roles, texts = [], []
+    for number, turn in enumerate(expect(turns, list, where), 1):
+        turn = expect(turn, dict, f"{where}: turn {number}")
+        role = expect(turn.get("role", turn.get("from")), str, f"{where}: turn {number}: role")
+        roles.append(ROLES.get(role, role))
+        texts.append(expect(turn.get("content", turn.get("value")), str, f"{where}: turn {number}: content"))
+    return roles, texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,46 +110,74 @@ def read_preferences(path, progress: Callable[[int], None] | None = None) -> Ite
 
 
 class _Fields:
-    """Takes text fields out of one JSON object, and says what is wrong with them."""
+    """Takes text fields out of one JSON object; `left` holds those not taken."""
 
     def __init__(self, path, line: int, entry: dict, expected: str):
         self.where, self.entry, self.expected, self.left = f"{path}, {place(line)}", entry, expected, dict(entry)
 
     def __call__(self, *spellings: str, optional: bool = False) -> str | None:
-        """The field under the first of its spellings that is there; None if optional and absent or null."""
+        """The field under the first of its spellings that is there; None if it is optional and absent or null."""
         name = next((name for name in spellings if name in self.left), None)
         value = self.left.pop(name, None)
         if optional and value is None:
             return None
         if name is None:
-            found = _shortened(", ".join(sorted(self.entry)), 80) or "none"
-            raise UserError(f"{self.where}: no field {spellings[0]!r}: found {found}; expected {self.expected}")
-        if not isinstance(value, str):
-            raise UserError(f"{self.where}: field {name!r} holds {_kind(value)}, expected text")
-        check_text(value, f"{self.where}: field {name!r}")
-        return value
+            names = ", ".join(sorted(self.entry))
+            names = names if len(names) <= 80 else names[:80] + "..."
+            raise UserError(f"{self.where}: no field {spellings[0]!r}: found {names or 'none'}; expected "
+                            f"{self.expected}")
+        return expect(value, str, f"{self.where}: {name}")
 
 
 def record_files(paths) -> list[Path]:
-    """The files named, and the .json and .jsonl files of the directories named."""
+    """The files named, and the .json and .jsonl files of the directories named; hidden ones are passed over.
+
+    Raises UserError for what is no file, for a directory without files of records, and for archives in a directory,
+    which would silently not be read.
+    """
     files = []
     for path in map(Path, paths):
-        found = sorted(path.glob("*.json")) + sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-        # its own JSON files would be read as records; a cache of Arrow files below good ones matters not
+        if not path.is_dir():
+            files.append(_check_file(path))
+            continue
+        inside = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+        records = [file for suffix in (".json", ".jsonl") for file in inside if file.suffix.lower() == suffix]
+        # A data set saved by `datasets` has JSON files of its own, which hold no records.
         if any((path / name).exists() for name in ("state.json", "dataset_dict.json")) and (
                 [*path.glob("*.arrow"), *path.glob("*/*.arrow")]):
             raise UserError(f"{path}: found an Arrow data set, as `datasets` saves it, expected JSON or JSONL; its "
                             "to_json(file) writes that")
-        if not found:
+        packed = [file.name for file in inside if file.suffix in ARCHIVES and file.with_suffix("") not in records]
+        if packed:
+            raise UserError(f"{path}: found {', '.join(packed[:3])}{', ...' * (len(packed) > 3)}, which is not read: "
+                            "expected it to be unpacked, or in another directory")
+        if not records:
             raise UserError(f"{path}: a directory without .json or .jsonl files, expected files of records in it")
-        files += found
+        files += records
     return files
 
 
+def _check_file(path: Path) -> Path:
+    """The path, if it is a file that can be read more than once; UserError otherwise."""
+    if path.is_file():
+        return path
+    reason, hint = "no such file", ""
+    if path.is_dir():
+        reason = "it is a directory"
+    elif path.exists():
+        reason, hint = "it is a pipe or a device, which can be read only once", "; write its content to a file first"
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and path.suffix not in (".json", ".jsonl"):
+        hint = (f"; if it is a data set on the Hugging Face Hub, download it first: hf download --repo-type dataset "
+                f"{path} --local-dir {path.name}")
+    raise UserError(f"{path}: cannot be read ({reason}); expected a .json or .jsonl file{hint}")
+
+
 def read_objects(path, progress: Callable[[int], None] | None = None) -> Iterator[tuple[int, dict]]:
-    """Yield (its line, as `place` reads it, object) for every object of a JSON-lines file or a JSON array; an empty
-    file is an error."""
-    path = Path(path)
+    """Yield (where it stands, as `place` reads it; object) for every object of a JSON-lines file or a JSON array.
+
+    Raises UserError for what is neither, and for a file without records.
+    """
+    path, empty = _check_file(Path(path)), True
     try:
         with open(path, "rb") as file:
             start = file.read(4096)
@@ -130,19 +185,16 @@ def read_objects(path, progress: Callable[[int], None] | None = None) -> Iterato
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected a .json or .jsonl file") from None
     if kind := next((kind for magic, kind in OTHER_FORMATS.items() if start.startswith(magic)), None):
         raise UserError(f"{path}: found {kind}, expected JSON or JSONL in UTF-8")
-    start = start.removeprefix(codecs.BOM_UTF8).lstrip(WHITESPACE.encode())
-    empty = True
-    for line, entry in (_array if start.startswith(b"[") else _lines)(path, progress or (lambda size: None)):
-        if not isinstance(entry, dict):
-            raise UserError(f"{path}, {place(line)}: found {_kind(entry)}, expected an object {{...}}")
+    is_array = start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    for line, entry in (_array if is_array else _lines)(path, progress or (lambda size: None)):
         empty = False
-        yield line, entry
+        yield line, expect(entry, dict, f"{path}, {place(line)}")
     if empty:
         raise UserError(f"{path}: holds no records, expected one or more")
 
 
 def place(line: int) -> str:
-    """"line 5"; of an array whose records share its first line "record 5", which is kept as -5."""
+    """"line 5"; of the fifth record of an array, which is kept as -5, "record 5"."""
     return f"line {line}" if line > 0 else f"record {-line}"
 
 
@@ -156,77 +208,32 @@ def _lines(path: Path, progress) -> Iterator[tuple[int, object]]:
             progress(len(raw))
             raw = raw.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip()
             if raw:
-                try:
-                    entry = json.loads(raw.decode())
-                except (ValueError, RecursionError) as error:
-                    raise _broken(path, number, error, raw) from None
-                yield number, entry
+                yield number, _parse(raw, path, number)
 
 
 def _array(path: Path, progress) -> Iterator[tuple[int, object]]:
-    decode, parse = codecs.getincrementaldecoder("utf-8-sig")().decode, json.JSONDecoder().raw_decode
-    text, line = "", 1                               # what is read but not yet taken, and the line it begins in
-
-    def read() -> bool:
-        nonlocal text
-        raw = file.read(max(CHUNK, len(text)))       # doubled, for a long record is parsed anew each time
-        progress(len(raw))
-        try:
-            text += decode(raw, final=not raw)
-        except UnicodeDecodeError as error:
-            raise _broken(path, line + text.count("\n"), error, raw) from None
-        return bool(raw)
-
-    def take(count: int) -> str:
-        """Take so many characters and the white space behind them; the next one, or nothing at the end."""
-        nonlocal text, line
-        while True:
-            rest = text[count:].lstrip(WHITESPACE)
-            line += text.count("\n", 0, len(text) - len(rest))
-            text, count = rest, 0
-            if text or not read():
-                return text[:1]
-
-    with open(path, "rb") as file:
-        take(0)
-        more, count = take(1) != "]", 0              # past the opening bracket
-        while more:
-            try:
-                entry, end = parse(text)
-            except (ValueError, RecursionError) as error:
-                if len(text) < LONGEST_LINE and read():
-                    continue
-                raise _broken(path, line, error, text[:99].encode()) from None
-            count += 1
-            yield line if line > 1 else -count, entry
-            more = take(end) == "," and take(1)
-        if text[:1] != "]" or take(1):
-            raise UserError(f"{path}, line {line}: the array of records ends in {_excerpt(text[:99])}, expected ',' or "
-                            "']' and nothing after")
+    raw = path.read_bytes()
+    size, entries = len(raw), _parse(raw.removeprefix(codecs.BOM_UTF8), path, 1)
+    del raw
+    for number, entry in enumerate(entries, 1):
+        progress(size * number // len(entries) - size * (number - 1) // len(entries))
+        yield -number, entry
 
 
-def _broken(path: Path, line: int, error: Exception, raw: bytes) -> UserError:
-    """What to say of what begins in that line, with `raw`, and cannot be decoded or parsed."""
-    reason = "a number too long"
-    if isinstance(error, UnicodeDecodeError):
-        line += error.object.count(b"\n", 0, error.start)
-        return UserError(f"{path}, line {line}: not UTF-8 (byte 0x{error.object[error.start]:02x})")
-    if isinstance(error, json.JSONDecodeError):
+def _parse(raw: bytes, path: Path, line: int):
+    """The JSON value in `raw`, which begins in that line. Raises UserError."""
+    reason, excerpt = "nested too deeply, or a number too long", raw[:60].decode(errors="replace")
+    try:
+        return json.loads(raw.decode())
+    except UnicodeDecodeError as error:
+        line += raw.count(b"\n", 0, error.start)
+        raise UserError(f"{path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x})") from None
+    except json.JSONDecodeError as error:
         line, reason = line + error.lineno - 1, f"{error.msg}, column {error.colno}"
-    elif isinstance(error, RecursionError):
-        reason = "nested too deeply"
-    return UserError(f"{path}, line {line}: not JSON ({reason}), in {_excerpt(raw.decode(errors='replace'))}; expected "
-                     "an object {...} in each line, or one array of them")
-
-
-def _excerpt(text: str) -> str:
-    return repr(_shortened(text.strip(), 60)) if text.strip() else "nothing"
-
-
-def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else text[:length] + "..."
-
-
-def _kind(value) -> str:
-    kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return kinds.get(type(value), "a number")
+        excerpt = error.doc[max(0, error.pos - 30):error.pos + 30].strip()
+        if error.doc[error.pos:error.pos + 1] == "\ufeff":
+            reason = "a byte-order mark, U+FEFF, inside the file, as files joined by cat have it: remove it"
+    except (ValueError, RecursionError):
+        pass
+    raise UserError(f"{path}, line {line}: not JSON ({reason}), in {found(excerpt) if excerpt else 'nothing'}; "
+                    "expected an object {...} in each line, or one array of them")

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from minixllm.data.datasets import IGNORE
-from minixllm.errors import UserError
+from minixllm.errors import UserError, expect
+
+OPEN_ROWS, WINDOW = 32, 2**14  # of `pack`
 
 
 @dataclass
@@ -86,10 +88,10 @@ class Stream:
 
     def __init__(self, data, seed: int, batch_size: int, micro_batch_size: int, max_length: int | None = None,
                  rank: int = 0, world: int = 1, temperature: float | None = None, records=None):
-        for name, value in (("batch_size", batch_size), ("micro_batch_size", micro_batch_size),
-                            ("temperature", temperature)):
-            if value is not None and value <= 0:
-                raise UserError(f"{name} is {value}, expected more than 0")
+        expect(batch_size, int, "batch_size", least=1)
+        expect(micro_batch_size, int, "micro_batch_size", least=1)
+        if temperature is not None:
+            expect(temperature, float, "temperature", above=0)
         self.data, self.seed, self.temperature, self.max_length = data, seed, temperature, max_length
         self.micro_batch_size, self.rank, self.world = micro_batch_size, rank, world
         self.records = np.arange(len(data)) if records is None else np.asarray(records)
@@ -142,26 +144,29 @@ class Stream:
         return np.concatenate(drawn)
 
 
-def pack(lengths, capacity: int, open_rows: int = 32, window: int = 2**14) -> tuple[np.ndarray, np.ndarray]:
+def pack(lengths, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Lay documents of these lengths (n,) out in rows of at most `capacity` tokens.
 
-    -> (the documents, row after row (n,); where each row begins (rows + 1,)). Best fit in the given order among a few
-    open rows; where a document fits none, the fullest is closed. Windows of documents are packed independently, which
-    lets numpy pack all of them at once.
+    -> (the documents, row after row (n,); where each row begins (rows + 1,)). A document goes into that of the open
+    rows where it leaves the least room (best fit). Where it fits none, a new row takes the place of the fullest.
+
+    Documents are packed in windows of WINDOW, each by itself. A Python loop over millions of documents would take
+    minutes; this one has WINDOW turns at most, in each of which numpy places one document of every window. The price is
+    that the last OPEN_ROWS rows of a window stay partly empty, which are under one in a hundred.
     """
     n, capacity = len(lengths), min(capacity, 2**31 - 2)  # `room` is of int32
-    windows = -(-n // window)
-    padded = np.zeros(windows * window, np.int32)
+    windows = -(-n // WINDOW)
+    padded = np.zeros(windows * WINDOW, np.int32)
     padded[:n] = lengths
-    padded = padded.reshape(windows, window)
+    padded = padded.reshape(windows, WINDOW)
     every = np.arange(windows)
-    room = np.full((windows, open_rows), capacity, np.int32)
-    row = np.tile(np.arange(open_rows), (windows, 1))         # the row that is open in each place
-    opened = np.full(windows, open_rows)
-    result = np.empty((windows, window), np.int64)
-    for t in range(min(window, n)):
+    room = np.full((windows, OPEN_ROWS), capacity, np.int32)
+    row = np.tile(np.arange(OPEN_ROWS), (windows, 1))         # the row that is open in each place
+    opened = np.full(windows, OPEN_ROWS)
+    result = np.empty((windows, WINDOW), np.int64)
+    for t in range(min(WINDOW, n)):
         need = padded[:, t]
-        left = room - need[:, None]                           # (windows, open_rows)
+        left = room - need[:, None]                           # (windows, OPEN_ROWS)
         place = np.where(left >= 0, left, capacity + 1).argmin(1)
         full = left[every, place] < 0
         place[full] = room[full].argmin(1)
@@ -170,7 +175,7 @@ def pack(lengths, capacity: int, open_rows: int = 32, window: int = 2**14) -> tu
         opened += full
         room[every, place] -= need
         result[:, t] = row[every, place]
-    result += window * every[:, None]                         # no two windows share a row
+    result += WINDOW * every[:, None]                         # no two windows share a row
     result = result.reshape(-1)[:n]
     sizes = np.unique(result, return_counts=True)[1]
     return np.argsort(result, kind="stable"), np.concatenate([[0], np.cumsum(sizes)])

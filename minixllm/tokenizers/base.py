@@ -14,7 +14,7 @@ COMPANIONS = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", 
 class Tokenizer:
     """What both kinds share: the files beside the model, and which ids they choose as bos, eos and pad.
 
-    Attributes: vocab_size, bos_id, eos_id, pad_id, and `fingerprint`, a sha256 of everything the ids depend on (the
+    Attributes: vocab_size, bos_id, eos_id, pad_id, special_texts (how special tokens are written), and `fingerprint`, a sha256 of everything the ids depend on (the
     key of token caches). Pickles as its path, so that worker processes read the file again.
     """
 

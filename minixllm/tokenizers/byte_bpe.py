@@ -166,6 +166,7 @@ class ByteLevelBPE(Tokenizer):
         special |= {self.bos_id, self.eos_id, self.pad_id} - {None}  # whatever the file calls them
         self.merger = self._merger(model, vocab, special)
         self.control = special
+        self.special_texts = {self.names[i] for i in special}
         self.prefix, self.suffix = self._post_processor(content, vocab)
         # Added tokens that are not special are found in text before anything else, the longest of those at one place;
         # first those that no normaliser would touch.

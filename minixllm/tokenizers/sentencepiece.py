@@ -36,6 +36,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.spelt = {i: [self.model.piece_to_id(f"<0x{byte:02X}>") for byte in self.model.id_to_piece(i).encode()]
                       for i in self.control if i < size and not self.model.is_control(i)}
         self.control |= {i for i in range(size) if self.model.is_control(i)}
+        self.special_texts = {text for text, i in ids.items() if i in self.control}
         self.bytes = {i: int(self.model.id_to_piece(i)[3:5], 16) for i in range(size) if self.model.is_byte(i)}
         self.prefix = [self.bos_id] if self.flag("add_bos_token", True) and self.bos_id is not None else []
         self.suffix = [self.eos_id] if self.flag("add_eos_token", False) and self.eos_id is not None else []

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import time
 import unicodedata
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,10 +20,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minixllm.data import prompts, token_cache
-from minixllm.data.datasets import IGNORE, PreferenceData, SFTData
+from minixllm.data import prompts, stream, token_cache
+from minixllm.data.datasets import IGNORE, Instructions, Preferences
 from minixllm.data.stream import Stream, collate, hold_out, in_order, pack
-from minixllm.data.token_cache import kept
+from minixllm.data.token_cache import TokenCache, kept
 from minixllm.errors import UserError
 from minixllm.models.attention import Packed
 from minixllm.models.llama import Llama, LlamaConfig
@@ -35,6 +37,7 @@ class Bytes:
     """A tokenizer of bytes, ids 3 to 258; pad is eos, as with many a model."""
 
     vocab_size, bos_id, eos_id, pad_id = 259, 1, 2, 2
+    special_texts = {"<s>", "</s>"}
     encode_prompt = Tokenizer.encode_prompt
 
     def __init__(self, prefix=(1,), suffix=(), fingerprint="bytes"):
@@ -46,6 +49,14 @@ class Bytes:
 
     def decode(self, ids):
         return bytes(i - 3 for i in ids if i > 2).decode()
+
+
+def SFTData(paths, tokenizer, max_length, cache, workers=None, **options):
+    return TokenCache(paths, tokenizer, cache, Instructions(max_length, **options), workers)
+
+
+def PreferenceData(paths, tokenizer, max_length, cache, **options):
+    return TokenCache(paths, tokenizer, cache, Preferences(max_length, **options))
 
 
 def write(path, entries):
@@ -82,7 +93,7 @@ def test_labels_are_the_answer_and_its_end(tmp_path):
     data = one(tmp_path, train_on_prompt=True)
     inputs, labels = data[0]
     assert inputs.tolist() == (prompt + answer)[:-1] and labels.tolist() == (prompt + answer)[1:]
-    assert data.supervised[0] == data.lengths[0] == len(labels)
+    assert data.counted[0] == data.lengths[0] == len(labels)
 
 
 @pytest.mark.parametrize("prefix, suffix", [((1,), ()), ((), ()), ((1,), (2,))])
@@ -144,8 +155,8 @@ def test_nothing_left_is_an_error_and_leaves_nothing(tmp_path):
 
 def test_rebuilt_exactly_when_its_inputs_change(tmp_path, monkeypatch):
     built = []
-    build = token_cache._build
-    monkeypatch.setattr(token_cache, "_build", lambda *args: (built.append(1), build(*args)))
+    build = token_cache._write
+    monkeypatch.setattr(token_cache, "_write", lambda *args: (built.append(1), build(*args)))
 
     def builds(**changes):
         before = len(built)
@@ -167,6 +178,59 @@ def test_rebuilt_exactly_when_its_inputs_change(tmp_path, monkeypatch):
     assert builds(entry=pair) == 1
 
 
+def test_the_key_names_what_decides_the_ids(tmp_path):
+    """Whoever changes the ids or files that the same inputs give raises FORMAT, so that no old cache is read: then write
+    the new digest here, too."""
+    sft = write(tmp_path / "sft.jsonl", [
+        {"instruction": "Sag ü", "input": "x", "output": "üü", "language": "de"}, {"instruction": "a", "output": " "},
+        {"instruction": "Long", "output": "x" * 400, "language": "Klingon"}])
+    pairs = write(tmp_path / "pairs.jsonl", [
+        {"instruction": "Nenne", "chosen": "oui", "rejected": "yes!", "language": "deu", "response_language": "fr"},
+        {"prompt": "p" * 500, "chosen": "a", "rejected": "b"}, {"instruction": "a", "chosen": "b", "rejected": "b"}])
+    hashed = hashlib.sha256()
+    for data in (SFTData(sft, Bytes(), 500, tmp_path, too_long="truncate"), SFTData(sft, Bytes(), 500, tmp_path),
+                 PreferenceData(pairs, Bytes(), 400, tmp_path, too_long="truncate")):
+        for name in ("tokens", *token_cache.ARRAYS):
+            hashed.update(getattr(data, name).astype(np.int64).tobytes())
+        hashed.update(json.dumps([data.language_names, sorted(map(list, data.report.items()), key=str)],
+                                 sort_keys=True).encode())
+    assert (token_cache.FORMAT, hashed.hexdigest()[:16]) == (3, "2edf14500ad360e5")
+
+
+def test_what_is_odd_is_said_once_a_file_with_a_count(tmp_path, monkeypatch):
+    """Tags of no known language, and texts that hold a chat template or the tokenizer's special tokens."""
+    monkeypatch.setattr(token_cache, "CHUNK", 2)
+    plain, klingon = {"instruction": "a", "output": "b", "language": "pt-BR"}, {"instruction": "a", "output": "b"}
+    texts = ["<|im_start|>user", "[INST] a [/INST]", "</s>", "<start_of_turn>x", "### Instruction:", "if a < b | c > d"]
+    first = write(tmp_path / "a.jsonl", [plain, klingon | {"language": "Klingon"}, plain, klingon | {"language": "Klingon"},
+                                         *({"instruction": text, "output": "b"} for text in texts)])
+    second = write(tmp_path / "b.jsonl", [{"messages": []}, plain, {"instruction": "a", "output": "x</s>"}])
+    for workers in (1, 2):
+        data = SFTData([first, second], Bytes(), 400, tmp_path / f"cache{workers}", workers)
+        assert sorted(data.remarks) == [
+            f"{first}: 2 records name the language 'Klingon', which is not known: no request can be made for it (the "
+            "first: line 2)",
+            f"{first}: 5 records hold a chat template or special tokens, which are read as mere text (the first: line 5: "
+            "'<|im_start|>')",
+            f"{second}: 1 records are chats of more or less than one exchange: left out (the first: line 1)",
+            f"{second}: 1 records hold a chat template or special tokens, which are read as mere text (the first: line 3: "
+            "'</s>')"]
+        assert data.summary().endswith("\n".join(data.remarks)) and len(data) == 12
+        assert sorted(data.report) == ["Klingon", "por", "und"]
+    pair = {"instruction": "Say", "chosen": "a", "rejected": "b", "language": "en"}
+    path = write(tmp_path / "pairs.jsonl", [pair | {"response_language": tag} for tag in ("tl", "fil", "tlh", "tlh", "en")]
+                 + [{"prompt": "<|begin|>Hello<|end|>", "chosen": "there<|end|>", "rejected": "no<|end|>"}])
+    data = PreferenceData(path, Bytes(), 400, tmp_path / "cache")
+    assert data.language_names == ["eng>tgl", "eng>tlh", "eng", "und"]
+    assert [remark.split(": ", 1)[1] for remark in data.remarks] == [
+        "2 records name the language 'tlh', which is not known: no request can be made for it (the first: line 3)",
+        "1 records hold a chat template or special tokens, which are read as mere text (the first: line 6: '<|begin|>')"]
+    assert data.read(0)[0].tolist() == Bytes().encode_prompt(prompts.alpaca("Say Please return the results in Tagalog."))
+    assert data.read(2)[0].tolist() == Bytes().encode_prompt(prompts.alpaca("Say"))
+    many = write(tmp_path / "many.jsonl", [klingon | {"language": f"xx{k}"} for k in range(50)])
+    assert len(SFTData(many, Bytes(), 400, tmp_path / "cache").remarks) == 21
+
+
 def test_several_processes_give_what_one_gives(tmp_path, monkeypatch):
     monkeypatch.setattr(token_cache, "CHUNK", 7)
     paths = [write(tmp_path / "a.jsonl", some_records(40)), write(tmp_path / "b.jsonl", some_records(30, seed=1))]
@@ -185,14 +249,14 @@ class Slow(Bytes):
 
 
 def _open_in_child(path, cache, log):
-    build = token_cache._build
+    build = token_cache._write
 
     def counted(*args):
         with open(log, "a") as file:
             file.write("built\n")
         build(*args)
 
-    token_cache._build = counted
+    token_cache._write = counted
     assert len(SFTData(path, Slow(), 400, cache)) == 10
 
 
@@ -221,22 +285,14 @@ def test_a_builder_that_was_killed_leaves_no_cache(tmp_path):
     assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == ["", ".lock"]
 
 
-def test_without_locks_builders_keep_apart(tmp_path, monkeypatch):
-    """As the processes of a run on a network file system that has none: each builds, and all read one whole cache."""
+def test_a_disk_without_locks_is_refused(tmp_path, monkeypatch, capsys):
+    """Two processes would build one cache there, as on some network file systems."""
     def flock(file, how):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    path = write(tmp_path / "a.jsonl", some_records(40))
-    fork = multiprocessing.get_context("fork")
-    builders = [fork.Process(target=SFTData, args=(path, Slow(), 400, tmp_path / "cache")) for _ in range(3)]
-    for builder in builders:
-        builder.start()
-    for builder in builders:
-        builder.join(60)
-    assert [builder.exitcode for builder in builders] == [0, 0, 0]
-    assert len(SFTData(path, Bytes(), 400, tmp_path / "cache")) == 40
-    assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == ["", ".lock"]
+    with pytest.raises(UserError, match="cache: no place for a token cache: its disk has no file locks"):
+        one(tmp_path)
 
 
 def test_a_built_cache_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
@@ -298,7 +354,7 @@ def test_damage_and_a_full_disk_are_named(tmp_path, monkeypatch):
         one(tmp_path, max_length=300)
     assert not list((tmp_path / "cache").glob("*.unfinished"))
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="no place for a token cache"):
+    with pytest.raises(UserError, match="the token cache cannot be written: Not a directory"):
         SFTData(tmp_path / "one.jsonl", Bytes(), 512, tmp_path / "file" / "cache")
 
 
@@ -315,7 +371,8 @@ def test_ids_beyond_16_bits(tmp_path):
 @given(st.lists(st.integers(1, 30), max_size=80), st.integers(1, 6), st.integers(1, 50))
 def test_packing_keeps_every_document_and_the_capacity(lengths, open_rows, window):
     lengths = np.array(lengths, int)
-    order, bounds = pack(lengths, 30, open_rows, window)
+    with mock.patch.multiple(stream, OPEN_ROWS=open_rows, WINDOW=window):
+        order, bounds = pack(lengths, 30)
     assert sorted(order) == list(range(len(lengths))) and bounds[0] == 0 and bounds[-1] == len(lengths)
     rows = [lengths[order[a:b]].sum() for a, b in zip(bounds, bounds[1:])]
     assert all(0 < row <= 30 for row in rows)
@@ -400,7 +457,7 @@ def test_rows_too_short_for_a_record_are_refused(sft):
 
 def test_absurd_numbers_are_refused(sft):
     for wrong in ({"batch_size": 0}, {"micro_batch_size": -1}, {"temperature": 0.0}):
-        with pytest.raises(UserError, match=f"{next(iter(wrong))} is .*, expected more than 0"):
+        with pytest.raises(UserError, match=f"{next(iter(wrong))}: found .*, expected a .*number (above 0|of at least 1)"):
             Stream(**{"data": sft, "seed": 0, "batch_size": 8, "micro_batch_size": 2} | wrong)
 
 
@@ -572,7 +629,7 @@ def test_answers_are_compared_as_the_tokenizer_sees_them(tmp_path):
     data = PreferenceData(path, Folding(), 400, tmp_path / "cache")
     report = data.report["und"]
     assert (len(data), report["equal"], report["empty"]) == (1, 1, 2)
-    assert data.total() == "1 pairs; left out 0 too long, 2 empty, 1 equal; 0 truncated"
+    assert data.total() == "1 records kept; left out 0 too long, 2 empty, 1 equal; 0 truncated"
     sft = SFTData(path, Folding(), 400, tmp_path / "cache")
     assert (len(sft), sft.report["und"]["empty"]) == (3, 1)
 

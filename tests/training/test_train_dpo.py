@@ -18,8 +18,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from minixllm import distributed
-from minixllm.data.datasets import PreferenceData
+from minixllm.data.datasets import Preferences
 from minixllm.data.stream import collate
+from minixllm.data.token_cache import TokenCache
 from minixllm.errors import UserError
 from minixllm.models.bloom import Bloom, BloomConfig
 from minixllm.models.llama import Llama, LlamaConfig
@@ -192,13 +193,13 @@ def test_a_frozen_reference_is_held_as_it_is_computed_in(arch, models, pairs, tm
     policy, reference = (open_model(config, model_class, world, settings, models / arch, frozen) for frozen in (0, 1))
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     assert {p.dtype for p in reference.parameters()} == {torch.bfloat16}
-    batch = collate(PreferenceData([pairs], tokenizer, 200, tmp_path), range(5))
+    batch = collate(TokenCache([pairs], tokenizer, tmp_path, Preferences(200)), range(5))
     assert torch.equal(dpo.frozen(reference)(None, batch), pair_logps(policy, batch))
 
 
 def test_a_reference_of_weights_held_in_bf16_is_another(models, pairs, tmp_path):
     model, tokenizer = load(models / "llama")
-    data, world = PreferenceData([pairs], tokenizer, 200, tmp_path), distributed.setup("cpu")
+    data, world = TokenCache([pairs], tokenizer, tmp_path, Preferences(200)), distributed.setup("cpu")
     for held in (torch.float32, torch.bfloat16, torch.float32):
         dpo.cached(model.to(held), world, data, models / "llama", tmp_path, "torch.float32", 400)
     assert len(list(tmp_path.glob("reference-*.npy"))) == 2
@@ -209,7 +210,7 @@ def test_a_cached_reference_is_read_again_and_made_anew_for_other_pairs_or_when_
     model, tokenizer = load(models / "llama")
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join(pairs.read_text().splitlines(True)[::2]))
-    data, other = (PreferenceData([path], tokenizer, 200, tmp_path) for path in (pairs, fewer))
+    data, other = (TokenCache([path], tokenizer, tmp_path, Preferences(200)) for path in (pairs, fewer))
     world, batch, computed = distributed.setup("cpu"), collate(data, [3, 1]), []
     monkeypatch.setattr(dpo, "pair_logps", lambda *args: computed.append(1) or pair_logps(*args))
 
@@ -233,7 +234,7 @@ def test_a_cached_reference_is_read_again_and_made_anew_for_other_pairs_or_when_
 
 def test_a_cached_reference_is_of_one_model_in_one_type(models, pairs, tmp_path, monkeypatch):
     model, tokenizer = load(models / "llama")
-    data, world, computed = PreferenceData([pairs], tokenizer, 200, tmp_path), distributed.setup("cpu"), []
+    data, world, computed = TokenCache([pairs], tokenizer, tmp_path, Preferences(200)), distributed.setup("cpu"), []
     monkeypatch.setattr(dpo, "pair_logps", lambda *args: computed.append(1) or pair_logps(*args))
     directory = shutil.copytree(models / "llama", tmp_path / "copy")
 
@@ -295,7 +296,7 @@ def test_ipo_starts_at_its_own_loss(runs):
 
 
 def test_ipo_averages_over_each_answers_tokens(models, pairs, tmp_path):
-    data = PreferenceData([pairs], load_tokenizer(models / "llama"), 256, tmp_path)
+    data = TokenCache([pairs], load_tokenizer(models / "llama"), tmp_path, Preferences(256))
     model, batch = load_model(models / "llama"), collate(data, range(8))
     found = compare(model, batch, lambda *_: torch.zeros(8, 2), "ipo", 0.1, 0.0, 0.0)["loss"]
     lengths = torch.tensor([[len(answer) for answer in data.read(i)[1:]] for i in range(8)])  # with EOS
@@ -305,7 +306,7 @@ def test_ipo_averages_over_each_answers_tokens(models, pairs, tmp_path):
 
 def test_what_is_known_of_a_pair(models, pairs, tmp_path):
     """Its rewards are beta times what the policy adds to the reference."""
-    data = PreferenceData([pairs], load_tokenizer(models / "llama"), 256, tmp_path)
+    data = TokenCache([pairs], load_tokenizer(models / "llama"), tmp_path, Preferences(256))
     model, batch = load_model(models / "llama"), collate(data, range(8))
     logps, reference = pair_logps(model, batch), -torch.arange(16.0).view(8, 2)
     reference[0] = logps[0].detach()  # of equal rewards none is the larger
@@ -333,7 +334,7 @@ def test_pair_log_probabilities_equal_transformers(arch, models, pairs, tmp_path
     import transformers
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(models / arch).eval()
-    data = PreferenceData([pairs], load_tokenizer(models / arch), 256, tmp_path)
+    data = TokenCache([pairs], load_tokenizer(models / arch), tmp_path, Preferences(256))
     found = pair_logps(load_model(models / arch), collate(data, range(8)))
     for i in range(8):
         prompt, *answers = data.read(i)
