@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import math
 import os
 import re
 import sys
@@ -22,9 +21,10 @@ import types
 import typing
 from pathlib import Path
 
-from minixllm.errors import UserError
+from minixllm.errors import UserError, expect, found
 
 STOPPED = 130  # the exit status of a run that a signal ended early: not 0, for there is no trained model yet
+HUGE = 10**15  # no number may be larger: what is computed from it must not overflow
 
 
 def setting(default, help: str, choices=None, above: float | None = None, least: float | None = None,
@@ -33,7 +33,8 @@ def setting(default, help: str, choices=None, above: float | None = None, least:
 
     A number must be above `above` or at least `least`, and at most `most`.
     """
-    metadata = {"help": help, "choices": choices, "bounds": (above, least, most)}
+    bounds = {"above": above, "least": least, "most": HUGE if most is None else most}
+    metadata = {"help": help, "choices": choices, "bounds": bounds}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -67,7 +68,9 @@ def parse(cls, argv=None, embedded: dict | None = None, needs=("model", "data"),
         values |= layer
     settings = cls(**values)
     for name, field in fields.items():
-        _check_bounds(name, getattr(settings, name), *field.metadata["bounds"])
+        value, (kind, _) = getattr(settings, name), _scalar(hints[name])
+        if kind in (int, float) and value is not None:
+            expect(value, kind, f"--{name.replace('_', '-')}", **field.metadata["bounds"])
     return settings
 
 
@@ -77,8 +80,8 @@ def run(main) -> None:
     process); with 130, STOPPED, after Ctrl-C.
     """
     script, status = Path(sys.argv[0]).name, 0
-    guard = contextlib.nullcontext()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    guard, several = contextlib.nullcontext(), int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several:
         from minixllm.distributed import explain_lost_peers  # which imports torch: the building of data does without
 
         guard = explain_lost_peers("this run")
@@ -92,12 +95,13 @@ def run(main) -> None:
             raise
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        sys.stderr.write(f"{script}: error: {said}\n")  # at once, for other processes may write there, too
+        line = f"{script}: error: {UserError(said)}\n"  # a UserError's message is one line
+        sys.stderr.write(line)  # at once, for other processes may write there, too
         sys.stderr.flush()
         status = 2
     except KeyboardInterrupt:
         status = STOPPED
-    if "torch.distributed" in sys.modules:
+    if several:
         os._exit(status)  # gloo's threads may hold a tensor still: freed as Python ends, it aborts (pytorch #190489)
     sys.exit(status)
 
@@ -129,17 +133,6 @@ class Parser(argparse.ArgumentParser):
         return known
 
 
-def _check_bounds(name, value, above, least, most):
-    if not isinstance(value, (int, float)):
-        return
-    inside = (above is None or value > above) and (least is None or value >= least) and (most is None or value <= most)
-    if not inside or isinstance(value, float) and not math.isfinite(value):
-        expected = [f"{word} {bound:,}" for word, bound in (("above", above), ("of at least", least), ("at most", most))
-                    if bound is not None]
-        kind = "whole" if isinstance(value, int) else "finite"
-        raise UserError(f"--{name.replace('_', '-')} is {value}, expected a {kind} number {' and '.join(expected)}")
-
-
 def _add_flag(parser, name, field, hint, embedded):
     kind, several = _scalar(hint)
     default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
@@ -164,28 +157,27 @@ def _read_recipe(path, fields, hints) -> dict:
             table = tomllib.load(file)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}: expected a TOML recipe") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not TOML: {error}") from None
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path}: not TOML: {reason}") from None
     values = {}
     for key, value in table.items():
         name = key.replace("-", "_")
         if name not in fields:
-            raise UserError(f"{path}: unknown key {key!r}{_nearest(name, fields)}")
+            raise UserError(f"{path}: unknown key {found(key)}{_nearest(name, fields)}")
         values[name] = _checked(f"{path}: {key}", value, hints[name], fields[name].metadata.get("choices"))
     return values
 
 
 def _checked(where, value, hint, choices):
-    """A TOML value as the field's type; int stands for float, and one value for a list of one."""
+    """A TOML value as the field's type; an int stands for a float, too, and one value for a list of one."""
     kind, several = _scalar(hint)
     values = value if several and isinstance(value, list) else [value]
-    for i, item in enumerate(values):
-        if kind is float and type(item) is int:
-            values[i] = item = float(item)
-        if type(item) is not kind:
-            raise UserError(f"{where}: found {item!r}, expected {'a list of ' if several else ''}{kind.__name__}")
-        if choices and item not in choices:
-            raise UserError(f"{where}: found {item!r}, expected one of {', '.join(map(repr, choices))}")
+    for item in values:
+        expect(item, kind, where, choices=choices or ())
+        if kind is str and "\0" in item:
+            raise UserError(f"{where}: found {found(item)}, expected text without the character NUL")
+    values = [kind(item) for item in values]
     return values if several else values[0]
 
 

@@ -85,13 +85,17 @@ def test_help_shows_meaning_and_both_defaults(capsys):
     (["--lerning_rate=1"], ["unknown flag --lerning_rate", "did you mean --learning-rate?"]),
     (["--batch-size", "many"], ["--batch-size", "'many'", "int"]),
     (["--batch-size"], ["--batch-size"]),
-    (["--batch-size", "0"], ["--batch-size is 0, expected a whole number of at least 1 and at most 512"]),
-    (["--batch-size", "513"], ["--batch-size is 513"]),
-    (["--learning-rate", "0"], ["--learning-rate is 0.0, expected a finite number above 0"]),
-    (["--learning-rate", "nan"], ["--learning-rate is nan"]),
-    (["--learning-rate", "inf"], ["--learning-rate is inf"]),
-    (["--limit", "-1"], ["--limit is -1, expected a whole number of at least 0"]),
+    (["--batch-size", "0"], ["--batch-size: found 0, expected a whole number of at least 1 and at most 512"]),
+    (["--batch-size", "513"], ["--batch-size: found 513"]),
+    (["--learning-rate", "0"], ["--learning-rate: found 0.0, expected a number above 0"]),
+    (["--learning-rate", "nan"], ["--learning-rate: found nan"]),
+    (["--learning-rate", "inf"], ["--learning-rate: found inf"]),
+    (["--limit", "-1"], ["--limit: found -1, expected a whole number of at least 0"]),
     (["--dtype", "fp8"], ["--dtype", "'fp8'", "auto"]),
+    (["--batch-size", "9" * 5000], ["--batch-size", "invalid int value"]),
+    (["--limit", "9" * 400], ["--limit: found 999", "expected a whole number of at least 0 and at most"]),
+    (["--learning-rate", "1e200"], ["--learning-rate: found 1e+200"]),
+    (["--nothing\nat all"], ["unknown flag"]),
     (["records.json"], ["'records.json'", "--name value"]),
     (["--config", "/nowhere.toml"], ["/nowhere.toml", "No such file"]),
 ])
@@ -99,25 +103,37 @@ def test_bad_flags(argv, said):
     with pytest.raises(UserError) as error:
         parse(Settings, argv)
     assert all(part in str(error.value) for part in said) and "\n" not in str(error.value)
+    assert len(str(error.value)) <= 300
 
 
 @pytest.mark.parametrize("text, said", [
     ("batch_sise = 3", ["recipe.toml", "unknown key 'batch_sise'", "did you mean batch_size?"]),
-    ('batch_size = "3"', ["recipe.toml: batch_size", "'3'", "expected int"]),
-    ("batch_size = true", ["batch_size", "expected int"]),
-    ("data = [1]", ["data", "found 1", "a list of str"]),
-    ('dtype = "fp8"', ["dtype", "'fp8'", "'float32'"]),
-    ("resume = 1", ["resume", "expected bool"]),
-    ("batch_size = 1000", ["--batch-size is 1000"]),
+    ('batch_size = "3"', ["recipe.toml: batch_size", "found '3'", "expected a whole number"]),
+    ("batch_size = true", ["batch_size", "found True, expected a whole number"]),
+    ("data = [1]", ["recipe.toml: data: found 1, expected text"]),
+    ('dtype = "fp8"', ["dtype: found 'fp8', expected one of auto, float32"]),
+    ("resume = 1", ["resume", "found 1, expected true or false"]),
+    ("batch_size = 1000", ["--batch-size: found 1000"]),
     ("batch_size = = 3", ["recipe.toml", "not TOML", "line 1"]),
     ("[training]\nbatch_size = 3", ["unknown key 'training'"]),
+    ("model = " + "[" * 2000, ["recipe.toml: not TOML: nested too deeply"]),
+    ("model = " + "[" * 50 + "]" * 50, ["recipe.toml: model: found [[[[[", "expected text"]),
+    ("batch_size = " + "9" * 4000, ["recipe.toml: batch_size: found 999", "expected a whole number"]),
+    ("batch_size = " + "9" * 5000, ["recipe.toml: not TOML: Exceeds the limit"]),
+    ("learning_rate = 1" + "0" * 400, ["learning_rate: found 1000", "expected a number"]),
+    ("learning_rate = 1e300", ["--learning-rate: found 1e+300, expected a number above 0"]),
+    ('model = "a\\u0000b"', ["model: found 'a\\x00b', expected text without the character NUL"]),
+    ('model = "a\0b"', ["recipe.toml: not TOML"]),
+    ("model = '\udcff'", ["recipe.toml: not TOML"]),
+    (f"{'k' * 5000} = 1", ["recipe.toml: unknown key 'kkk"]),
+    ('"a\\nb" = 1', ["recipe.toml: unknown key 'a\\nb'"]),
 ])
 def test_bad_recipes(tmp_path, text, said):
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(text)
+    recipe.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError) as error:
         parse(Settings, ["--config", str(recipe)])
-    assert all(part in str(error.value) for part in said)
+    assert all(part in str(error.value) for part in said) and len(str(error.value)) <= 300
 
 
 @pytest.mark.parametrize("failure, said", [
@@ -126,6 +142,7 @@ def test_bad_recipes(tmp_path, text, said):
     ("open('/nowhere/x', 'w')", "/nowhere/x: No such file or directory"),
     ("import torch; torch.empty(2**50)", "not enough memory ("),
     ("bytearray(2**55)", "not enough memory ()"),
+    ("open('/nowhere/' + 'x' * 200 + '\\n' * 200)", "/nowhere/xxx"),
 ])
 def test_a_mistake_is_one_line_and_exit_status_2(tmp_path, failure, said):
     script = tmp_path / "script.py"
@@ -136,3 +153,15 @@ def test_a_mistake_is_one_line_and_exit_status_2(tmp_path, failure, said):
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert done.stderr.startswith(f"script.py: error: {said}") and done.stderr.count("\n") == 1
+    assert len(done.stderr) < 330
+
+
+def test_python_ends_as_usual_unless_there_was_a_process_group_of_several(tmp_path):
+    """Profilers and coverage write their results as Python ends."""
+    script = tmp_path / "script.py"
+    script.write_text("import atexit, torch.distributed\nfrom minixllm.settings import run\n"
+                      "atexit.register(print, 'ended')\nrun(lambda argv: 3)\n")
+    for size, printed in (("1", "ended\n"), ("2", "")):
+        environment = {"PYTHONPATH": str(settings_module.__file__).rsplit("/", 2)[0], "WORLD_SIZE": size, "RANK": "0"}
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+        assert (done.returncode, done.stdout) == (3, printed), done.stderr

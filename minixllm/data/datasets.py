@@ -49,6 +49,7 @@ class Instructions:
     too_long: str = "drop"
     train_on_prompt: bool = False
 
+    unit = "records"
     read = staticmethod(read_instructions)
 
     def encode(self, record: Instruction, tokenizer) -> Encoded:
@@ -98,6 +99,8 @@ class Preferences:
 
     max_length: int
     too_long: str = "drop"
+
+    unit = "pairs"
 
     @staticmethod
     def read(path, progress, leave_out):

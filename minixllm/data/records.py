@@ -22,12 +22,13 @@ ARCHIVES = (".gz", ".zst", ".xz", ".bz2", ".zip")
 INSTRUCTION_FIELDS = "instruction, output and optionally input, language; or messages"
 PREFERENCE_FIELDS = ("instruction, chosen, rejected and optionally input, language, response_language; or prompt, "
                      "chosen, rejected")
+CHATS = ("messages", "conversations")
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names for who speaks
 
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One supervised example, in Alpaca's fields; `extra` keeps whatever other fields the record had."""
+    """One supervised example, in Alpaca's fields; `extra` has every field of the record as the file has it."""
 
     instruction: str
     input: str
@@ -47,20 +48,21 @@ def read_instructions(path, progress: Callable[[int], None] | None = None,
     bytes read since its last call. Raises UserError naming file and line.
     """
     for line, entry in read_objects(path, progress):
-        take = _Fields(path, line, entry, INSTRUCTION_FIELDS)
-        chat = next((name for name in ("messages", "conversations") if name in entry), None)
-        if "instruction" in entry or chat is None:
-            instruction, input = take("instruction"), take("input", optional=True) or ""
-            yield Instruction(instruction, input, take("output"), take("language", optional=True), take.left, line)
-            continue
-        roles, texts = _turns(take.left.pop(chat), f"{take.where}: {chat}")
-        if roles[-2:] == ["user", "assistant"] and roles[:-2] in ([], ["system"]):
-            yield Instruction("\n\n".join(texts[:-1]), "", texts[-1], take("language", optional=True), take.left, line)
-        elif leave_out:
-            leave_out(line)
-        else:
-            raise UserError(f"{take.where}: {chat}: found turns of {', '.join(roles)[:80] or 'nobody'}, expected one "
-                            "of the user and one of the assistant")
+        where = f"{path}, {place(line)}"
+        chat = None if "instruction" in entry else next(filter(entry.__contains__, CHATS), None)
+        if chat:
+            roles, texts = _turns(entry.pop(chat), f"{where}: {chat}")
+            if roles[-2:] == ["user", "assistant"] and roles[:-2] in ([], ["system"]):
+                entry |= {"instruction": "\n\n".join(texts[:-1]), "output": texts[-1]}
+            elif leave_out:
+                leave_out(line)
+                continue
+            else:
+                raise UserError(f"{where}: {chat}: found turns of {', '.join(roles)[:80] or 'nobody'}, expected one of "
+                                "the user and one of the assistant")
+        instruction, output = (_text(entry, where, INSTRUCTION_FIELDS, name) for name in ("instruction", "output"))
+        input, language = (_text(entry, where, None, name) for name in ("input", "language"))
+        yield Instruction(instruction, input or "", output, language, entry, line)
 
 
 def _turns(turns, where: str) -> tuple[list[str], list[str]]:
@@ -101,32 +103,28 @@ def read_preferences(path, progress: Callable[[int], None] | None = None) -> Ite
     one (`prompt`, `chosen`, `rejected`, all text). Raises UserError naming file and line.
     """
     for line, entry in read_objects(path, progress):
-        take = _Fields(path, line, entry, PREFERENCE_FIELDS)
-        prompt = None if "instruction" in entry else take("prompt", optional=True)
-        yield Preference(take("instruction") if prompt is None else "", take("input", optional=True) or "",
-                         take("chosen", "prefered_output"), take("rejected", "rejected_output"),
-                         take("language", optional=True), take("response_language", optional=True),
-                         prompt, take.left, line)
+        where, prompt, instruction = f"{path}, {place(line)}", None, ""
+        if "instruction" in entry or (prompt := _text(entry, where, None, "prompt")) is None:
+            instruction = _text(entry, where, PREFERENCE_FIELDS, "instruction")
+        chosen = _text(entry, where, PREFERENCE_FIELDS, "chosen", "prefered_output")
+        rejected = _text(entry, where, PREFERENCE_FIELDS, "rejected", "rejected_output")
+        input, *spoken = (_text(entry, where, None, name) for name in ("input", "language", "response_language"))
+        yield Preference(instruction, input or "", chosen, rejected, *spoken, prompt, entry, line)
 
 
-class _Fields:
-    """Takes text fields out of one JSON object; `left` holds those not taken."""
+def _text(entry: dict, where: str, needed: str | None, *names: str) -> str | None:
+    """The text of the field under the first of its names that is there.
 
-    def __init__(self, path, line: int, entry: dict, expected: str):
-        self.where, self.entry, self.expected, self.left = f"{path}, {place(line)}", entry, expected, dict(entry)
-
-    def __call__(self, *spellings: str, optional: bool = False) -> str | None:
-        """The field under the first of its spellings that is there; None if it is optional and absent or null."""
-        name = next((name for name in spellings if name in self.left), None)
-        value = self.left.pop(name, None)
-        if optional and value is None:
-            return None
-        if name is None:
-            names = ", ".join(sorted(self.entry))
-            names = names if len(names) <= 80 else names[:80] + "..."
-            raise UserError(f"{self.where}: no field {spellings[0]!r}: found {names or 'none'}; expected "
-                            f"{self.expected}")
-        return expect(value, str, f"{self.where}: {name}")
+    needed: what the entry should hold, for a field that must be there. Any other may be absent or null: None.
+    """
+    for name in names:
+        if (value := entry.get(name)) is not None or needed and name in entry:
+            return expect(value, str, f"{where}: {name}")
+    if needed:
+        there = ", ".join(sorted(entry)) or "none"
+        raise UserError(f"{where}: no field {names[0]!r}: found {there[:80]}{'...' * (len(there) > 80)}; expected "
+                        f"{needed}")
+    return None
 
 
 def record_files(paths) -> list[Path]:

@@ -110,7 +110,7 @@ class TokenCache:
         """What was kept, left out and cut, over all languages."""
         counts = sum(self.report.values(), Counter())
         left_out = ", ".join(f"{counts[reason]:,} {reason.replace('_', ' ')}" for reason in LEFT_OUT)
-        return f"{kept(counts):,} records kept; left out {left_out}; {counts['truncated']:,} truncated"
+        return f"{kept(counts):,} {self.encoder.unit}; left out {left_out}; {counts['truncated']:,} truncated"
 
     def summary(self) -> str:
         """A table, one line a language: what was kept, left out and cut, where anything was, and how many tokens a

@@ -1252,8 +1252,8 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     recipe.write_text("generators = []")
     for match, *flags in (("--generators names no service", "--config", str(recipe)),
                           ("--output .* is --data, too", "--output", f"{tmp_path}/../{tmp_path.name}"),
-                          ("--candidates is 1, expected a whole number of at least 2", "--candidates", "1"),
-                          ("--min-margin is nan", "--min-margin", "nan")):
+                          ("--candidates: found 1, expected a whole number of at least 2", "--candidates", "1"),
+                          ("--min-margin: found nan", "--min-margin", "nan")):
         with pytest.raises(UserError, match=match):
             command.main(["feedback", "--data", str(tmp_path), "--output", str(tmp_path / "out"), *flags])
     with pytest.raises(UserError, match="found 'instruct', expected one of instructions or feedback"):

@@ -629,7 +629,7 @@ def test_answers_are_compared_as_the_tokenizer_sees_them(tmp_path):
     data = PreferenceData(path, Folding(), 400, tmp_path / "cache")
     report = data.report["und"]
     assert (len(data), report["equal"], report["empty"]) == (1, 1, 2)
-    assert data.total() == "1 records kept; left out 0 too long, 2 empty, 1 equal; 0 truncated"
+    assert data.total() == "1 pairs; left out 0 too long, 2 empty, 1 equal; 0 truncated"
     sft = SFTData(path, Folding(), 400, tmp_path / "cache")
     assert (len(sft), sft.report["und"]["empty"]) == (3, 1)
 

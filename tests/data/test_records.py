@@ -26,8 +26,9 @@ def test_fields_languages_and_extras(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"instruction": "Grüß", "input": null, "output": "ہیلو", "language": "deu", '
                  '"source": "me", "score": 3}\n\n' + GOOD + "\n")
     first, second = read_instructions(path)
-    assert first == Instruction("Grüß", "", "ہیلو", "deu", {"source": "me", "score": 3}, 1)
-    assert second == Instruction("Say hi", "", "hi", None, {}, 3)
+    assert first == Instruction("Grüß", "", "ہیلو", "deu", first.extra, 1)
+    assert first.extra["source"] == "me" and first.extra["score"] == 3
+    assert second == Instruction("Say hi", "", "hi", None, json.loads(GOOD), 3)
 
 
 def test_array_and_lines_are_told_apart_by_content(tmp_path):
@@ -148,7 +149,8 @@ def test_chats_of_one_exchange(tmp_path):
         {"messages": turns, "language": "eng", "id": 7}, {"messages": turns[1:]}, {"conversations": shared},
         {"conversations": shared[1:]}])))
     records = list(read_instructions(path))
-    assert records[0] == Instruction("Be brief.\n\nName a river.", "", "The Rhine.", "eng", {"id": 7}, 1)
+    assert records[0] == Instruction("Be brief.\n\nName a river.", "", "The Rhine.", "eng", records[0].extra, 1)
+    assert records[0].extra["id"] == 7
     assert [record.instruction for record in records[1:]] == ["Name a river.", records[0].instruction, "Name a river."]
     assert {record.output for record in records} == {"The Rhine."}
     path = write(tmp_path / "b.jsonl", "\n".join(json.dumps({"messages": each}) for each in (
@@ -196,13 +198,13 @@ def test_three_spellings(tmp_path):
     ours = preference(tmp_path, instruction="i", input="x", chosen="c", rejected="r", language="deu",
                       response_language="fra", judge="j")
     assert (ours.instruction, ours.input, ours.chosen, ours.rejected) == ("i", "x", "c", "r")
-    assert (ours.language, ours.response_language, ours.prompt, ours.extra) == ("deu", "fra", None, {"judge": "j"})
+    assert (ours.language, ours.response_language, ours.prompt, ours.extra["judge"]) == ("deu", "fra", None, "j")
     theirs = preference(tmp_path, instruction="i", input="x", prefered_output="c", rejected_output="r")
     assert (theirs.instruction, theirs.input, theirs.chosen, theirs.rejected) == ("i", "x", "c", "r")
     trl = preference(tmp_path, prompt="p", chosen="c", rejected="r")
     assert (trl.prompt, trl.instruction, trl.chosen, trl.rejected) == ("p", "", "c", "r")
     both = preference(tmp_path, instruction="i", prompt="p", chosen="c", rejected="r")
-    assert (both.prompt, both.instruction, both.extra) == (None, "i", {"prompt": "p"})
+    assert (both.prompt, both.instruction, both.extra["prompt"]) == (None, "i", "p")
 
 
 @pytest.mark.parametrize("entry, complaint", [

@@ -423,7 +423,7 @@ def test_other_weights_do_not_continue_a_partial_evaluation(model_directory, fiv
     (["--names", "a/b"], "without '/'"), (["--names", ""], "called '': expected different names, not empty"),
     *[(["--names", name], f"called '{name}': .* not those of files") for name in ("results.json", "report.md",
                                                                                  "scores.png")],
-    (["--limit", "-5"], "--limit is -5, expected a whole number of at least 1"), (["--batch-tokens", "0"], "--batch-tokens is 0"),
+    (["--limit", "-5"], "--limit: found -5, expected a whole number of at least 1"), (["--batch-tokens", "0"], "--batch-tokens: found 0"),
     (["--max-new-tokens", "0"], "--max-new-tokens is 0"), (["--max-length", "0"], "--max-length is 0"),
     (["--max-length", "2"], "--max-length is 2, expected more than --max-new-tokens, 2"),
     (["--languages", "germn"], "unknown language 'germn'"),

@@ -580,7 +580,7 @@ def test_refusals(reference, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="early: holds a run already"):
         run_here(tmp_path / "early")
     for flag, value in (("--clip", 0), ("--seed", 10**400), ("--keep", 0), ("--beta2", "nan"), ("--epochs", "inf")):
-        with pytest.raises(UserError, match=f"{flag} is {value}.*, expected a (finite|whole) number"):
+        with pytest.raises(UserError, match=f"{flag}: found {str(value)[:9]}.*, expected a (whole )?number"):
             run_here(tmp_path, flag, value)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="0.0 MB free on its disk, expected .* for 2"):
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
