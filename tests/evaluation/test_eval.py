@@ -424,7 +424,7 @@ def test_other_weights_do_not_continue_a_partial_evaluation(model_directory, fiv
     *[(["--names", name], f"called '{name}': .* not those of files") for name in ("results.json", "report.md",
                                                                                  "scores.png")],
     (["--limit", "-5"], "--limit: found -5, expected a whole number of at least 1"), (["--batch-tokens", "0"], "--batch-tokens: found 0"),
-    (["--max-new-tokens", "0"], "--max-new-tokens is 0"), (["--max-length", "0"], "--max-length is 0"),
+    (["--max-new-tokens", "0"], "--max-new-tokens: found 0"), (["--max-length", "0"], "--max-length: found 0"),
     (["--max-length", "2"], "--max-length is 2, expected more than --max-new-tokens, 2"),
     (["--languages", "germn"], "unknown language 'germn'"),
     (["--directions", "upward", "--benchmarks", "{flores}"], "upward"),

@@ -62,7 +62,7 @@ CONFIGS = {"llama": (CONFIG, Llama), "bloom": (BloomConfig(97, 32, 2, 4), Bloom)
 
 
 class Records:
-    """Random token ids in two languages, with the interface of SFTData; the first half of each record is its prompt."""
+    """Random token ids in two languages, with the interface of TokenCache; the first half of each record is its prompt."""
 
     language_names = ["deu", "tha"]
     key = "tiny"
