@@ -95,7 +95,7 @@ def test_adapters_and_a_handful_of_records(files, tmp_path, dtype, capsys):
 @pytest.mark.parametrize("argv, said", [
     (["--lora-r", "-1"], "--lora-r: found -1"),
     (["--seed", "-1"], "--seed: found -1, expected a whole number of at least 0 and at most 4,294,967,295"),
-    (["--beta2", "1"], "--beta2 is 1"),
+    (["--beta2", "1"], "--beta2: found 1"),
     (["--data", "x.json"], "--data without --model"),
     (["--model", "/nowhere", "--data", "x.json"], "/nowhere"),
     (["--model", "{files}/model"], "--model without --data"),
