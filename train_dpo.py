@@ -91,8 +91,8 @@ def align(settings, world, embedded: bool):
                 print("building the embedded pairs", flush=True)
             feedback.build(folder, settings.feedback)
         settings.data, settings.held_out = [str(folder / "train.jsonl")], [str(folder / "valid.jsonl")]
-    config, model_class, tokenizer = read_directory(settings.model)
-    model = open_model(config, model_class, world, settings, settings.model).eval()
+    config, tokenizer = read_directory(settings.model)
+    model = open_model(config, world, settings, settings.model).eval()
 
     # The pairs, each one document of two branches.
     def tokenised(files):
@@ -121,7 +121,7 @@ def align(settings, world, embedded: bool):
         reference = held_out_reference = dpo.adapters_off
     else:
         reference = held_out_reference = dpo.frozen(
-            open_model(config, model_class, world, settings, settings.model, frozen=True))
+            open_model(config, world, settings, settings.model, frozen=True))
 
     options = dict(kind=settings.loss, beta=settings.beta, label_smoothing=settings.label_smoothing,
                    nll_weight=settings.nll_weight)

@@ -23,12 +23,13 @@ from minixllm.demo import cldr
 from minixllm.demo.exact_match import describe, exact_match
 from minixllm.files import write_json
 from minixllm.generation import answer
+from minixllm.models.architectures import ARCHITECTURES
 from minixllm.settings import STOPPED, parse, run, setting
 from minixllm.tokenizers import load_tokenizer
 from minixllm.training.loop import OUTPUT, TrainingSettings, claimed, held_out_loss, train
 from minixllm.training.losses import sft_loss
 from minixllm.weights.adapters import LoraSettings, open_model, save_trained
-from minixllm.weights.hf_directory import ARCHITECTURES, read_directory
+from minixllm.weights.hf_directory import read_directory
 
 
 @dataclass
@@ -72,7 +73,7 @@ def main(argv=None):
 def fine_tune(settings, world):
     # The model: on no device yet, then sharded, then each process fills its own slices.
     if settings.model:
-        config, model_class, tokenizer = read_directory(settings.model)
+        config, tokenizer = read_directory(settings.model)
         train_files, held_out_files = record_files(settings.data), record_files(settings.held_out)
     else:
         folder = cldr.folder(settings.cache)
@@ -81,9 +82,9 @@ def fine_tune(settings, world):
                 print("building the embedded data and its tokenizer, once: this takes a while", flush=True)
                 cldr.build(folder)
         tokenizer = load_tokenizer(folder)
-        config, model_class = cldr.config(settings.arch, tokenizer), ARCHITECTURES[settings.arch][1]
+        config = cldr.config(settings.arch, tokenizer)
         train_files, held_out_files = [folder / "train.jsonl"], [folder / "valid.jsonl"]
-    model = open_model(config, model_class, world, settings, settings.model)
+    model = open_model(config, world, settings, settings.model)
 
     # The data: records to packed rows, the loss on the answers.
     def tokenised(files):

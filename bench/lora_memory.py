@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from minixllm import parallel  # noqa: E402
 from minixllm.data.stream import Batch  # noqa: E402
-from minixllm.models.llama import Llama, LlamaConfig  # noqa: E402
+from minixllm.models.llama import LlamaConfig  # noqa: E402
 from minixllm.training.losses import sft_loss  # noqa: E402
 from minixllm.weights.adapters import open_model  # noqa: E402
 from minixllm.weights.hf_directory import build, initialise, read_config, save_model  # noqa: E402
@@ -37,7 +37,7 @@ def peak() -> float:
 
 
 def write(directory):
-    model = build(CONFIG, Llama, torch.bfloat16)
+    model = build(CONFIG, torch.bfloat16)
     initialise(model, seed=0)
     save_model(model, directory)
 
@@ -46,7 +46,7 @@ def train(directory, steps: int, dtype: str):
     world = parallel.setup("cpu")
     settings = SimpleNamespace(dtype=dtype, seed=0, lora_r=16, lora_alpha=32.0, lora_dropout=0.0, lora_targets=[])
     started = peak()
-    model = open_model(*read_config(directory), world, settings, directory).train()
+    model = open_model(read_config(directory), world, settings, directory).train()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; peak {started:.2f} GB after the imports, "
           f"{peak():.2f} GB after loading", flush=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)

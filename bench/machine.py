@@ -27,10 +27,10 @@ SIZES = {"llama": LLAMA, "bloom": BLOOM}
 
 def ours(architecture: str, size: dict, dtype=torch.float32):
     """A model with random weights, made on the device."""
-    from minixllm.weights.hf_directory import ARCHITECTURES
-    config_class, model_class = ARCHITECTURES[architecture]
+    from minixllm.models.architectures import ARCHITECTURES
+    model_class = ARCHITECTURES[architecture]
     with torch.device("meta"):
-        model = model_class(config_class.from_dict({**size, "eos_token_id": None})).to(dtype)
+        model = model_class(model_class.config_class.from_dict({**size, "eos_token_id": None})).to(dtype)
     model = model.to_empty(device=DEVICE)
     model.tie_weights()
     generator = torch.Generator(DEVICE).manual_seed(0)

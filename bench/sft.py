@@ -213,9 +213,9 @@ def main():
             results[side].append(json.loads(done.stdout.splitlines()[-1]))
     peak = machine.peak_flops(dtype)
     with torch.device("meta"):
-        from minixllm.weights.hf_directory import ARCHITECTURES
-        config_class, model_class = ARCHITECTURES[args.model]
-        model = model_class(config_class.from_dict(size))
+        from minixllm.models.architectures import ARCHITECTURES
+        model_class = ARCHITECTURES[args.model]
+        model = model_class(model_class.config_class.from_dict(size))
     head = model.head.weight.numel()
     body = sum(parameter.numel() for parameter in model.blocks.parameters() if parameter.ndim == 2)
     flops = 4 if args.lora else 6  # of a token, for each weight

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from minixllm import distributed
 from minixllm.errors import UserError
 from minixllm.models.attention import Packed
-from minixllm.models.llama import Llama, LlamaConfig
+from minixllm.models.llama import LlamaConfig
 from minixllm.settings import run
 from minixllm.weights.hf_directory import build, initialise
 
@@ -19,13 +19,13 @@ CONFIG = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hi
 
 
 def plain_model():
-    model = build(CONFIG, Llama)
+    model = build(CONFIG)
     initialise(model, seed=0)
     return model
 
 
 def sharded_model(world, dtype=torch.float32):
-    model = distributed.shard(build(CONFIG, Llama), world, dtype)
+    model = distributed.shard(build(CONFIG), world, dtype)
     initialise(model, seed=0)
     return model
 

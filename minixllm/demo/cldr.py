@@ -30,7 +30,7 @@ from minixllm.errors import UserError
 from minixllm.files import write_json_lines
 from minixllm.languages import FEEDBACK_LANGUAGES, LANGUAGES
 from minixllm.tokenizers.sentencepiece import train_sentencepiece
-from minixllm.weights.hf_directory import ARCHITECTURES
+from minixllm.models.architectures import ARCHITECTURES
 
 # The settings that make a small model learn most in five minutes on two cores (in place of the scripts' defaults).
 # Many small steps on short prompts: a row is one record, of about 18 tokens.
@@ -324,10 +324,9 @@ def _parts(made: dict) -> Iterable[str]:
 
 def config(architecture: str, tokenizer):
     """The configuration of the small model of "llama" or "bloom" that is trained from scratch."""
-    config_class, _ = ARCHITECTURES[architecture]
     size = {"vocab_size": tokenizer.vocab_size, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
             "tie_word_embeddings": True, "initializer_range": 0.08,
             "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     if architecture == "llama":
         size |= {"intermediate_size": 344, "max_position_embeddings": 512}
-    return config_class(**size)
+    return ARCHITECTURES[architecture].config_class(**size)

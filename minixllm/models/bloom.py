@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from minixllm.errors import UserError
+from minixllm.models import fused_cpu
 from minixllm.models.attention import Packed, alibi_slopes
 from minixllm.models.config import read_settings, refuse
 from minixllm.models.lora import low_rank
@@ -21,6 +22,8 @@ from minixllm.models.token_logps import token_logps
 @dataclass(frozen=True)
 class BloomConfig:
     """The settings of config.json that the architecture has, under their Hugging Face names."""
+
+    model_type = "bloom"
 
     vocab_size: int
     hidden_size: int
@@ -52,7 +55,7 @@ class BloomConfig:
         """Reads config.json. Raises UserError naming a key whose value is absurd or asks for something not built."""
         spellings = {"n_embed": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
         config = {spellings.get(key, key): value for key, value in config.items()}
-        refuse(config, {"model_type": "bloom", "hidden_dropout": 0})
+        refuse(config, {"model_type": cls.model_type, "hidden_dropout": 0})
         settings = read_settings(cls, config)
         if config.get("n_inner") not in (None, 4 * settings.hidden_size):
             raise UserError(f"n_inner: found {config['n_inner']!r}, expected null or 4 times hidden_size")
@@ -60,7 +63,7 @@ class BloomConfig:
 
     def to_dict(self) -> dict:
         """The contents of config.json."""
-        config = {"model_type": "bloom", "architectures": ["BloomForCausalLM"], **asdict(self)}
+        config = {"model_type": self.model_type, "architectures": ["BloomForCausalLM"], **asdict(self)}
         return {**config, "n_layer": config.pop("num_hidden_layers"), "n_head": config.pop("num_attention_heads")}
 
 
@@ -108,7 +111,10 @@ class BloomBlock(nn.Module):
 
 
 class Bloom(nn.Module):
+    config_class = BloomConfig
     EMBEDDING = "transformer.word_embeddings.weight"
+    LORA_TARGETS = ("query_key_value",)  # the paper names none for BLOOM: this is the usual choice
+    fused_block = staticmethod(fused_cpu.bloom_block)
 
     def __init__(self, config: BloomConfig):
         super().__init__()

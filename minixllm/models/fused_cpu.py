@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from minixllm.models.bloom import Bloom
-from minixllm.models.llama import Llama, rotate
 from minixllm.models.lora import LoraLinear
 
 PACK_BYTES = 2**32  # a model's products are packed, a second copy of its weights, up to this size
@@ -50,8 +48,8 @@ class Product:
         return x if self.low is None else torch.cat([x, F.linear(x, self.low)], dim=-1)
 
 
-def llama_block(block, dtype: torch.dtype):
-    """The forward of a `LlamaBlock`."""
+def llama_block(block, dtype: torch.dtype, rotate):
+    """The forward of a `LlamaBlock`; `rotate` is llama.py's, which imports this module and not the other way round."""
     attention, mlp = block.self_attn, block.mlp
     D, layer_idx = attention.head_dim, attention.layer_idx
     H, KV = (layer.out_features // D for layer in (attention.q_proj, attention.k_proj))
@@ -94,9 +92,6 @@ def bloom_block(block, dtype: torch.dtype):
     return forward
 
 
-BLOCKS = {Llama: llama_block, Bloom: bloom_block}
-
-
 @contextlib.contextmanager
 def fused(model):
     """Within, the model's forwards without gradients are fused ones; those with gradients are as ever.
@@ -105,8 +100,7 @@ def fused(model):
     PACK_BYTES, nothing changes. Each block is fused when it is first called, with its adapters as they then are,
     enabled or not.
     """
-    block_forward = next((forward for kind, forward in BLOCKS.items() if isinstance(model, kind)), None)
-    modules = [*model.blocks, model.head] if block_forward else []
+    modules = [*model.blocks, model.head] if hasattr(model, "fused_block") else []
     linears = [linear for module in modules for linear in module.modules() if isinstance(linear, nn.Linear)]
     dtype = getattr(model, "compute_dtype", next(model.parameters()).dtype)
     size = sum(linear.weight.numel() for linear in linears) * dtype.itemsize
@@ -114,7 +108,7 @@ def fused(model):
         modules = []
     try:
         for module in modules:
-            fuse = functools.partial(Product if module is model.head else block_forward, module, dtype=dtype)
+            fuse = functools.partial(Product if module is model.head else model.fused_block, module, dtype=dtype)
             module.forward = _unless_gradients(module.forward, functools.cache(fuse))
         yield
     finally:

@@ -4,6 +4,7 @@ Parameter names are Hugging Face's, so that a safetensors file loads with no ren
 N tokens of documents laid end to end, d hidden_size, H query heads, KV key and value heads, D head_dim, V vocabulary.
 """
 
+import functools
 import math
 import sys
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from minixllm.errors import UserError
+from minixllm.models import fused_cpu
 from minixllm.models.attention import Packed
 from minixllm.models.config import read_settings, refuse
 from minixllm.models.lora import low_rank
@@ -23,6 +25,8 @@ from minixllm.models.token_logps import token_logps
 @dataclass(frozen=True)
 class LlamaConfig:
     """The settings of config.json that the architecture has, under their Hugging Face names."""
+
+    model_type = "llama"
 
     vocab_size: int
     hidden_size: int
@@ -63,7 +67,7 @@ class LlamaConfig:
 
         Raises UserError naming a key whose value is absurd or asks for something that is not built.
         """
-        refuse(config, {"model_type": "llama", "hidden_act": "silu", "partial_rotary_factor": 1})
+        refuse(config, {"model_type": cls.model_type, "hidden_act": "silu", "partial_rotary_factor": 1})
         rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
         scaling = _rope_scaling(rope, config.get("max_position_embeddings", cls.max_position_embeddings))
         theta = rope.get("rope_theta", config.get("rope_theta", cls.rope_theta))
@@ -71,7 +75,7 @@ class LlamaConfig:
 
     def to_dict(self) -> dict:
         """The contents of config.json, in a spelling that transformers 4 and 5 both read."""
-        return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", **asdict(self)}
+        return {"model_type": self.model_type, "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", **asdict(self)}
 
 
 def _rope_scaling(rope: dict, max_position_embeddings: int) -> dict | None:
@@ -183,7 +187,10 @@ class LlamaBlock(nn.Module):
 
 
 class Llama(nn.Module):
+    config_class = LlamaConfig
     EMBEDDING = "model.embed_tokens.weight"
+    LORA_TARGETS = ("q_proj", "v_proj")  # what the paper's recipe adapts
+    fused_block = staticmethod(functools.partial(fused_cpu.llama_block, rotate=rotate))
 
     def __init__(self, config: LlamaConfig):
         super().__init__()

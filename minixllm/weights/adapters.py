@@ -14,6 +14,7 @@ from minixllm import distributed
 from minixllm.errors import UserError
 from minixllm.files import atomic_write, read_json, write_json
 from minixllm.models import lora
+from minixllm.models.architectures import ARCHITECTURES
 from minixllm.models.lora import LoraConfig, add_lora, is_adapter
 from minixllm.settings import setting
 from minixllm.weights import hf_directory
@@ -26,8 +27,6 @@ PLAIN = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_n
          "eva_config", "megatron_core", "qalora_group_size"}
 # Initial weights that leave the base as it is. "pissa", "olora", "corda", "loftq" and others subtract from it.
 INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-# What the paper's recipe adapts, by model_type; for BLOOM, where it names none, the usual choice.
-TARGETS = {"llama": ["q_proj", "v_proj"], "bloom": ["query_key_value"]}
 
 
 @dataclass
@@ -39,7 +38,7 @@ class LoraSettings:
                                           "query_key_value in BLOOM")
 
 
-def open_model(config, model_class, world, settings, directory=None, frozen=False):
+def open_model(config, world, settings, directory=None, frozen=False):
     """The model to train, sharded and filled: from `directory`, or with random weights where that is None.
 
     With settings.lora_r the base is frozen and held once, in bf16 (fp32 with --dtype float32), and only adapters train.
@@ -48,7 +47,7 @@ def open_model(config, model_class, world, settings, directory=None, frozen=Fals
     dtype = distributed.compute_dtype(settings.dtype, world.device)
     adapted = settings.lora_r > 0
     held = dtype if frozen else torch.bfloat16 if adapted and settings.dtype != "float32" else torch.float32
-    model = hf_directory.build(config, model_class, held)
+    model = hf_directory.build(config, held)
     if adapted:
         add_lora(model, lora_config(config, settings))
     elif not frozen and world.first and (settings.lora_targets or settings.lora_alpha != LoraSettings.lora_alpha):
@@ -64,7 +63,7 @@ def open_model(config, model_class, world, settings, directory=None, frozen=Fals
 
 
 def lora_config(config, settings) -> LoraConfig:
-    targets = settings.lora_targets or TARGETS[config.to_dict()["model_type"]]
+    targets = settings.lora_targets or ARCHITECTURES[config.model_type].LORA_TARGETS
     dropout = getattr(settings, "lora_dropout", 0.0)  # preference optimisation has none
     return LoraConfig(settings.lora_r, settings.lora_alpha, dropout, tuple(targets))
 

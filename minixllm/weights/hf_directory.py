@@ -17,13 +17,11 @@ from torch.distributed.tensor import DTensor, Shard
 from minixllm.distributed import is_first
 from minixllm.errors import UserError
 from minixllm.files import read_json, write_json
-from minixllm.models.bloom import Bloom, BloomConfig
-from minixllm.models.llama import Llama, LlamaConfig
+from minixllm.models.architectures import ARCHITECTURES
 from minixllm.models.lora import is_adapter
 from minixllm.tokenizers import load_tokenizer
 from minixllm.weights.safetensors_files import Stored, find_tensors, what_instead, what_kind, write_tensors
 
-ARCHITECTURES = {"llama": (LlamaConfig, Llama), "bloom": (BloomConfig, Bloom)}  # by config.json's model_type
 HEAD = "lm_head.weight"
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What a model directory may hold, and a save may therefore replace.
@@ -37,33 +35,33 @@ MODEL_FILES = re.compile(r"(config|generation_config|special_tokens_map|added_to
 
 def load(directory, dtype=torch.float32, device="cpu"):
     """(model in eval mode, tokenizer) of a Hugging Face directory, told from its files alone. Raises UserError."""
-    config, model_class, tokenizer = read_directory(directory)
-    model = build(config, model_class, dtype)
+    config, tokenizer = read_directory(directory)
+    model = build(config, dtype)
     load_weights(model, directory, device)
     return model.eval(), tokenizer
 
 
 def load_model(directory, dtype=torch.float32, device="cpu"):
     """The model alone, whole on one device, in eval mode. Peak memory: the model and its largest tensor."""
-    model = build(*read_config(directory), dtype)
+    model = build(read_config(directory), dtype)
     load_weights(model, directory, device)
     return model.eval()
 
 
 def read_directory(directory):
-    """(config, model class, tokenizer) of a directory, found to belong together. Raises UserError.
+    """(config, tokenizer) of a directory, found to belong together. Raises UserError.
 
     A tokenizer with ids beyond the embedding is refused; one with fewer is fine, for embeddings are often padded.
     """
-    (config, model_class), tokenizer = read_config(directory), load_tokenizer(directory)
+    config, tokenizer = read_config(directory), load_tokenizer(directory)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, but the embedding only "
                         f"{config.vocab_size} rows (config.json: vocab_size); it may be another model's")
-    return config, model_class, tokenizer
+    return config, tokenizer
 
 
 def read_config(directory):
-    """(config, model class) of a directory. Raises UserError naming the file and key that cannot be used.
+    """The config of a directory. Raises UserError naming the file and key that cannot be used.
 
     Whether the head is tied is decided from config.json *and* the tensors: as in transformers 5, a head that differs
     from the embedding is a head of its own whatever config.json says.
@@ -84,7 +82,7 @@ def read_config(directory):
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise UserError(f"{path}: model_type: found {model_type!r}, expected {' or '.join(ARCHITECTURES)}")
-    config_class, model_class = ARCHITECTURES[model_type]
+    config_class = ARCHITECTURES[model_type].config_class
     generation = read_generation_config(directory)
     where = path
     try:
@@ -102,7 +100,7 @@ def read_config(directory):
         raise UserError(f"{path}: num_hidden_layers: found {config.num_hidden_layers}, "
                         f"but there are only {len(tensors)} tensors in {directory}")
     try:
-        model = build(config, model_class)
+        model = build(config)
     except RuntimeError as error:
         raise UserError(f"{path}: sizes of which no model can be built: {str(error).splitlines()[0]}") from None
     if config.tie_word_embeddings:
@@ -110,13 +108,13 @@ def read_config(directory):
         embedding, head = named.get(model.EMBEDDING), named.get(HEAD)
         if embedding and head and not _equal(embedding, head):
             config = dataclasses.replace(config, tie_word_embeddings=False)
-    return config, model_class
+    return config
 
 
-def build(config, model_class, dtype=torch.float32):
+def build(config, dtype=torch.float32):
     """A model without storage, on the meta device: perhaps to be sharded, then to be filled by one of the next two."""
     with torch.device("meta"):
-        return model_class(config).to(dtype)
+        return ARCHITECTURES[config.model_type](config).to(dtype)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from minixllm.building import __main__ as command
 from minixllm.building import services
 from minixllm.building.services import Failure, Prompt, Translate
 from minixllm.errors import UserError
-from minixllm.models.llama import Llama, LlamaConfig
+from minixllm.models.llama import LlamaConfig
 from minixllm.tokenizers.base import Tokenizer
 from minixllm.tokenizers.sentencepiece import train_sentencepiece
 from minixllm.weights.hf_directory import build, initialise, save_model
@@ -376,7 +376,6 @@ def test_a_local_model_directory(tmp_path, monkeypatch):
             num_hidden_layers=1,
             num_attention_heads=2,
         ),
-        Llama,
     )
     initialise(model, seed=0)
     save_model(model, tmp_path / "model", tokenizer)

@@ -40,9 +40,9 @@ def make_model(folder: Path, architecture: str = "llama", positions: int = 1024)
                             num_key_value_heads=2,
                             max_position_embeddings=positions),
               "bloom": dict(hidden_size=32, n_layer=2, n_head=4)}[kind]
-    config_class, model_class = hf_directory.ARCHITECTURES[kind]
+    config_class = hf_directory.ARCHITECTURES[kind].config_class
     config = config_class.from_dict({"model_type": kind, "vocab_size": tokenizer.vocab_size, **values})
-    model = hf_directory.build(config, model_class)
+    model = hf_directory.build(config)
     hf_directory.initialise(model, seed=0)
     with torch.no_grad():
         for i, parameter in enumerate(model.blocks.parameters()):

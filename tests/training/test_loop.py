@@ -35,8 +35,8 @@ from minixllm.data import stream as stream_module
 from minixllm.data.stream import Stream
 from minixllm.errors import UserError
 from minixllm.files import locked
-from minixllm.models.bloom import Bloom, BloomConfig
-from minixllm.models.llama import Llama, LlamaConfig
+from minixllm.models.bloom import BloomConfig
+from minixllm.models.llama import LlamaConfig
 from minixllm.distributed import full_tensor
 from minixllm.settings import parse, run, setting
 from minixllm.training import checkpoints, loop
@@ -58,7 +58,7 @@ from conftest import PATIENCE, PYTHONPATH, ROOT
 
 CONFIG = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                      num_key_value_heads=2, tie_word_embeddings=True)
-CONFIGS = {"llama": (CONFIG, Llama), "bloom": (BloomConfig(97, 32, 2, 4), Bloom)}
+CONFIGS = {"llama": CONFIG, "bloom": BloomConfig(97, 32, 2, 4)}
 
 
 class Records:
@@ -157,7 +157,7 @@ def run_of(settings):
 
 def setup(settings):
     world = distributed.setup("cpu")
-    model = build(*CONFIGS[settings.arch])
+    model = build(CONFIGS[settings.arch])
     distributed.shard(model, world, distributed.compute_dtype(settings.dtype, world.device))
     initialise(model, seed=1)
     return world, model
@@ -194,7 +194,7 @@ def save_gradients(model, world, stream, path):
 
 def plain_model(arch):
     """A plain model, no FSDP, with the weights that `setup` gives."""
-    model = build(*CONFIGS[arch])
+    model = build(CONFIGS[arch])
     initialise(model, seed=1)
     return model
 
@@ -567,7 +567,7 @@ def test_devices_are_known_by_their_whole_names():
 
 def test_a_checkpoint_of_a_larger_model_is_refused(reference, tmp_path, monkeypatch):
     shutil.copytree(reference, tmp_path / "run")
-    monkeypatch.setitem(CONFIGS, "llama", (dataclasses.replace(CONFIG, num_hidden_layers=1), Llama))
+    monkeypatch.setitem(CONFIGS, "llama", dataclasses.replace(CONFIG, num_hidden_layers=1))
     with pytest.raises(UserError, match=r"does not fit this model: exp_avg.model.layers.1.*found \[.*, expected none"):
         run_here(tmp_path / "run", "--resume", "--steps", 13)
 

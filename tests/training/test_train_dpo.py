@@ -188,9 +188,9 @@ def test_a_cached_reference_equals_a_live_one(mode, runs):
 @pytest.mark.parametrize("arch", ["llama", "bloom"])
 def test_a_frozen_reference_is_held_as_it_is_computed_in(arch, models, pairs, tmp_path):
     """Half of fp32 in bf16, and the policy's numbers all the same."""
-    config, model_class, tokenizer = read_directory(models / arch)
+    config, tokenizer = read_directory(models / arch)
     world, settings = distributed.setup("cpu"), train_dpo.Settings(dtype="bfloat16", model=".", data=["."])
-    policy, reference = (open_model(config, model_class, world, settings, models / arch, frozen) for frozen in (0, 1))
+    policy, reference = (open_model(config, world, settings, models / arch, frozen) for frozen in (0, 1))
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     assert {p.dtype for p in reference.parameters()} == {torch.bfloat16}
     batch = collate(TokenCache([pairs], tokenizer, tmp_path, Preferences(200)), range(5))

@@ -17,7 +17,7 @@ from minixllm.demo.exact_match import describe, exact_match
 from minixllm.errors import UserError
 from minixllm.files import locked
 from minixllm.generation import generate
-from minixllm.models.llama import Llama, LlamaConfig
+from minixllm.models.llama import LlamaConfig
 from minixllm.tokenizers.sentencepiece import train_sentencepiece
 from minixllm.training import loop
 from minixllm.weights.hf_directory import build, initialise, load, save_model
@@ -40,7 +40,7 @@ def files(tmp_path_factory):
     texts = [text for record in records for text in record.values()] + [train_sft.alpaca("", "x"), train_sft.alpaca("")]
     tokenizer = train_sentencepiece(texts, folder / "tokenizer.model", vocab_size=400)
     model = build(LlamaConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64,
-                              num_hidden_layers=2, num_attention_heads=2), Llama)
+                              num_hidden_layers=2, num_attention_heads=2))
     initialise(model, seed=0)
     save_model(model, folder / "model", tokenizer)
     return folder

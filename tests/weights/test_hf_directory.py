@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from minixllm.errors import UserError
-from minixllm.models.llama import Llama, LlamaConfig
+from minixllm.models.llama import LlamaConfig
 from minixllm.tokenizers.sentencepiece import train_sentencepiece
 from minixllm.weights import hf_directory, safetensors_files
 from minixllm.weights.hf_directory import (
@@ -344,7 +344,7 @@ def tokenizer(tmp_path_factory):
 
 
 def small(vocab_size):
-    model = build(LlamaConfig(**LLAMA | {"vocab_size": vocab_size}), Llama)
+    model = build(LlamaConfig(**LLAMA | {"vocab_size": vocab_size}))
     initialise(model, 0)
     return model
 
@@ -365,21 +365,21 @@ def test_load_gives_model_and_tokenizer(tokenizer, tmp_path):
 
 
 def test_stop_tokens_of_a_model_without_generation_config_are_kept(tokenizer, tmp_path):
-    model = build(LlamaConfig(**LLAMA | {"vocab_size": tokenizer.vocab_size, "eos_token_id": [2, 5, 7]}), Llama)
+    model = build(LlamaConfig(**LLAMA | {"vocab_size": tokenizer.vocab_size, "eos_token_id": [2, 5, 7]}))
     initialise(model, 0)
     save_model(model, tmp_path / "saved", tokenizer, {})
     assert read_generation_config(tmp_path / "saved")["eos_token_id"] == [2, 5, 7]
 
 
 def test_stop_tokens_may_stand_in_generation_config_alone(tokenizer, tmp_path):
-    model = build(LlamaConfig(**LLAMA | {"eos_token_id": 2}), Llama)
+    model = build(LlamaConfig(**LLAMA | {"eos_token_id": 2}))
     initialise(model, 0)
     save_model(model, tmp_path / "saved")
     path = tmp_path / "saved/generation_config.json"
     for written, stops in (('{"eos_token_id": [2, 18]}', [2, 18]), ('{"eos_token_id": 0}', 0),
                            ('{"eos_token_id": null}', 2), ("{}", 2)):
         path.write_text(written)
-        assert read_config(tmp_path / "saved")[0].eos_token_id == stops
+        assert read_config(tmp_path / "saved").eos_token_id == stops
     path.write_text('{"eos_token_id": "</s>"}')
     with pytest.raises(UserError, match="generation_config.json: eos_token_id: found '</s>', expected a token id"):
         read_config(tmp_path / "saved")
@@ -462,7 +462,7 @@ def test_nothing_but_a_model_is_replaced(tmp_path):
 MEMORY = """
 import resource, sys, torch
 from minixllm.weights.hf_directory import build, initialise, load_model, save_model
-from minixllm.models.llama import Llama, LlamaConfig
+from minixllm.models.llama import LlamaConfig
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -471,12 +471,12 @@ small = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_lay
 large = dict(vocab_size=8000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=3, num_attention_heads=8)
 directory, action = sys.argv[1:]
 if action == "make":
-    model = build(LlamaConfig(**large), Llama)
+    model = build(LlamaConfig(**large))
     initialise(model, 0)
     before = peak()
     save_model(model, directory + "/large")
     print(peak() - before)
-    model = build(LlamaConfig(**small), Llama)
+    model = build(LlamaConfig(**small))
     initialise(model, 0)
     save_model(model, directory + "/small")
 else:
@@ -516,8 +516,7 @@ directory, out = sys.argv[1:]
 dist.init_process_group("gloo")
 
 def sharded():
-    config, model_class = read_config(directory)
-    model = build(config, model_class)
+    model = build(read_config(directory))
     for block in model.blocks:
         fully_shard(block)
     fully_shard(model)
@@ -573,7 +572,7 @@ def test_two_processes_hold_slices_of_the_same_model(theirs, tmp_path, torchrun,
     for (name, one), other in zip(whole.named_parameters(), saved.parameters()):
         assert torch.equal(one, other), name
 
-    fresh = build(*read_config(directory))
+    fresh = build(read_config(directory))
     initialise(fresh, 5)
     saved = load_model(tmp_path / "fresh")
     for (name, one), other in zip(fresh.named_parameters(), saved.parameters()):
