@@ -101,19 +101,21 @@ def _draw(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, batch_tokens: int = BATCH_TOKENS,
-             finished=None, **sampling) -> list[list[int]]:
+             finished=None, until=None, **sampling) -> list[list[int]]:
     """Continues each prompt, token ids to token ids, up to the EOS (left out) or `max_new_tokens`.
 
     batch_tokens: of the KV cache. As many prompts run at once as fit it, each with room for the longest prompt and its
     answer; at least one does.
-    finished: called as finished(number of the prompt, its continuation) when one ends. sampling: the fields of
-    `Sampling`; greedy without. A model serves one call of `generate`, `stream` or `score` at a time: they set its mode
-    and its forwards. Of a model sharded by FSDP2 this is a collective: every rank passes the same prompts, gets all the
-    continuations, and sees its own share finish. A plain model is each process's own affair.
+    finished: called as finished(number of the prompt, its continuation) when one ends. until: called in the same way
+    after each token; where it is true, the continuation ends there. sampling: the fields of `Sampling`; greedy without.
+    A model serves one call of `generate`, `stream` or `score` at a time: they set its mode and its forwards. Of a model
+    sharded by FSDP2 this is a collective: every rank passes the same prompts, gets all the continuations, and sees its
+    own share finish. A plain model is each process's own affair.
     Raises UserError: an empty prompt, a token beyond the vocabulary, a setting out of range.
     """
     answers = {}
-    for i, token in _tokens(model, tokenizer, prompts, max_new_tokens, batch_tokens, Sampling(**sampling)):
+    ended = until and (lambda i: until(i, answers[i]))
+    for i, token in _tokens(model, tokenizer, prompts, max_new_tokens, batch_tokens, Sampling(**sampling), ended):
         answer = answers.setdefault(i, [])
         if token is not None:
             answer.append(token)
@@ -199,10 +201,10 @@ class _Row:
 
 
 @torch.no_grad()  # inference_mode would leave FSDP2 with gathered weights that training cannot use
-def _tokens(model, tokenizer, prompts, max_new_tokens: int, batch_tokens: int, sampling: Sampling):
+def _tokens(model, tokenizer, prompts, max_new_tokens: int, batch_tokens: int, sampling: Sampling, ended=None):
     """Yields (number of a prompt, next token of its continuation), then (number, None) when it has ended.
 
-    Under FSDP2, those of this rank's share of the prompts.
+    Under FSDP2, those of this rank's share of the prompts. ended(number of a prompt): whether it ends with that token.
     """
     for number, prompt in enumerate(prompts):
         if not prompt or not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
@@ -237,7 +239,7 @@ def _tokens(model, tokenizer, prompts, max_new_tokens: int, batch_tokens: int, s
                 row.unseen = [token]
                 if token not in stop:
                     yield row.prompt, token
-                if token in stop or not row.uniform:
+                if token in stop or not row.uniform or ended and ended(row.prompt):
                     row.unseen = []
                     yield row.prompt, None
             alive = [r for r, row in enumerate(rows) if row.unseen]

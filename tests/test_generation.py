@@ -99,6 +99,18 @@ def test_eos_ends_rows_and_makes_room():
     assert [a[:a.index(V - 1)] if V - 1 in a else a for a in expected] == generate(ours, NoEos, prompts, 12)
 
 
+def test_a_continuation_ends_where_its_reader_has_enough():
+    """And the others go on, as they would have without."""
+    ours, _ = pair("llama")
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+    whole = generate(ours, NoEos, prompts, 8)
+    seen = []
+    cut = generate(ours, NoEos, prompts, 8, finished=lambda i, ids: seen.append((i, len(ids))),
+                   until=lambda i, ids: i == 1 and len(ids) == 3)
+    assert cut == [whole[0], whole[1][:3], whole[2]]
+    assert seen[0] == (1, 3) and sorted(seen[1:]) == [(0, 8), (2, 8)]
+
+
 def test_prompts_enter_by_budget(monkeypatch):
     monkeypatch.setattr(generation, "PREFILL_TOKENS", 20)
     ours, _ = pair("llama")
