@@ -1,6 +1,6 @@
 """What the benches share: the device they run on, its limits, and sizes of models.
 
-`small` is what two CPU cores can train; `1b` has the shapes of LLaMA 3.2 1B and of bloom-1b1, `7b` of LLaMA 7B and
+`tiny` only shows that a bench runs; `small` is what two CPU cores can train; `1b` has the shapes of LLaMA 3.2 1B and of bloom-1b1, `7b` of LLaMA 7B and
 bloom-7b1, with random weights.
 """
 
@@ -12,6 +12,7 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARMUP = 1 if DEVICE == "cpu" else 8  # steps that are not timed: the first makes the optimiser's state, a GPU's compile
 LLAMA = {
+    "tiny": dict(vocab_size=32000, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2),
     "small": dict(vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8,
                   num_attention_heads=8),
     "1b": dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
@@ -19,6 +20,7 @@ LLAMA = {
     "7b": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
                num_attention_heads=32)}
 BLOOM = {
+    "tiny": dict(vocab_size=32000, hidden_size=32, n_layer=2, n_head=2),
     "small": dict(vocab_size=32000, hidden_size=512, n_layer=8, n_head=8),
     "1b": dict(vocab_size=250880, hidden_size=1536, n_layer=24, n_head=16),
     "7b": dict(vocab_size=250880, hidden_size=4096, n_layer=30, n_head=32)}
