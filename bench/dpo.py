@@ -66,7 +66,7 @@ def run_ours(mode: str, count: int, dtype: str, size: dict) -> float:
     """Seconds a step, through the functions train_dpo.py is made of."""
     from minixllm import distributed
     from minixllm.data.stream import Stream, in_order
-    from minixllm.models.llama import Llama, LlamaConfig
+    from minixllm.models.llama import LlamaConfig
     from minixllm.training import dpo
     from minixllm.training.loop import train_step
     from minixllm.training.meter import Meter
@@ -75,7 +75,7 @@ def run_ours(mode: str, count: int, dtype: str, size: dict) -> float:
     world, data = distributed.setup(machine.DEVICE), Pairs(make_pairs(count))
     settings = SimpleNamespace(dtype=dtype, seed=0, clip=1.0, **LORA | ({} if "lora" in mode else {"lora_r": 0}))
     config = LlamaConfig(**size)
-    model = open_model(config, Llama, world, settings).eval()
+    model = open_model(config, world, settings).eval()
     if "cached" in mode:
         table = torch.zeros(count, 2, device=machine.DEVICE)
         with torch.no_grad():
@@ -85,7 +85,7 @@ def run_ours(mode: str, count: int, dtype: str, size: dict) -> float:
     elif "lora" in mode:
         reference = dpo.adapters_off
     else:
-        reference = dpo.frozen(open_model(config, Llama, world, settings, frozen=True).eval())
+        reference = dpo.frozen(open_model(config, world, settings, frozen=True).eval())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     stream, meter = Stream(data, 0, BATCH, BATCH), Meter(model, world, settings)
 
