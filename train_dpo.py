@@ -22,10 +22,11 @@ from minixllm.data.stream import Stream, hold_out
 from minixllm.data.token_cache import TokenCache
 from minixllm.demo import feedback
 from minixllm.errors import UserError
+from minixllm.models.lora import LoraSettings
 from minixllm.settings import STOPPED, parse, run, setting
 from minixllm.training import dpo
 from minixllm.training.loop import OUTPUT, TrainingSettings, claimed, held_out_means, train
-from minixllm.weights.adapters import LoraSettings, open_model, save_trained
+from minixllm.weights.adapters import open_model, save_trained
 from minixllm.weights.hf_directory import read_directory
 
 

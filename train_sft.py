@@ -24,11 +24,12 @@ from minixllm.demo.exact_match import describe, exact_match
 from minixllm.files import write_json
 from minixllm.generation import answer
 from minixllm.models.architectures import ARCHITECTURES
+from minixllm.models.lora import LoraSettings
 from minixllm.settings import STOPPED, parse, run, setting
 from minixllm.tokenizers import load_tokenizer
 from minixllm.training.loop import OUTPUT, TrainingSettings, claimed, held_out_loss, train
 from minixllm.training.losses import sft_loss
-from minixllm.weights.adapters import LoraSettings, open_model, save_trained
+from minixllm.weights.adapters import open_model, save_trained
 from minixllm.weights.hf_directory import read_directory
 
 

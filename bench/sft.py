@@ -63,7 +63,7 @@ def ours(args, size: dict, dtype: torch.dtype):
 
     model = machine.ours(args.model, size, dtype if args.lora else torch.float32)
     if args.lora:
-        lora.add_lora(model, lora.LoraConfig(RANK, 32.0, 0.0, tuple(TARGETS[args.model])))
+        lora.add_lora(model, lora.LoraSettings(RANK, 32.0))
         lora.initialise(model, 0)
     distributed.shard(model, distributed.setup(machine.DEVICE), dtype)
     model.gradient_checkpointing = args.checkpointing

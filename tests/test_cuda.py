@@ -88,7 +88,7 @@ TRAININGS = {
     "sft llama": (train_sft, "llama", ["--train-on-prompt"]),
     "sft bloom": (train_sft, "bloom", ["--gradient-checkpointing", "--no-packing"]),
     "sft adapters": (train_sft, "llama", ["--lora-r", "4", "--lora-dropout", "0",
-                                          "--lora-targets", "q_proj", "lm_head"]),
+                                          "--lora-targets", "q_proj", "down_proj"]),
     "dpo adapters": (train_dpo, "bloom", ["--lora-r", "4"]),
     "dpo cached": (train_dpo, "bloom", ["--reference", "cached", "--nll-weight", "0.1"]),
     "ipo": (train_dpo, "llama", ["--loss", "ipo", "--reference", "live"]),

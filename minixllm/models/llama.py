@@ -18,7 +18,6 @@ from minixllm.errors import UserError
 from minixllm.models import fused_cpu
 from minixllm.models.attention import Packed
 from minixllm.models.config import read_settings, refuse
-from minixllm.models.lora import low_rank
 from minixllm.models.token_logps import token_logps
 
 
@@ -249,8 +248,7 @@ class Llama(nn.Module):
                 hidden = block(hidden, rotary, context)
         hidden = self.model.norm(hidden)
         if labels is not None:
-            adapter = low_rank(self.lm_head, hidden)
-            return token_logps(hidden, self.lm_head.weight, labels.reshape(-1), *adapter).view(shape)
+            return token_logps(hidden, self.lm_head.weight, labels.reshape(-1)).view(shape)
         if positions is not None:
             return self.lm_head(hidden[positions])
         return self.lm_head(hidden).view(*shape, -1)

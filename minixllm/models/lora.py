@@ -1,91 +1,93 @@
 """LoRA: low-rank adapters beside frozen linear layers (Hu et al. 2021, arXiv 2106.09685).
 
-A layer y = W x becomes y = W x + (alpha / r) B A x, with A (r, in) and B (out, r) trained and W frozen. The adapted
-layer keeps its own parameter names (`weight`, `bias`) and adds `lora_A.weight` and `lora_B.weight`, so that base
-checkpoints load as before and adapter files need only PEFT's prefix (adapters.py).
+A layer y = W x becomes y = W x + (alpha / r) B A x, where A (r, in) and B (out, r) are trained and W is frozen. The
+adapted layer keeps its own parameter names (`weight`, `bias`) and adds `lora_A.weight` and `lora_B.weight`: checkpoints
+of the base load as before, and PEFT's names for adapters differ only in a prefix.
 """
 
 import contextlib
 import math
+import re
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from minixllm.distributed import full_tensor, shard_like
-from minixllm.errors import UserError
+from minixllm.errors import UserError, expect
+from minixllm.settings import setting
 
 
-@dataclass(frozen=True)
-class LoraConfig:
-    """Rank, scaling, dropout and targets: a target adapts every linear layer whose name ends with it."""
+@dataclass
+class LoraSettings:
+    """LoRA's settings: flags of both training scripts, and what an adapter's directory says of it."""
 
-    r: int
-    lora_alpha: float
-    lora_dropout: float
-    target_modules: tuple[str, ...]
+    lora_r: int = setting(0, "rank of LoRA adapters beside a frozen base; 0: no adapters, every weight is trained",
+                          least=0)
+    lora_alpha: float = setting(16.0, "LoRA's scale: what adapters add is multiplied by alpha / r", above=0)
+    lora_targets: list[str] = setting([], "names of the linear layers to adapt, not the head; none: q_proj v_proj in "
+                                          "LLaMA, query_key_value in BLOOM")
+    lora_dropout = 0.0  # a flag of instruction tuning alone: preference optimisation has no dropout
 
 
 class LoraLinear(nn.Linear):
     """A frozen linear layer (its own `weight` and `bias`) with a trained low-rank update beside it."""
 
-    def __init__(self, base: nn.Linear, config: LoraConfig):
-        nn.Module.__init__(self)  # not nn.Linear's: the weights are the base layer's own, not new ones
+    def __init__(self, base: nn.Linear, settings: LoraSettings):
+        nn.Module.__init__(self)  # not nn.Linear's, which would make new weights: these are the base layer's own
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
-        device = base.weight.device
-        self.lora_A = nn.Linear(self.in_features, config.r, bias=False, device=device, dtype=torch.float32)
-        self.lora_B = nn.Linear(config.r, self.out_features, bias=False, device=device, dtype=torch.float32)
-        self.dropout = nn.Dropout(config.lora_dropout)
-        self.scaling = config.lora_alpha / config.r
+        r, device = settings.lora_r, base.weight.device
+        self.lora_A = nn.Linear(self.in_features, r, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = nn.Linear(r, self.out_features, bias=False, device=device, dtype=torch.float32)
+        self.dropout = nn.Dropout(settings.lora_dropout)
+        self.scaling = settings.lora_alpha / r
         self.enabled = True
 
     def forward(self, x):
         y = super().forward(x)
-        return y + self.lora_B(self.low(x)) if self.enabled else y
-
-    def low(self, x):
-        return self.lora_A(self.dropout(x)) * self.scaling  # (..., r): scaled where it is narrow
+        # scaled between A and B, where there are only r numbers a token
+        return y + self.lora_B(self.lora_A(self.dropout(x)) * self.scaling) if self.enabled else y
 
 
-def low_rank(layer: nn.Linear, x: torch.Tensor) -> tuple:
-    """The two factors, (N, r) and (out, r), of what an adapted layer adds to its output for x (N, in); () for a layer
-    without an adapter. For a head, whose output is never held whole."""
-    return (layer.low(x), layer.lora_B.weight) if isinstance(layer, LoraLinear) and layer.enabled else ()
+def targeted(model: nn.Module, targets) -> dict[str, nn.Linear]:
+    """The linear layers whose names end with one of `targets`; the architecture's usual ones where there are none.
 
-
-def add_lora(model: nn.Module, config: LoraConfig):
-    """Freeze the model and put adapters beside the targeted linear layers, in place, on whatever device it is.
-
-    The adapters' values are `initialise`'s business, or `load_adapter`'s. Raises UserError when a target names no
-    linear layer.
+    targets: a list of names, or as PEFT has it a regular expression for whole names. Raises UserError for a target that
+    names no linear layer.
     """
-    if config.r < 1:
-        raise UserError(f"LoRA rank {config.r}: expected at least 1")
-    model.requires_grad_(False)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for target in config.target_modules:
-        if not any(_targets(target, name) for name in linear):
+    chosen = {}
+    for target in [targets] if isinstance(targets, str) else targets or model.LORA_TARGETS:
+        pattern = target if isinstance(targets, str) else rf"(.*\.)?{re.escape(target)}"
+        found = {name: module for name, module in linear.items() if re.fullmatch(pattern, name)}
+        if not found:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise UserError(f"LoRA target {target!r} names no linear layer of this model; it has {known}")
-    for name, module in linear.items():
-        if any(_targets(target, name) for target in config.target_modules):
-            if module is model.head and model.config.tie_word_embeddings:
-                raise UserError(f"LoRA target {name!r} is the embedding too (tie_word_embeddings), which an adapter "
-                                "cannot be merged into; expected a model with a head of its own")
-            model.set_submodule(name, LoraLinear(module, config))
+        chosen |= found
+    return chosen
 
 
-def _targets(target: str, name: str) -> bool:
-    return name == target or name.endswith("." + target)
+def add_lora(model: nn.Module, settings: LoraSettings):
+    """Freeze the model and put adapters beside the targeted linear layers, in place, on whatever device it is.
+
+    `initialise` gives the adapters their values. Raises UserError when a target names no linear layer, or the head: the
+    head's logits are never whole (see token_logps), so that nothing could be added to them.
+    """
+    expect(settings.lora_r, int, "lora_r", least=1)
+    model.requires_grad_(False)
+    for name, layer in targeted(model, settings.lora_targets).items():
+        if layer is model.head:
+            raise UserError(f"LoRA target {name!r}: found the head, expected layers below it: the head gets no adapter")
+        model.set_submodule(name, LoraLinear(layer, settings))
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int):
-    """Adapters as section 4.1 of the paper has them: A Gaussian, B zero, so that training starts at W.
+    """Initial adapters as in section 4.1 of the LoRA paper: A Gaussian, B zero, so that training starts at W.
 
-    The paper gives no variance; 1 / in_features keeps A x at the size of x. Drawn whole from one seed, then sharded:
-    the same at any world size.
+    The paper gives no variance; 1 / in_features keeps A x as large as x. Every process draws the whole tensors from one
+    seed and keeps its share: they are the same at any world size.
     """
     generator = torch.Generator().manual_seed(seed)
     for layer in lora_layers(model).values():
@@ -105,7 +107,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module):
-    """Run the base model alone: in DPO, the reference that costs no second copy."""
+    """Run the base model alone. In DPO this is the reference, without a second copy of the weights."""
     layers = lora_layers(model).values()
     for layer in layers:
         layer.enabled = False
@@ -118,12 +120,16 @@ def disabled(model: nn.Module):
 
 @torch.no_grad()
 def merge(model: nn.Module):
-    """Turn adapted layers back into plain linear ones, in place: W + (alpha / r) B A, added in fp32, cast to W's type.
+    """Turn adapted layers back into plain linear ones, in place, their weights being W + (alpha / r) B A.
 
     On a sharded model this is a collective: every rank must call it.
     """
     for layer in lora_layers(model).values():
-        delta = full_tensor(layer.lora_B.weight) @ full_tensor(layer.lora_A.weight) * layer.scaling  # (out, in)
-        layer.weight.copy_(layer.weight.float() + shard_like(delta, layer.weight))
+        add_update(layer.weight, full_tensor(layer.lora_A.weight), full_tensor(layer.lora_B.weight), layer.scaling)
         del layer.lora_A, layer.lora_B, layer.dropout
-        layer.__class__ = nn.Linear  # and no new module: it is into this one that FSDP2 gathers the weight
+        layer.__class__ = nn.Linear  # no new module takes its place, because FSDP2 gathers the weight into this one
+
+
+def add_update(weight, A, B, scaling: float):
+    """weight (out, in) becomes weight + scaling B A, added in fp32 and rounded once; A (r, in) and B (out, r) whole."""
+    weight.copy_(weight.float() + shard_like(B @ A * scaling, weight))

@@ -4,19 +4,17 @@ That is adapter_config.json and adapter_model.safetensors. A tensor is named `ba
 the layer's name being the base model's own.
 """
 
-from dataclasses import dataclass
+import re
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 
 from minixllm import distributed
-from minixllm.errors import UserError
+from minixllm.errors import UserError, expect
 from minixllm.files import atomic_write, read_json, write_json
 from minixllm.models import lora
-from minixllm.models.architectures import ARCHITECTURES
-from minixllm.models.lora import LoraConfig, add_lora, is_adapter
-from minixllm.settings import setting
+from minixllm.models.lora import LoraSettings, add_lora, is_adapter
 from minixllm.weights import hf_directory
 from minixllm.weights.safetensors_files import read_header
 
@@ -27,15 +25,6 @@ PLAIN = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_n
          "eva_config", "megatron_core", "qalora_group_size"}
 # Initial weights that leave the base as it is. "pissa", "olora", "corda", "loftq" and others subtract from it.
 INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-
-
-@dataclass
-class LoraSettings:
-    lora_r: int = setting(0, "rank of LoRA adapters beside a frozen base; 0: no adapters, every weight is trained",
-                          least=0)
-    lora_alpha: float = setting(16.0, "LoRA's scale: what adapters add is multiplied by alpha / r", above=0)
-    lora_targets: list[str] = setting([], "names of the linear layers to adapt; none: q_proj v_proj in LLaMA, "
-                                          "query_key_value in BLOOM")
 
 
 def open_model(config, world, settings, directory=None, frozen=False):
@@ -49,7 +38,7 @@ def open_model(config, world, settings, directory=None, frozen=False):
     held = dtype if frozen else torch.bfloat16 if adapted and settings.dtype != "float32" else torch.float32
     model = hf_directory.build(config, held)
     if adapted:
-        add_lora(model, lora_config(config, settings))
+        add_lora(model, settings)
     elif not frozen and world.first and (settings.lora_targets or settings.lora_alpha != LoraSettings.lora_alpha):
         print("every weight is trained: lora_alpha and lora_targets count only with --lora-r, a rank above 0")
     distributed.shard(model, world, dtype)
@@ -62,17 +51,11 @@ def open_model(config, world, settings, directory=None, frozen=False):
     return model
 
 
-def lora_config(config, settings) -> LoraConfig:
-    targets = settings.lora_targets or ARCHITECTURES[config.model_type].LORA_TARGETS
-    dropout = getattr(settings, "lora_dropout", 0.0)  # preference optimisation has none
-    return LoraConfig(settings.lora_r, settings.lora_alpha, dropout, tuple(targets))
-
-
 def save_trained(model, settings, tokenizer):
     """Write output/model and, under LoRA, output/adapter, the adapters being merged into the model. A collective."""
     output = Path(settings.output)
     if settings.lora_r:
-        save_adapter(model, output / "adapter", lora_config(model.config, settings), settings.model)
+        save_adapter(model, output / "adapter", settings, settings.model)
         lora.merge(model)
     kept = hf_directory.read_generation_config(settings.model) if settings.model else None
     hf_directory.save_model(model, output / "model", tokenizer, kept)
@@ -80,7 +63,7 @@ def save_trained(model, settings, tokenizer):
         print(f"\nsaved {output / 'model'}" + f" and {output / 'adapter'}" * bool(settings.lora_r))
 
 
-def save_adapter(model, directory, config: LoraConfig, base: str | None = None):
+def save_adapter(model, directory, settings: LoraSettings, base: str | None = None):
     """Write the model's adapters, in fp32. A collective. `base`: where the base model is, for who opens the adapter."""
     tensors = {PREFIX + name: distributed.full_tensor(parameter).detach().cpu().contiguous()
                for name, parameter in model.named_parameters() if is_adapter(name)}
@@ -91,8 +74,8 @@ def save_adapter(model, directory, config: LoraConfig, base: str | None = None):
         write_json(directory / "adapter_config.json", {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
             "inference_mode": True, "init_lora_weights": True, "bias": "none", "fan_in_fan_out": False,
-            "r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout,
-            "target_modules": list(config.target_modules)})
+            "r": settings.lora_r, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout,
+            "target_modules": list(settings.lora_targets or model.LORA_TARGETS)})
 
 
 def load(directory, dtype=torch.float32, device="cpu"):
@@ -100,9 +83,7 @@ def load(directory, dtype=torch.float32, device="cpu"):
     base = base_directory(directory)
     model, tokenizer = hf_directory.load(base, dtype, device)
     if base != Path(directory):
-        add_lora(model, read_adapter_config(directory))
-        load_adapter(model, directory)
-        lora.merge(model)
+        merge_adapter(model, directory)
     return model.eval(), tokenizer
 
 
@@ -120,7 +101,7 @@ def base_directory(directory) -> Path:
     return Path(base)
 
 
-def read_adapter_config(directory) -> LoraConfig:
+def read_adapter_config(directory) -> LoraSettings:
     """The settings of an adapter directory. Raises UserError, by name, for what is not plain LoRA."""
     path = Path(directory) / "adapter_config.json"
     saved = read_json(path)
@@ -135,30 +116,41 @@ def read_adapter_config(directory) -> LoraConfig:
     if saved.get("bias", "none") != "none":
         raise UserError(f"{path}: bias: found {saved['bias']!r}, expected 'none'")
     targets = saved.get("target_modules")
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise UserError(f"{path}: target_modules: found {targets!r}, expected a list of layer names")
-    for key, kind in (("r", int), ("lora_alpha", (int, float)), ("lora_dropout", (int, float))):
-        if not isinstance(saved.get(key), kind):
-            raise UserError(f"{path}: {key}: found {saved.get(key)!r}, expected a number")
-    return LoraConfig(saved["r"], saved["lora_alpha"], saved["lora_dropout"], tuple(targets))
+    for target in targets if isinstance(targets, list) else [targets]:
+        expect(target, str, f"{path}: target_modules")
+    return LoraSettings(expect(saved.get("r"), int, f"{path}: r", least=1),
+                        float(expect(saved.get("lora_alpha"), float, f"{path}: lora_alpha", above=0)), targets)
 
 
 @torch.no_grad()
-def load_adapter(model, directory):
-    """Fill the adapters that `model` has (see `read_adapter_config` and `lora.add_lora`), plain or sharded.
+def merge_adapter(model, directory):
+    """Add a directory's adapters to the weights of a plain model, an adapter of the head included.
 
     Raises UserError for every missing, unexpected or misshaped tensor.
     """
-    path = Path(directory) / "adapter_model.safetensors"
-    stored = read_header(path)
-    parameters = {PREFIX + name: parameter for name, parameter in model.named_parameters() if is_adapter(name)}
-    # peft keeps the frozen weight of an adapted head beside its adapter
-    frozen = {f"{PREFIX}{name}.base_layer.weight": layer.weight for name, layer in lora.lora_layers(model).items()}
-    parameters.update((name, frozen[name]) for name in frozen.keys() & stored.keys())
-    for name in sorted(parameters.keys() ^ stored.keys()):
-        raise UserError(f"{path}: tensor {name}: {'missing' if name in parameters else 'unexpected'}")
-    for name, parameter in parameters.items():
-        if stored[name].shape != tuple(parameter.shape):
-            raise UserError(f"{path}: tensor {name}: found shape {list(stored[name].shape)}, "
-                            f"expected {list(parameter.shape)}")
-        parameter.copy_(distributed.shard_like(stored[name].read(), parameter))
+    settings, path = read_adapter_config(directory), Path(directory) / "adapter_model.safetensors"
+    try:
+        layers = lora.targeted(model, settings.lora_targets)
+    except (UserError, re.error) as error:
+        raise UserError(f"{path.with_name('adapter_config.json')}: target_modules: {error}") from None
+    stored, expected = read_header(path), {}
+    for name, layer in layers.items():
+        if layer is model.head and model.config.tie_word_embeddings:
+            raise UserError(f"{path}: found an adapter of {name}, which is the embedding, too (tie_word_embeddings): "
+                            "expected a model with a head of its own")
+        out_features, in_features = layer.weight.shape
+        shapes = {"lora_A": (settings.lora_r, in_features), "lora_B": (out_features, settings.lora_r),
+                  "base_layer": (out_features, in_features)}
+        expected |= {key: shape for part, shape in shapes.items() if (key := f"{PREFIX}{name}.{part}.weight") in stored
+                     or part != "base_layer"}  # peft stores the frozen weight, too, of a head that it adapts
+    for key in sorted(expected.keys() ^ stored.keys()):
+        raise UserError(f"{path}: tensor {key}: {'missing' if key in expected else 'unexpected'}")
+    for key, shape in expected.items():
+        if stored[key].shape != shape:
+            raise UserError(f"{path}: tensor {key}: found shape {list(stored[key].shape)}, expected {list(shape)}")
+    for name, layer in layers.items():
+        if frozen := stored.get(f"{PREFIX}{name}.base_layer.weight"):
+            layer.weight.copy_(frozen.read())
+        A, B = (stored[f"{PREFIX}{name}.{part}.weight"].read().to(layer.weight.device, torch.float32)
+                for part in ("lora_A", "lora_B"))
+        lora.add_update(layer.weight, A, B, settings.lora_alpha / settings.lora_r)

@@ -72,7 +72,9 @@ def test_adapters_are_columns_of_the_product(model, targets):
     if isinstance(model, Bloom):
         targets = ("query_key_value", "dense_4h_to_h") if "q_proj" in targets else ("dense", "dense_h_to_4h")
     base = logits(model)
-    lora.add_lora(model, lora.LoraConfig(3, 6, 0.5, targets))
+    settings = lora.LoraSettings(3, 6.0, list(targets))
+    settings.lora_dropout = 0.5
+    lora.add_lora(model, settings)
     lora.initialise(model.eval(), 0)
     for layer in lora.lora_layers(model).values():
         layer.lora_B.weight.normal_(std=0.1)

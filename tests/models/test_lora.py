@@ -10,12 +10,13 @@ from safetensors.torch import load_file, save_file
 from minixllm import distributed
 from minixllm.errors import UserError
 from minixllm.models import lora
-from minixllm.models.lora import LoraConfig, LoraLinear, add_lora
+from minixllm.models.llama import Llama, LlamaConfig
+from minixllm.models.lora import LoraLinear, LoraSettings, add_lora
 from minixllm.weights import adapters, hf_directory
-from minixllm.weights.adapters import base_directory, load, load_adapter, read_adapter_config, save_adapter
+from minixllm.weights.adapters import base_directory, load, merge_adapter, read_adapter_config, save_adapter
 from minixllm.weights.hf_directory import load_model
 
-TARGETS = {"llama": ("q_proj", "v_proj", "down_proj", "lm_head"),
+TARGETS = {"llama": ("q_proj", "v_proj", "down_proj"),
            "bloom": ("query_key_value", "dense", "dense_4h_to_h")}
 IDS = torch.randint(0, 90, (2, 11), generator=torch.Generator().manual_seed(0))
 
@@ -46,7 +47,8 @@ def base(arch, tmp_path_factory):
 def adapted(base, arch, r=4, dropout=0.0, trained=True):
     """Our model with adapters, B filled as training would, so that they matter."""
     model = load_model(base)
-    config = LoraConfig(r, 2 * r, dropout, TARGETS[arch])
+    config = LoraSettings(r, 2.0 * r, list(TARGETS[arch]))
+    config.lora_dropout = dropout
     add_lora(model, config)
     lora.initialise(model, seed=3)
     if trained:
@@ -74,25 +76,23 @@ def test_peft_opens_our_adapter(base, arch, tmp_path):
 
 
 @pytest.mark.parametrize("init", adapters.INITS)
-def test_we_open_an_adapter_of_peft_merged_and_unmerged(base, arch, init, tmp_path):
+def test_we_open_an_adapter_of_peft(base, arch, init, tmp_path):
     import peft
     import transformers
 
     torch.manual_seed(5)
+    targets = [*TARGETS[arch], *["lm_head"] * (arch == "llama")]  # BLOOM's head is its embedding
     theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(
-        r=4, lora_alpha=7, target_modules=list(TARGETS[arch]), init_lora_weights=init, task_type="CAUSAL_LM")).eval()
+        r=4, lora_alpha=7, target_modules=targets, init_lora_weights=init, task_type="CAUSAL_LM")).eval()
     for name, parameter in theirs.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     theirs.save_pretrained(tmp_path)
     config = read_adapter_config(tmp_path)
-    assert (config.r, config.lora_alpha) == (4, 7)
+    assert (config.lora_r, config.lora_alpha) == (4, 7)
     model = load_model(base)
-    add_lora(model, config)
-    load_adapter(model, tmp_path)
+    merge_adapter(model, tmp_path)
     torch.testing.assert_close(model(IDS), theirs(IDS).logits, rtol=1e-5, atol=1e-5)
-    lora.merge(model)
-    assert not lora.lora_layers(model)
     torch.testing.assert_close(model(IDS), theirs.merge_and_unload()(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
@@ -117,7 +117,7 @@ def test_an_adapter_directory_opens_as_its_base_with_it_merged(base, arch, tmp_p
     assert base_directory(tmp_path) == tmp_path
     needed = {"peft_type": "LORA", "r": 4, "lora_alpha": 8.5, "lora_dropout": 0, "target_modules": ["q_proj"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(needed))
-    assert read_adapter_config(tmp_path) == LoraConfig(4, 8.5, 0, ("q_proj",))
+    assert read_adapter_config(tmp_path) == LoraSettings(4, 8.5, ["q_proj"])
 
 
 def test_gradients_are_those_of_peft(base, arch, tmp_path):
@@ -168,7 +168,7 @@ def test_disabled_adapters_leave_the_base_model(base, arch):
     model, _ = adapted(base, arch)
     with lora.disabled(model):
         assert torch.equal(model(IDS), load_model(base)(IDS))
-        assert torch.equal(model(IDS, labels=IDS), load_model(base)(IDS, labels=IDS))  # an adapted head's too
+        assert torch.equal(model(IDS, labels=IDS), load_model(base)(IDS, labels=IDS))
     with pytest.raises(ZeroDivisionError), lora.disabled(model):
         1 / 0
     assert not torch.equal(model(IDS), load_model(base)(IDS))
@@ -185,15 +185,35 @@ def test_dropout_acts_on_the_adapter_alone_and_only_in_training(base, arch):
 
 def test_a_target_that_is_no_layer_is_named(base):
     with pytest.raises(UserError, match="'q_prj' names no linear layer of this model; it has .*"):
-        add_lora(load_model(base), LoraConfig(4, 8, 0.0, ("q_prj",)))
+        add_lora(load_model(base), LoraSettings(4, 8.0, ["q_prj"]))
     with pytest.raises(UserError, match="'roj' names no linear layer"):  # only whole parts of a name are looked for
-        add_lora(load_model(base), LoraConfig(4, 8, 0.0, ("roj",)))
-    tied = load_model(base)
-    object.__setattr__(tied.config, "tie_word_embeddings", True)
-    with pytest.raises(UserError, match="'lm_head' is the embedding too"):
-        add_lora(tied, LoraConfig(4, 8, 0.0, ("lm_head",)))
-    with pytest.raises(UserError, match="rank 0"):
-        add_lora(load_model(base), LoraConfig(0, 8, 0.0, ("q_proj",)))
+        add_lora(load_model(base), LoraSettings(4, 8.0, ["roj"]))
+    with pytest.raises(UserError, match="LoRA target 'lm_head': found the head, expected layers below it"):
+        add_lora(load_model(base), LoraSettings(4, 8.0, ["lm_head"]))
+    with pytest.raises(UserError, match="lora_r: found 0, expected a whole number of at least 1"):
+        add_lora(load_model(base), LoraSettings(0, 8.0))
+
+
+@pytest.mark.parametrize("pattern", [r".*layers\.1\.self_attn\.[qv]_proj|.*h\.1\..*query_key_value", ".*dense|.*o_proj"])
+def test_targets_of_an_adapter_may_be_a_regular_expression(base, pattern, tmp_path):
+    import peft
+    import transformers
+
+    theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(
+        r=3, target_modules=pattern, init_lora_weights=False, task_type="CAUSAL_LM")).eval()
+    theirs.save_pretrained(tmp_path)
+    model = load_model(base)
+    merge_adapter(model, tmp_path)
+    torch.testing.assert_close(model(IDS), theirs(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_of_a_head_that_is_the_embedding_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(
+        {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["lm_head"]}))
+    save_file({adapters.PREFIX + "lm_head.lora_A.weight": torch.ones(2, 8),
+               adapters.PREFIX + "lm_head.lora_B.weight": torch.ones(9, 2)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"found an adapter of lm_head, which is the embedding, too"):
+        merge_adapter(Llama(LlamaConfig(9, 8, 8, 1, 1, tie_word_embeddings=True)), tmp_path)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -209,9 +229,16 @@ def test_a_target_that_is_no_layer_is_named(base):
     ({"init_lora_weights": "loftq"}, "init_lora_weights"),
     ({"init_lora_weights": "lora_ga"}, "init_lora_weights"),
     ({"bias": "all"}, "bias: found 'all'"),
-    ({"r": "8"}, "r: found '8', expected a number"),
-    ({"target_modules": "all-linear"}, "target_modules"),
-    ({"target_modules": [3]}, r"target_modules: found \[3\], expected a list of layer names"),
+    ({"r": "8"}, "r: found '8', expected a whole number of at least 1"),
+    ({"r": 0}, "r: found 0"),
+    ({"r": 2.5}, "r: found 2.5"),
+    ({"lora_alpha": float("inf")}, "lora_alpha: found inf, expected a number above 0"),
+    ({"lora_alpha": float("nan")}, "lora_alpha: found nan"),
+    ({"lora_alpha": 0}, "lora_alpha: found 0"),
+    ({"target_modules": "all-linear"}, "target_modules: LoRA target 'all-linear' names no linear layer"),
+    ({"target_modules": "(q_proj"}, "target_modules: missing \\)"),
+    ({"target_modules": [3]}, "target_modules: found 3, expected text"),
+    ({"target_modules": None}, "target_modules: found None, expected text"),
 ])
 def test_an_adapter_that_is_not_plain_lora_is_refused_by_name(change, message, base, arch, tmp_path):
     model, config = adapted(base, arch)
@@ -219,25 +246,30 @@ def test_an_adapter_that_is_not_plain_lora_is_refused_by_name(change, message, b
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match="adapter_config.json: " + message):
-        read_adapter_config(tmp_path)
+        merge_adapter(load_model(base), tmp_path)
 
 
 def test_adapter_tensors_that_do_not_fit_are_named(base, arch, tmp_path):
     model, config = adapted(base, arch)
     save_adapter(model, tmp_path, config)
-    other, _ = adapted(base, arch, r=5)
+    path = tmp_path / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps(saved | {"r": 5}))
     with pytest.raises(UserError, match=r"lora_A.weight: found shape \[4, 32\], expected \[5, 32\]"):
-        load_adapter(other, tmp_path)
+        merge_adapter(load_model(base), tmp_path)
+    path.write_text(json.dumps(saved | {"target_modules": saved["target_modules"][:1]}))
     with pytest.raises(UserError, match="unexpected"):
-        load_adapter(load_model(base), tmp_path)
+        merge_adapter(load_model(base), tmp_path)
+    path.write_text(json.dumps(saved))
+    model = load_model(base)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     name, _ = tensors.popitem()
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(UserError, match=f"tensor {name}: missing"):
-        load_adapter(model, tmp_path)
+        merge_adapter(model, tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="adapter_model.safetensors"):
-        load_adapter(model, tmp_path)
+        merge_adapter(model, tmp_path)
 
 
 @pytest.mark.parametrize("dtype, held", [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
@@ -257,7 +289,8 @@ def test_the_base_is_held_once_and_adapters_in_fp32(base, dtype, held):
 def test_what_is_random_follows_the_seed(base):
     drawn = []
     for seed in (0, 5, 5):
-        settings = SimpleNamespace(dtype="float32", lora_r=4, lora_alpha=8.0, lora_targets=[], seed=seed)
+        settings = SimpleNamespace(dtype="float32", lora_r=4, lora_alpha=8.0, lora_dropout=0.0, lora_targets=[],
+                                   seed=seed)
         model = adapters.open_model(hf_directory.read_config(base), distributed.setup("cpu"), settings)
         drawn.append([model.embedding.weight, *(layer.lora_A.weight for layer in lora.lora_layers(model).values())])
     for first, other, again in zip(*drawn):
@@ -290,4 +323,4 @@ def test_checkpointing_changes_no_gradient_under_dropout(base, arch):
 def test_every_layer_of_a_target_is_adapted(base, arch):
     model, _ = adapted(base, arch)
     assert all(isinstance(layer, LoraLinear) for layer in lora.lora_layers(model).values())
-    assert len(lora.lora_layers(model)) == {"llama": 2 * 3 + 1, "bloom": 2 * 3}[arch]
+    assert len(lora.lora_layers(model)) == 2 * 3

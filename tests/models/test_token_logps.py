@@ -48,17 +48,6 @@ def test_values_and_gradients(upstream, frozen):
     check_gradients(token_logps(hidden, weight, labels), whole(hidden, weight, labels), UPSTREAM[upstream], wanted)
 
 
-@pytest.mark.parametrize("upstream", UPSTREAM)
-@pytest.mark.parametrize("frozen", [True, False])
-def test_values_and_gradients_with_an_adapter_of_the_head(upstream, frozen):
-    hidden, weight, labels = inputs()
-    A, B = torch.randn(3, 8, requires_grad=True), torch.randn(31, 3, requires_grad=True)
-    weight.requires_grad_(not frozen)
-    wanted = [hidden, A, B] + [weight] * (not frozen)
-    check_gradients(token_logps(hidden, weight, labels, hidden @ A.T, B), whole(hidden, weight + B @ A, labels),
-                    UPSTREAM[upstream], wanted)
-
-
 def test_no_label_at_all_gives_zeros_and_no_nan():
     hidden, weight, labels = inputs()
     logps = token_logps(hidden, weight, labels.fill_(-100))
