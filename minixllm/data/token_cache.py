@@ -44,10 +44,11 @@ class TokenCache:
     encoder: `datasets.Instructions` or `datasets.Preferences`, which reads records and makes ids and labels of them.
 
     tokens: those of all records, end to end; offsets (n + 1,) int64: where each record's begin; segments (n, S) int32:
-    how many belong to its prompt and its answers; lengths (n,): the tokens it takes in a batch; languages (n,): indices
-    into language_names; lines, files (n,): where it was read; report: {language: a Counter of its records, of those in
-    LEFT_OUT, of those truncated (kept, cut short), and of the answers' tokens and characters before any cut}; remarks:
-    what is odd about a file's records, in lines to print; key: a hash of all that the ids depend on.
+    how many belong to its prompt and its answers; lengths (n,): the tokens it takes in a batch; counted (n,): what it
+    adds to the count that a loss is divided by; languages (n,): indices into language_names; lines, files (n,): where
+    it was read; report: {language: a Counter of its records, of those in LEFT_OUT, of those truncated (kept, cut
+    short), and of the answers' tokens and characters before any cut}; remarks: what is odd about a file's records, in
+    lines to print; key: a hash of all that the ids depend on.
     Raises UserError for records that cannot be read or encoded, when none is left, and where the cache cannot be kept.
     """
 
@@ -170,21 +171,23 @@ def _write(folder: Path, paths, tokenizer, encoder, workers):
     names, counts, parts, remarks = {}, defaultdict(Counter), [], {}
     size = sum(path.stat().st_size for path in paths)
 
-    def remark(number, what, line, example=""):
-        remarks.setdefault((number, what), [0, line, example])[0] += 1
-
     def records():
         for number, path in enumerate(paths):
             for record in encoder.read(path, bar.update, lambda line: remark(number, SEVERAL_TURNS, line)):
                 yield number, path, record
 
+    def remark(number, what, line, example=""):
+        remarks.setdefault((number, what), [0, line, example])[0] += 1
+
     with (tqdm(desc="Tokenising", total=size, unit="B", unit_scale=True, mininterval=0.5) as bar,
           open(folder / "tokens.bin", "wb") as file):
-        for chunk in _encoded(records(), encoder, tokenizer, size, workers):
-            tokens, segments, chunk_names, lines, files, chunk_counts, chunk_remarks = chunk
+        for tokens, rows, chunk_counts, chunk_remarks in _encoded(records(), encoder, tokenizer, size, workers):
             file.write(tokens.astype(dtype).tobytes())
-            ids = [names.setdefault(name, len(names)) for name in chunk_names]
-            parts += [(np.array(segments, np.int32), np.array(ids, np.int32), lines, files)] if segments else []
+            if rows:
+                segments, spoken, lines, files = zip(*rows)
+                ids = [names.setdefault(name, len(names)) for name in spoken]
+                parts.append([np.array(segments, np.int32), np.array(ids, np.int32), np.array(lines),
+                              np.array(files, np.int32)])
             for language, each in chunk_counts.items():
                 counts[language] += each
             for each in chunk_remarks:
@@ -195,7 +198,7 @@ def _write(folder: Path, paths, tokenizer, encoder, workers):
         raise UserError(f"{', '.join(map(str, paths))}: nothing left to learn from: of {total['records']:,} records "
                         f"{total['too_long']:,} are too long, {total['empty']:,} empty, {total['equal']:,} pairs of "
                         f"equals. {' '.join(_in_words(paths, remarks)[:1])}")
-    segments, ids, lines, files = (np.concatenate(part) for part in zip(*parts))
+    segments, ids, lines, files = map(np.concatenate, zip(*parts))
     offsets = np.concatenate([[0], np.cumsum(segments.sum(1, dtype=np.int64))])
     for name, array in zip(ARRAYS, (segments, offsets, ids, lines, files), strict=True):
         np.save(folder / f"{name}.npy", array)
@@ -241,22 +244,18 @@ def _encode_in_worker(chunk):
 
 
 def _encode_chunk(chunk, encoder, tokenizer):
-    """Of the k records kept: tokens, segments (k lists), languages, lines (k,), files (k,); of all {language: counts},
-    and remarks as `_write` takes them."""
-    tokens, segments, names, lines, files, counts, remarks = [], [], [], [], [], defaultdict(Counter), []
+    """(tokens; (length of each segment, language, line, file number) of each record kept; {language: counts}; remarks
+    as `_write` takes them)."""
+    tokens, rows, counts, remarks = [], [], defaultdict(Counter), []
     for number, path, record in chunk:
         try:
-            language, encoded, each, odd = encoder.encode(record, tokenizer)
+            language, segments, each, odd = encoder.encode(record, tokenizer)
         except UserError as error:
             raise UserError(f"{path}, {place(record.line)}: {error}") from None
         counts[language] += each
         remarks += [(number, what, record.line, example) for what, example in odd]
-        if encoded is not None:
-            for segment in encoded:
+        if segments is not None:
+            for segment in segments:
                 tokens += segment
-            segments.append([len(segment) for segment in encoded])
-            names.append(language)
-            lines.append(record.line)
-            files.append(number)
-    return (np.array(tokens, np.int32), segments, names, np.array(lines, np.int64), np.array(files, np.int32),
-            dict(counts), remarks)
+            rows.append(([len(segment) for segment in segments], language, record.line, number))
+    return np.array(tokens, np.int32), rows, dict(counts), remarks
