@@ -161,12 +161,14 @@ def _languages(*names: str | None) -> tuple[str, tuple]:
 
 def _markup(tokenizer, *texts: str) -> tuple:
     """The remark about special tokens and templates in a text: they are tokenised as the text that they are here."""
-    search = _pattern(tokenizer).search
-    match = next(filter(None, map(search, texts)), None)
+    starts, search = _pattern(tokenizer)
+    text = "\0".join(texts)
+    match = search(text) if any(map(text.__contains__, starts)) else None  # most texts have none of these characters
     return (("hold a chat template or special tokens, which are read as mere text", match.group()),) if match else ()
 
 
 @functools.lru_cache(maxsize=1)
-def _pattern(tokenizer) -> re.Pattern:
-    special = [text for text in tokenizer.special_texts if len(text) > 2 and not text.isalnum()]
-    return re.compile("|".join([MARKUP, *map(re.escape, sorted(special))]))
+def _pattern(tokenizer):
+    """(the characters that markup begins with, the search for it)."""
+    special = sorted(text for text in tokenizer.special_texts if len(text) > 2 and not text.isalnum())
+    return {*"<[#", *(text[0] for text in special)}, re.compile("|".join([MARKUP, *map(re.escape, special)])).search
