@@ -27,7 +27,7 @@ STOPPED = 130  # the exit status of a run that a signal ended early: not 0, for 
 HUGE = 10**15  # no number may be larger: what is computed from it must not overflow
 
 
-def setting(default, help: str, choices=None, above: float | None = None, least: float | None = None,
+def setting(default, help: str, choices=(), above: float | None = None, least: float | None = None,
             most: float | None = None):
     """A dataclass field with its meaning. A list default makes a flag that takes several values.
 
@@ -95,9 +95,8 @@ def run(main) -> None:
             raise
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        line = f"{script}: error: {UserError(said)}\n"  # a UserError's message is one line
-        sys.stderr.write(line)  # at once, for other processes may write there, too
-        sys.stderr.flush()
+        # one line (as every UserError's message is), and at once, for other processes may write there, too
+        print(f"{script}: error: {UserError(said)}\n", end="", file=sys.stderr, flush=True)
         status = 2
     except KeyboardInterrupt:
         status = STOPPED
@@ -108,13 +107,13 @@ def run(main) -> None:
 
 def _mendable(error: Exception) -> str | None:
     """What to say of an error that the user can do something about; None for any other."""
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    full = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
-    if full or isinstance(error, MemoryError):
-        return (f"not enough memory ({' '.join(str(error).split())[:150]}); smaller batches and shorter texts take "
-                "less, --help lists the flags")
-    return str(error) if isinstance(error, UserError) else None
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, (OSError, UserError)):
+        return str(error)
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+        return f"not enough memory ({str(error)[:150]}); smaller batches and shorter texts take less, see --help"
+    return None
 
 
 class Parser(argparse.ArgumentParser):
@@ -139,16 +138,15 @@ def _add_flag(parser, name, field, hint, embedded):
     shown = _show(default)
     if name in embedded and embedded[name] != default:
         shown += f"; in the embedded default run: {_show(embedded[name])}"
-    options = {"help": f"{field.metadata.get('help', '')} (default: {shown})".strip().replace("%", "%%")}
-    if kind is bool:
-        options["action"] = argparse.BooleanOptionalAction
-    else:
-        options |= {"type": kind, "choices": field.metadata.get("choices"), "metavar": kind.__name__.upper()}
-        if options["choices"]:
-            del options["metavar"]
-        if several:
-            options |= {"nargs": "+", "action": "extend"}
-    parser.add_argument("--" + name.replace("_", "-"), dest=name, **options)
+    options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+    if field.metadata["choices"]:
+        options["choices"] = field.metadata["choices"]
+    elif kind is not bool:
+        options["metavar"] = kind.__name__.upper()
+    if several:
+        options |= {"nargs": "+", "action": "extend"}
+    parser.add_argument("--" + name.replace("_", "-"), dest=name, **options,
+                        help=f"{field.metadata['help']} (default: {shown})".replace("%", "%%"))
 
 
 def _read_recipe(path, fields, hints) -> dict:
@@ -165,7 +163,7 @@ def _read_recipe(path, fields, hints) -> dict:
         name = key.replace("-", "_")
         if name not in fields:
             raise UserError(f"{path}: unknown key {found(key)}{_nearest(name, fields)}")
-        values[name] = _checked(f"{path}: {key}", value, hints[name], fields[name].metadata.get("choices"))
+        values[name] = _checked(f"{path}: {key}", value, hints[name], fields[name].metadata["choices"])
     return values
 
 
@@ -174,7 +172,7 @@ def _checked(where, value, hint, choices):
     kind, several = _scalar(hint)
     values = value if several and isinstance(value, list) else [value]
     for item in values:
-        expect(item, kind, where, choices=choices or ())
+        expect(item, kind, where, choices=choices)
         if kind is str and "\0" in item:
             raise UserError(f"{where}: found {found(item)}, expected text without the character NUL")
     values = [kind(item) for item in values]
