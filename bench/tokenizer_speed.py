@@ -17,9 +17,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not bench/, where this file hides the library's name
 
 import tokenizers
-from tests.test_byte_bpe import train
+from tests.tokenizer_samples import train
 
-from minixllm.tokenizers.sentencepiece import ByteLevelBPE
+from minixllm.tokenizers.byte_bpe import ByteLevelBPE
 
 VOCABULARIES = {"bloom": 250_880, "gpt2": 50_257, "llama3": 128_000, "smollm2": 49_152}
 

@@ -1,27 +1,43 @@
-"""What every tokenizer shares: the files of a model directory and the special tokens they choose."""
+"""What every tokenizer shares: the files of a model directory, its special tokens, and text from ids."""
 
+import codecs
 import hashlib
 from pathlib import Path
 
-from minixllm.errors import UserError
+from minixllm.errors import UserError, expect
 from minixllm.files import atomic_write, read_json, write_json
 
-# A tokenizer's files in a model directory, besides the one it is read from; `save` carries them along.
+# The other files of a tokenizer in a model directory. `save` carries them along.
 COMPANIONS = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
               "chat_template.jinja")
 
+# SentencePiece writes one U+FFFD for each byte that is no UTF-8, where Python's "replace" writes one for several.
+codecs.register_error("each byte", lambda error: ("\ufffd" * (error.end - error.start), error.end))
+
 
 class Tokenizer:
-    """What both kinds share: the files beside the model, and which ids they choose as bos, eos and pad.
+    """What all kinds share. A kind offers `encode` and sets these attributes:
 
-    Attributes: vocab_size, bos_id, eos_id, pad_id, special_texts (how special tokens are written), and `fingerprint`, a sha256 of everything the ids depend on (the
-    key of token caches). Pickles as its path, so that worker processes read the file again.
+    CLASS: the class that `transformers` opens the directory with; adds_space: whether a text gets a first space.
+    vocab_size; bos_id, eos_id, pad_id (None where there is none); special_texts, how special tokens are written;
+    prefix and suffix: the ids around a text.
+    pieces: the UTF-8 bytes of every id that is text; control tokens have none.
+    spaced: ids whose first byte, a space, is dropped at the beginning of a text, because `encode` put it there.
+    fingerprint: a sha256 of everything the ids depend on, for the keys of token caches.
+    A tokenizer pickles as its path, so that worker processes read the file again.
     """
+
+    FILE: str                   # the name of the file that holds the vocabulary
+    FLAGS = ()                  # of add_bos_token and add_eos_token: what tokenizer_config.json always says
+    BAD_BYTES = "replace"       # how bytes that are no UTF-8 are decoded (codecs' error handlers)
+    spaced = frozenset()
+    trims = False               # whether all spaces at the beginning of a text are dropped, and not only the first
 
     def __init__(self, path):
         self.path = Path(path)
         beside = self.path.parent
         self.config = read_json(beside / "special_tokens_map.json") | read_json(beside / "tokenizer_config.json")
+        self.config_path = beside / "tokenizer_config.json"
         try:
             self.model_bytes = self.path.read_bytes()
         except OSError as error:
@@ -30,10 +46,25 @@ class Tokenizer:
     def __reduce__(self):
         return type(self), (self.path,)
 
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """The ids of `text`; with add_special_tokens, between the BOS and EOS that the model's own tokenizer adds.
+
+        Special tokens typed in `text` are text. Raises UserError for a lone surrogate, which no encoding can hold.
+        """
+        raise NotImplementedError
+
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of a prompt, without the EOS that some tokenizers put after every text: here the answer follows."""
         ids = self.encode(text, add_special_tokens=True)
         return ids[:-1] if ids and ids[-1] == self.eos_id else ids
+
+    def decode(self, ids) -> str:
+        """The text of `ids`; control tokens and ids beyond the vocabulary (an embedding's padding) give nothing."""
+        stream = self.stream()
+        return stream.utf8.decode(b"".join(map(stream.bytes_of, map(int, ids))), final=True)
+
+    def stream(self) -> "TextStream":
+        return TextStream(self)
 
     def choose_special(self, ids: dict[str, int], defaults: dict[str, int | None]):
         """Set bos_id, eos_id, pad_id from the names in tokenizer_config.json, else from `defaults`.
@@ -44,28 +75,65 @@ class Tokenizer:
             name = self.config.get(f"{kind}_token")
             name = name.get("content") if isinstance(name, dict) else name
             if name is not None and (not isinstance(name, str) or name not in ids):
-                raise UserError(f"{self.path.parent / 'tokenizer_config.json'}: {kind}_token {name!r} is no token "
-                                f"of {self.path.name}")
+                raise UserError(f"{self.config_path}: {kind}_token {name!r} is no token of {self.path.name}")
             setattr(self, f"{kind}_id", defaults.get(kind) if name is None else ids[name])
+        names = {i: text for text, i in ids.items()}
+        self.names = {f"{kind}_token": names.get(getattr(self, f"{kind}_id")) for kind in ("bos", "eos", "pad")}
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.config.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise UserError(f"{self.path.parent / 'tokenizer_config.json'}: {key} is {value!r}, expected true or false")
-        return default if value is None else value
+        return default if value is None else expect(value, bool, f"{self.config_path}: {key}")
 
-    def sign(self, *choices):
+    def set_fingerprint(self, *choices):
+        """choices: what the ids depend on besides the bytes of the file."""
         self.fingerprint = hashlib.sha256(self.model_bytes + repr(choices).encode()).hexdigest()
 
-    def save_files(self, directory, name: str, config: dict):
-        """Write the model as `name`, `config` as tokenizer_config.json, and the companions of the original."""
+    def save(self, directory, max_length: int | None = None):
+        """Write the tokenizer's files into a model directory, so that other programs give the same ids.
+
+        tokenizer_config.json keeps what it said and also says what a reader would guess otherwise: the class, the
+        special tokens, whether BOS, EOS and a first space are added, and the longest text (max_length, in tokens).
+        One difference stays: `transformers` reads special tokens typed in a text as such unless it is called with
+        split_special_tokens=True.
+        """
         directory = Path(directory)
-        with atomic_write(directory / name, "wb") as file:
+        config = {"model_max_length": max_length} if max_length else {}
+        config |= {"tokenizer_class": self.CLASS, "clean_up_tokenization_spaces": False} | self.config
+        config |= {key: name for key, name in self.names.items() if config.get(key) is None}
+        flags = {"add_bos_token": bool(self.prefix), "add_eos_token": bool(self.suffix)}
+        config |= {key: value for key, value in flags.items() if key in config or key in self.FLAGS}
+        config["add_prefix_space"] = self.adds_space
+        with atomic_write(directory / self.FILE, "wb") as file:
             file.write(self.model_bytes)
         write_json(directory / "tokenizer_config.json", config)
         for companion in COMPANIONS:
             original = self.path.parent / companion
-            if companion != name and original.exists():
+            if companion != self.FILE and original.exists():
                 content = original.read_bytes()  # before the write: the directory may be the original's
                 with atomic_write(directory / companion, "wb") as file:
                     file.write(content)
+
+
+class TextStream:
+    """Text as its ids arrive: `push(id)` gives what has become certain, `flush()` the rest.
+
+    The first bytes of a character wait for the others. All that is given out, joined, equals `decode` of all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.begun = tokenizer, False
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(tokenizer.BAD_BYTES)
+
+    def push(self, i: int) -> str:
+        return self.utf8.decode(self.bytes_of(int(i)))
+
+    def flush(self) -> str:
+        return self.utf8.decode(b"", final=True)
+
+    def bytes_of(self, i: int) -> bytes:
+        data = self.tokenizer.pieces.get(i, b"")
+        if data and not self.begun:
+            dropped = i in self.tokenizer.spaced
+            data = data[dropped:]
+            self.begun = bool(data) or not self.tokenizer.trims
+        return data

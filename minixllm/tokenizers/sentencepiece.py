@@ -1,11 +1,12 @@
 """SentencePiece models (`tokenizer.model`), and training one of LLaMA's kind."""
 
-import codecs
 import io
 
-from minixllm.errors import UserError, check_text
+from minixllm.errors import UserError, check_text, expect
 from minixllm.files import atomic_write, read_json
 from minixllm.tokenizers.base import Tokenizer
+
+SPACE = "▁"  # U+2581, which stands for a space in pieces
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -16,128 +17,89 @@ class SentencePieceTokenizer(Tokenizer):
     Raises UserError: no file, not a SentencePiece model, a special token that does not exist.
     """
 
+    FILE, CLASS, BAD_BYTES = "tokenizer.model", "LlamaTokenizer", "each byte"
+    FLAGS = ("add_bos_token", "add_eos_token")
+
     def __init__(self, path):
         super().__init__(path)
-        import sentencepiece
-
         try:
-            self.model = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes or b"empty")
-        except (RuntimeError, OSError):
+            self._read_model()
+        except (RuntimeError, OSError, ValueError, IndexError):  # a damaged one fails in any of these ways
             raise UserError(f"{self.path}: not a SentencePiece model, or a damaged one") from None
-        size = self.model.vocab_size()
-        added, special = self._added_tokens(size)
-        self.vocab_size = max([size - 1, *added.values()]) + 1
-        ids = {self.model.id_to_piece(i): i for i in range(size)} | added
-        defaults = {kind: i if i >= 0 else None for kind, i in (
-            ("bos", self.model.bos_id()), ("eos", self.model.eos_id()), ("pad", self.model.pad_id()))}
-        self.choose_special(ids, defaults)
-        # A model may hold a chosen special token as "user defined", which text would match.
-        self.control = ({self.bos_id, self.eos_id, self.pad_id} | special) - {None, self.model.unk_id()}
-        self.spelt = {i: [self.model.piece_to_id(f"<0x{byte:02X}>") for byte in self.model.id_to_piece(i).encode()]
-                      for i in self.control if i < size and not self.model.is_control(i)}
-        self.control |= {i for i in range(size) if self.model.is_control(i)}
-        self.special_texts = {text for text, i in ids.items() if i in self.control}
-        self.bytes = {i: int(self.model.id_to_piece(i)[3:5], 16) for i in range(size) if self.model.is_byte(i)}
+        added, special = self._added_tokens()
+        self.vocab_size = max([len(self.texts) - 1, *added.values()]) + 1
+        model, ids = self.model, {text: i for i, text in enumerate(self.texts)} | added
+        defaults = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id()}
+        self.choose_special(ids, {kind: i if i >= 0 else None for kind, i in defaults.items()})
+        special = (special | {self.bos_id, self.eos_id, self.pad_id}) - {None, model.unk_id()}
+        # A model may hold a chosen special token as "user defined", which text would match: it becomes its bytes.
+        self.spelt = {i: [model.piece_to_id(f"<0x{byte:02X}>") for byte in self.texts[i].encode()]
+                      for i in special if i < len(self.texts) and not model.is_control(i)}
+        self.special_texts = {text for text, i in ids.items() if i in special or i < len(self.texts)
+                              and model.is_control(i)} | added.keys()
+        for i in special:
+            self.pieces.pop(i, None)
         self.prefix = [self.bos_id] if self.flag("add_bos_token", True) and self.bos_id is not None else []
         self.suffix = [self.eos_id] if self.flag("add_eos_token", False) and self.eos_id is not None else []
-        self.sign(self.prefix, self.suffix, self.bos_id, self.eos_id, self.pad_id, sorted(added.items()))
+        self.config = {"unk_token": self.texts[model.unk_id()], "legacy": True} | self.config
+        self.set_fingerprint(self.prefix, self.suffix, self.bos_id, self.eos_id, self.pad_id, sorted(added.items()))
 
-    def _added_tokens(self, size: int) -> tuple[dict[str, int], set[int]]:
-        """Tokens beyond the model's own `size`, by text, from added_tokens.json and tokenizer_config.json; the ids of
-        these and of those within that the latter calls special.
+    def _read_model(self):
+        """Set model, texts (of all its pieces), pieces (their bytes), spaced, trims and adds_space."""
+        import sentencepiece
+
+        model = self.model = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes or b"empty")
+        self.texts = [model.id_to_piece(i) for i in range(model.vocab_size())]
+        self.adds_space = model.normalize("a").startswith(SPACE)
+        self.trims = model.normalize(" a") == model.normalize("a")
+        self.pieces, spaced = {}, set()
+        for i, text in enumerate(self.texts):
+            if model.is_byte(i):
+                self.pieces[i] = bytes([int(text[3:5], 16)])
+            elif i == model.unk_id():
+                self.pieces[i] = model.decode([i]).encode()
+            elif not model.is_control(i):
+                self.pieces[i] = text.replace(SPACE, " ").encode()
+                if text.startswith(SPACE) and (self.adds_space or self.trims):
+                    spaced.add(i)
+        self.spaced = frozenset(spaced)
+
+    def _added_tokens(self) -> tuple[dict[str, int], set[int]]:
+        """(tokens beyond the model's own, by text; the ids that are special) from added_tokens.json and
+        tokenizer_config.json. Raises UserError for a token that contradicts the model's vocabulary.
         """
-        path = self.path.parent / "added_tokens.json"
-        added = read_json(path)
-        if not all(type(i) is int for i in added.values()):
-            raise UserError(f"{path}: found {added!r}, expected tokens with their ids")
-        added = {text: i for text, i in added.items() if i >= size}
-        path, special = self.path.parent / "tokenizer_config.json", set(added.values())
-        entries = self.config.get("added_tokens_decoder") or {}
-        for key, token in entries.items() if isinstance(entries, dict) else [("", entries)]:
-            match token:
-                case {"content": str(text), **rest} if key.isdecimal():
-                    pass
-                case _:
-                    raise UserError(f"{path}: added_tokens_decoder: found {key!r}: {token!r}, expected an id and its "
-                                    "content")
-            if rest.get("special"):
-                special.add(int(key))
-            elif int(key) >= size:
-                raise UserError(f"{path}: added_tokens_decoder: {key} ({text!r}) is no special token; only special "
-                                "ones can be added to a SentencePiece model")
-            if int(key) >= size:
-                added[text] = int(key)
+        path, size = self.path.parent / "added_tokens.json", len(self.texts)
+        found = [(f"{path}: {text!r}", text, expect(i, int, f"{path}: {text!r}", least=0, most=2**31), i >= size)
+                 for text, i in read_json(path).items()]
+        where = f"{self.config_path}: added_tokens_decoder"
+        for key, token in expect(self.config.get("added_tokens_decoder") or {}, dict, where).items():
+            if not (key.isdecimal() and len(key) <= 10):
+                raise UserError(f"{where}: found {key!r}, expected a token id")
+            text = expect(expect(token, dict, f"{where}: {key}").get("content"), str, f"{where}: {key}: content")
+            found.append((f"{where}: {key}", text, int(key), bool(token.get("special"))))
+        added, special = {}, set()
+        for where, text, i, is_special in found:
+            if (i < size and self.texts[i] != text) or added.get(text, i) != i:
+                raise UserError(f"{where}: found {text!r} with the id {i}, expected " + (
+                    f"{self.texts[i]!r}, as {self.path.name} has it" if i < size else f"{added[text]}, as elsewhere"))
+            if i >= size:
+                if not is_special:
+                    raise UserError(f"{where}: {i} ({text!r}) is no special token; only special ones can be added to "
+                                    "a SentencePiece model")
+                added[text] = i
+            if is_special:
+                special.add(i)
         return added, special
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """The ids of `text`; with add_special_tokens, between the BOS and EOS the model's own tokenizer adds.
-
-        Raises UserError for text with lone surrogates, which no encoding can hold.
-        """
         try:
             ids = self.model.encode(text)
         except RuntimeError:
             check_text(text)
             raise
-        if self.spelt:  # a control token spelt out by a user becomes its bytes
+        if self.spelt:
             ids = [byte for i in ids for byte in self.spelt.get(i, (i,))]
         return self.prefix + ids + self.suffix if add_special_tokens else ids
-
-    def decode(self, ids) -> str:
-        """The text of `ids`; control tokens and ids beyond the vocabulary (an embedding's padding) give nothing."""
-        return self.model.decode([i for i in map(int, ids) if self.is_text(i)])
-
-    def is_text(self, i: int) -> bool:
-        return i not in self.control and 0 <= i < self.model.vocab_size()
-
-    def stream(self) -> "PieceStream":
-        return PieceStream(self)
-
-    def save(self, directory):
-        """Write tokenizer.model and a tokenizer_config.json with which `transformers` opens the directory."""
-        names = {f"{kind}_token": self.model.id_to_piece(i) for kind, i in (
-            ("bos", self.model.bos_id()), ("eos", self.model.eos_id()), ("unk", self.model.unk_id()),
-            ("pad", self.model.pad_id())) if i >= 0}
-        self.save_files(directory, "tokenizer.model", {
-            "tokenizer_class": "LlamaTokenizer", **names, "add_bos_token": True, "add_eos_token": False,
-            "legacy": True, "clean_up_tokenization_spaces": False, **self.config})
-
-
-class PieceStream:
-    """Text as its ids arrive: `push(id)` gives what has become certain, `flush()` the rest.
-
-    Byte-fallback pieces are held back until they make a whole character. All that is given out, joined, equals
-    `decode` of all ids.
-    """
-
-    def __init__(self, tokenizer: SentencePieceTokenizer):
-        self.tokenizer = tokenizer
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # only to know whether a character is under way
-        self.ids, self.shown = [], 0
-
-    def push(self, i: int) -> str:
-        tokenizer = self.tokenizer
-        if not tokenizer.is_text(i):
-            return ""
-        self.ids.append(i)
-        if i in tokenizer.bytes:
-            self.utf8.decode(bytes([tokenizer.bytes[i]]))
-            return "" if self.utf8.getstate()[0] else self._show()
-        self.utf8.reset()
-        piece = self._show()
-        alone = tokenizer.model.decode([i])
-        if alone:  # the next piece can only depend on this one: forget those before it, and streaming stays linear
-            self.ids, self.shown = [i], len(alone)
-        return piece
-
-    def flush(self) -> str:
-        self.utf8.reset()
-        return self._show()
-
-    def _show(self) -> str:
-        text = self.tokenizer.model.decode(self.ids)
-        piece, self.shown = text[self.shown:], len(text)
-        return piece
 
 
 def train_sentencepiece(texts, path, vocab_size: int, **options) -> SentencePieceTokenizer:

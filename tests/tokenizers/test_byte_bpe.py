@@ -9,63 +9,13 @@ import unicodedata
 
 import pytest
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import processors
 
 from minixllm.errors import UserError
-from minixllm.tokenizers import byte_bpe, load_tokenizer
-from minixllm.tokenizers.sentencepiece import ByteLevelBPE
+from minixllm.tokenizers import bpe, byte_bpe, load_tokenizer
+from minixllm.tokenizers.byte_bpe import ByteLevelBPE
 
-SENTENCES = """The quick brown fox doesn't jump over 1,234 lazy dogs; they've seen it, haven't they?
-Alle Menschen sind frei und gleich an Würde und Rechten geboren. Straße, Größe, Äpfel und 42 Bücher.
-Všichni lidé se rodí svobodní a sobě rovní. Wszyscy ludzie rodzą się wolni i równi pod względem godności.
-Все люди рождаются свободными и равными в своём достоинстве и правах. Усі люди народжуються вільними.
-Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην αξιοπρέπεια και τα δικαιώματα.
-يولد جميع الناس أحرارًا متساوين في الكرامة والحقوق، وقد وهبوا عقلاً وضميرًا.
-सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है। १२३४
-মানুষ স্বাধীনভাবে সমান মর্যাদা এবং অধিকার নিয়ে জন্মগ্রহণ করে।
-மனிதப் பிறவியினர் சகலரும் சுதந்திரமாகவே பிறக்கின்றனர்; அவர்கள் மதிப்பிலும் சமமானவர்கள்.
-人人生而自由，在尊严和权利上一律平等。他们赋有理性和良心，并应以兄弟关系的精神相对待。
-すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。
-모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다.
-มนุษย์ทั้งหลายเกิดมามีอิสระและเสมอภาคกันในเกียรติศักดิ์และสิทธิ
-មនុស្សទាំងអស់កើតមកមានសេរីភាព និងសមភាពក្នុងផ្នែកសេចក្តីថ្លៃថ្នូរ
-የሰው ልጅ ሁሉ ሲወለድ ነጻና በክብርና በመብትም እኩልነት ያለው ነው። እንደ ተፈጥሮ ማስተዋልና ሕሊና ስላለው
-ყველა ადამიანი იბადება თავისუფალი და თანასწორი თავისი ღირსებითა და უფლებებით.
-👩‍👩‍👧‍👦 🇫🇷 🦙.cpp 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 ½ ² Ⅻ x\u0301y\u0323\u0307 \u200d\u00ad\tdef f(x):\n        return x  # 3.14\r\n\r\n""".split("\n")
-
-SHAPES = ["bloom", "gpt2", "llama3", "smollm2"]
-SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
-
-
-def train(shape: str, texts, path, vocab_size: int):
-    """A tokenizer.json of that model's shape, made by `tokenizers` itself; returned with the oracle's switch set."""
-    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    oracle = tokenizers.Tokenizer(models.BPE(ignore_merges=shape == "llama3"))
-    oracle.pre_tokenizer = {
-        "bloom": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(byte_bpe.BLOOM), "isolated"), bytes_only]),
-        "gpt2": gpt2,
-        "llama3": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(byte_bpe.LLAMA3), "isolated"), bytes_only]),
-        "smollm2": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2]),
-    }[shape]
-    oracle.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if shape == "smollm2":  # which lacks tokens for some control characters
-        alphabet = [c for c in alphabet if c not in (byte_bpe.byte_alphabet()[4], byte_bpe.byte_alphabet()[0x13])]
-    oracle.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=1, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False))
-    if shape == "llama3":
-        oracle.post_processor = processors.Sequence([
-            processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])])
-    elif shape == "bloom":
-        oracle.post_processor = processors.ByteLevel(trim_offsets=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    oracle.save(str(path))
-    (path.parent / "tokenizer_config.json").write_text(json.dumps(
-        {"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"}, "pad_token": "<pad>"}))
-    oracle.encode_special_tokens = True
-    return oracle
+from tokenizer_samples import SENTENCES, SHAPES, train
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -82,6 +32,8 @@ def check(shape, oracle, ours, texts):
         assert ids == encoding.ids, repr(text)
         if shape == "smollm2":  # the bytes it has no token for are lost, there as here
             text = re.sub("[\x04\x13]", "", text)
+        if shape == "qwen2":
+            text = unicodedata.normalize("NFC", text)
         assert ours.decode(ids) == text
 
 
@@ -102,8 +54,9 @@ def test_every_character_is_classed_alike(pair):
     written = [f"a{c}9 {c}{c}.  {c}\n'{c}" for c in assigned()]
     for i in range(0, len(written), 500):
         text = "\n".join(written[i:i + 500])
-        expected = [piece for piece, _ in oracle.pre_tokenizer.pre_tokenize_str(text)]
-        found = ["".join(alphabet[b] for b in piece.encode()) for piece in byte_bpe.split(ours.steps, text)]
+        expected = [piece for piece, _ in oracle.pre_tokenizer.pre_tokenize_str(ours.normalize(text))]
+        text = ours.normalize(text)
+        found = ["".join(alphabet[b] for b in piece.encode()) for piece in ours.split(text)]
         assert found == expected
 
 
@@ -118,7 +71,7 @@ def test_generated_strings(pair):
         some = rng.sample(sources, rng.randint(1, 4))
         texts.append("".join(rng.choice(rng.choice(some)) * rng.choice((1, 1, 1, 1, 2, 7))
                              for _ in range(rng.randint(0, 40))))
-    texts += ["".join(rng.choices("ab", k=n)) for n in range(byte_bpe.LONG - 5, byte_bpe.LONG + 5)]  # both merge loops
+    texts += ["".join(rng.choices("ab", k=n)) for n in range(bpe.LONG - 5, bpe.LONG + 5)]  # both merge loops
     check(shape, oracle, ours, texts)
 
 
@@ -241,7 +194,8 @@ def test_older_files_write_merges_as_strings(pair, tmp_path):
 
 def test_the_cache_of_pieces_is_bounded(pair):
     merger = pair[2].merger
-    small = byte_bpe.Merger(merger.bytes_to_ids, merger.merges, merger.merged, merger.whole, room=50)
+    small = bpe.Merger(merger.symbols, merger.merges, merger.merged, merger.whole)
+    small.ROOM = 50
     for number in range(1000):
         assert small[f"x{number}"] == tuple(pair[2].merger[f"x{number}"])
         assert len(small) <= 50
@@ -271,44 +225,50 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "
 @pytest.mark.parametrize("edit, message", [
     (lambda c: c["model"]["merges"].insert(3, ["q", "nope"]), r"merges\[3\].*'nope' is no token"),
     (lambda c: c["model"]["merges"].insert(3, "a b c"), r"merges\[3\].*expected two tokens"),
-    (lambda c: c["model"]["merges"].insert(3, 7), r"merges\[3\] is 7"),
+    (lambda c: c["model"]["merges"].insert(3, 7), r"merges\[3\]: found 7"),
     (lambda c: c["model"]["vocab"].update(a=5), "id 5 is given twice"),
-    (lambda c: c["model"]["vocab"].update(a="5"), "model.vocab is"),
-    (lambda c: c["model"]["vocab"].update({"你好": 90_000}), "model.vocab is '你好'"),
+    (lambda c: c["model"]["vocab"].update(a="5"), "model.vocab: found"),
+    (lambda c: c["model"]["vocab"].update({"你好": 90_000}), "model.vocab: found '你好'"),
     (change("model.vocab", {}), "model.vocab"),
-    (change("model.vocab", None), "model.vocab is None"),
-    (change("model", None), "model is None"),
-    (change("model.type", "Unigram"), "model.type is 'Unigram'"),
+    (change("model.vocab", None), "model.vocab: found None"),
+    (change("model", None), "model: found None"),
+    (change("model.type", "Unigram"), "model.type: found 'Unigram'"),
     (lambda c: (c["model"].update(byte_fallback=True), c.update(pre_tokenizer={"type": "Metaspace"})),
-     "model.byte_fallback is True, expected false: .*put its tokenizer.model beside it"),
-    (change("normalizer", {"type": "NFC"}), "normalizer is 'NFC', expected none$"),
-    (change("pre_tokenizer", {"type": "Metaspace"}), "pre_tokenizer is .*Metaspace"),
-    (change("pre_tokenizer", None), "pre_tokenizer is None"),
+     "normalizer and pre_tokenizer: found .*Metaspace.*, expected those of LLaMA"),
+    (change("normalizer", {"type": "NFKC"}), "normalizer: found {'type': 'NFKC'}, expected none or NFC$"),
+    (change("normalizer", {"type": "NFC", "x": 1}), "normalizer: found .*expected none or NFC$"),
+    (change("pre_tokenizer", {"type": "Split", "pattern": {"Regex": ["x"]}, "behavior": "Isolated", "invert": False}),
+     r"pre_tokenizer: found .*\['x'\]"),
+    (lambda c: c["added_tokens"].append({"id": 9999, "content": "a", "special": True}), "added_tokens: 'a': found 9999"),
+    (lambda c: c["model"]["vocab"].update(a=2**31), "model.vocab: found"),
+    (lambda c: c["added_tokens"].append({"id": True, "content": "new"}), "added_tokens: found|model.vocab: found"),
+    (change("pre_tokenizer", {"type": "Metaspace"}), "pre_tokenizer: found .*Metaspace"),
+    (change("pre_tokenizer", None), "pre_tokenizer: found None, expected one of"),
     (change("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True}), "add_prefix_space': True"),
-    (change("pre_tokenizer", {"type": "Sequence", "pretokenizers": []}), "pre_tokenizer is"),
+    (change("pre_tokenizer", {"type": "Sequence", "pretokenizers": []}), "pre_tokenizer: found"),
     (change("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "x"}, "behavior": "Isolated", "invert": False}),
-     "pre_tokenizer is .*'Regex': 'x'"),
-    (change("pre_tokenizer", pre_tokens(bloom_split(behavior="Removed"), BYTES)), "pre_tokenizer is .*Removed"),
-    (change("pre_tokenizer", pre_tokens(bloom_split(invert=True), BYTES)), "pre_tokenizer is .*'invert': True"),
-    (change("pre_tokenizer", pre_tokens(bloom_split())), "pre_tokenizer is .*expected one of BLOOM's"),
+     "pre_tokenizer: found .*'Regex': 'x'"),
+    (change("pre_tokenizer", pre_tokens(bloom_split(behavior="Removed"), BYTES)), "pre_tokenizer: found .*Removed"),
+    (change("pre_tokenizer", pre_tokens(bloom_split(invert=True), BYTES)), "pre_tokenizer: found .*'invert': True"),
+    (change("pre_tokenizer", pre_tokens(bloom_split())), "pre_tokenizer: found .*expected one of BLOOM's"),
     (change("pre_tokenizer", pre_tokens({"type": "Digits", "individual_digits": False}, BYTES | {"use_regex": True})),
-     "pre_tokenizer is .*'individual_digits': False"),
-    (change("decoder", {"type": "WordPiece"}), "decoder is 'WordPiece'"),
-    (change("decoder", None), "decoder is None"),
-    (change("post_processor", {"type": "RobertaProcessing"}), "post_processor is .*RobertaProcessing"),
-    *[(change("post_processor", {"type": "TemplateProcessing", "single": single}), "post_processor.single is .*" + said)
+     "pre_tokenizer: found .*'individual_digits': False"),
+    (change("decoder", {"type": "WordPiece"}), "decoder: found 'WordPiece'"),
+    (change("decoder", None), "decoder: found None"),
+    (change("post_processor", {"type": "RobertaProcessing"}), "post_processor: found .*RobertaProcessing"),
+    *[(change("post_processor", {"type": "TemplateProcessing", "single": single}), "post_processor.single: found .*" + said)
       for single, said in (([{"SpecialToken": {"id": "<nope>"}}], "<nope>"), ([{"Sequence": {"id": "B"}}], "'B'"),
                            ([{"Sequence": {"id": "A"}}] * 2, "'A'"))],
-    (change("post_processor", {"type": "Sequence", "processors": None}), "post_processor.processors is None"),
-    (change("post_processor", {"type": "Sequence", "processors": ["x"]}), "post_processor is 'x'"),
-    (change("added_tokens", [{"id": 1}]), "added_tokens is"),
+    (change("post_processor", {"type": "Sequence", "processors": None}), "post_processor.processors: found None"),
+    (change("post_processor", {"type": "Sequence", "processors": ["x"]}), "post_processor: found 'x'"),
+    (change("added_tokens", [{"id": 1}]), "added_tokens: found"),
     *[(change("added_tokens", [{"id": 9999, "content": "<x>", "special": False, flag: True}]), "added_tokens: '<x>'")
       for flag in ("lstrip", "rstrip", "single_word")],
-    *[(change(f"model.{key}", value), f"model.{key} is {value!r}, expected none")
+    *[(change(f"model.{key}", value), f"model.{key}: found {value!r}, expected none")
       for key, value in (("dropout", 0.1), ("continuing_subword_prefix", "##"), ("end_of_word_suffix", "</w>"))],
-    (lambda c: c["model"]["vocab"].update(a=-1), r"model.vocab is \('a', -1\)"),
+    (lambda c: c["model"]["vocab"].update(a=-1), r"model.vocab: found \('a', -1\)"),
     (lambda c: (c["model"]["vocab"].pop("a"), c["model"].update(merges=[], unk_token="<unk>")),
-     "model.unk_token is '<unk>', expected none, as some bytes have no token"),
+     "model.unk_token: found '<unk>', expected none, as some bytes have no token"),
 ])
 def test_damaged_files_are_named(pair, tmp_path, edit, message):
     content = json.loads(pair[2].path.read_text())
@@ -316,8 +276,8 @@ def test_damaged_files_are_named(pair, tmp_path, edit, message):
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=message) as error:
-        ByteLevelBPE(path)
-    assert str(path) in str(error.value) and len(str(error.value)) < 1000
+        load_tokenizer(tmp_path)
+    assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("where", ["an added token that is not special", "the vocabulary alone"])
@@ -348,10 +308,11 @@ def test_an_end_that_merges_would_make_is_no_text(pair, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": left + right, "model_max_length": 77}))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.eos_id == content["model"]["vocab"][left + right]
-    written = pair[2].bytes_of(tokenizer.eos_id).decode()
+    written = pair[2].pieces[tokenizer.eos_id].decode()
     assert tokenizer.eos_id in pair[2].encode(written)
     for text in (written, *SENTENCES):
-        assert tokenizer.eos_id not in (ids := tokenizer.encode(text)) and tokenizer.decode(ids) == text
+        ids = tokenizer.encode(text)
+        assert tokenizer.eos_id not in ids and tokenizer.decode(ids) == tokenizer.normalize(text)
     tokenizer.save(tmp_path / "saved")
     assert json.loads((tmp_path / "saved/tokenizer_config.json").read_text())["model_max_length"] == 77
 
