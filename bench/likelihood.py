@@ -18,7 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from minixllm.generation import score
+from minixllm.generation import choice_logps
 from minixllm.models.llama import Llama, LlamaConfig
 
 ROUNDS, BATCHES = 3, (1, 8, 32)
@@ -60,9 +60,9 @@ def main() -> None:
         return lambda: [logp for logp, _ in lm.loglikelihood(requests, disable_tqdm=True)]
 
     sides = {f"lm-eval, batch {size}": of_harness(lm) for size, lm in harness.items()}
-    sides["minixllm"] = lambda: [logp for logps in score(ours, items) for logp in logps]
+    sides["minixllm"] = lambda: [logp for logps in choice_logps(ours, items) for logp in logps]
     seconds, found = {name: [] for name in sides}, {}
-    score(ours, items[:20]), harness[8].loglikelihood(requests[:16], disable_tqdm=True)
+    choice_logps(ours, items[:20]), harness[8].loglikelihood(requests[:16], disable_tqdm=True)
     for _ in range(ROUNDS):
         for name, side in sides.items():
             start = time.perf_counter()

@@ -1,12 +1,12 @@
-"""Generation with a KV cache, any number of prompts at a time, and scoring of given continuations.
+"""Generation with a KV cache, any number of prompts at a time, and the log-probabilities of given continuations.
 
-Nothing is padded. `generate` keeps as many prompts running as its cache has room for, the longest first; one that ends
-makes room for the next, whose tokens join the forward in which the others take one step. A prompt's answer does not
-depend on which others run beside it: its random numbers are drawn from the seed and its place in the list, or from a
-seed of its own.
+Nothing is padded. `generate` runs as many prompts at once as its cache has room for, the longest first. When one ends,
+the next takes its place ("continuous batching", Yu et al. 2022, Orca): its tokens join the forward in which the others
+take one step. A prompt's answer does not depend on the prompts beside it: its random numbers are drawn from the seed
+and its place in the list, or from a seed of its own.
 
-A model in training is gathered first, whole on every process (`parallel.gathered`): forwards then need no other rank,
-and `generate` deals the prompts over them.
+A model in training is first gathered, whole on every process (`distributed.gathered`). A process then generates without
+the others, and `generate` deals the prompts over them.
 """
 
 import contextlib
@@ -19,24 +19,24 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from minixllm.distributed import gathered
-from minixllm.errors import UserError
+from minixllm.errors import UserError, expect
 from minixllm.models.attention import Packed
 from minixllm.models.fused_cpu import fused
 from minixllm.models.kv_cache import KVCache
 
-BATCH_TOKENS = 32768   # of the cache; 16 GB for a model of 7B in bf16 on a GPU, 1 GB for one of 60 M on a CPU
-PREFILL_TOKENS = 4096  # prompts join a forward up to this many tokens, which bounds its memory
-SMALLEST = 1e-30       # temperature: below, fp32 has nothing left to divide by, and the likeliest token is taken
-NUCLEUS = 128          # top_p looks among so many of the likeliest first: sorting a vocabulary takes as long as a step
+BATCH_TOKENS = 32768   # of the cache: 16 GB for a model of 7B in bf16 on a GPU, 1 GB for one of 60 M on a CPU
+PREFILL_TOKENS = 4096  # new prompts join a forward until it has this many tokens, which bounds its memory
+SMALLEST = 1e-30       # a lower temperature takes the likeliest token: fp32 cannot divide by such numbers
+NUCLEUS = 128          # top_p first looks at so many of the likeliest tokens: sorting them all takes as long as a step
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. Temperature 0 takes the likeliest; top_k, then top_p narrow the choice, unless None.
+    """How a token is chosen. Temperature 0 takes the likeliest. top_k, and then top_p, narrow the choice.
 
-    top_k: the k likeliest tokens. top_p: of those, the fewest likeliest that hold this share of the probability
-    (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1).
-    seed: of all prompts, whose places in the list then tell them apart, or a list of one for each.
+    top_k: only the k likeliest tokens. top_p: only the fewest likeliest that together hold this share of the
+    probability (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1).
+    seed: one for all prompts, which then differ by their places in the list, or a list of one for each.
     """
 
     temperature: float = 0.0
@@ -45,13 +45,13 @@ class Sampling:
     seed: int | list[int] = 0
 
     def __post_init__(self):
-        for name, fine, expected in [
-                ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
-                ("top_k", self.top_k is None or self.top_k >= 1, "1 or more"),
-                ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-                ("seed", min(self.seed if isinstance(self.seed, list) else [self.seed], default=0) >= 0, "0 or more")]:
-            if not fine:
-                raise UserError(f"{name} is {getattr(self, name)}, expected {expected}")
+        expect(self.temperature, float, "temperature", least=0)
+        if self.top_k is not None:
+            expect(self.top_k, int, "top_k", least=1)
+        if self.top_p is not None:
+            expect(self.top_p, float, "top_p", above=0, most=1)
+        for seed in self.seed if isinstance(self.seed, list) else [self.seed]:
+            expect(seed, int, "seed", least=0)
 
     def uniform(self, prompt: int, tokens: int) -> list[float]:
         """The random numbers, in [0, 1), that choose the tokens of one prompt."""
@@ -59,21 +59,21 @@ class Sampling:
         return np.random.default_rng(seed).random(tokens, dtype=np.float32).tolist()
 
     def choose(self, logits: torch.Tensor, uniform: list[float]) -> list[int]:
-        """logits (rows, V), a random number for each row -> a token for each row, whatever the other rows are."""
+        """logits (rows, V) and a random number for each row -> a token for each row; no row depends on another."""
         if self.temperature < SMALLEST:
-            # numpy's argmax where it can be had: torch's is over ten times slower on a CPU
+            # by numpy on a CPU, where torch's argmax takes over ten times as long
             return logits.float().numpy(force=True).argmax(-1).tolist() if logits.is_cpu else logits.argmax(-1).tolist()
         uniform = torch.tensor(uniform, device=logits.device)
         if self.top_k is None and self.top_p is None:
             return _draw(self._scaled(logits, logits.amax(-1, keepdim=True)).softmax(-1), uniform).tolist()
-        top, tokens = logits.topk(min(self.top_k or NUCLEUS, logits.shape[-1]))  # falling
+        top, tokens = logits.topk(min(self.top_k or NUCLEUS, logits.shape[-1]))  # the likeliest first
         best = top[:, :1]
         total = self._scaled(top if self.top_k else logits, best).logsumexp(-1, keepdim=True)
         probs = (self._scaled(top, best) - total).exp()
         chosen = self._draw_among(tokens, probs, uniform)
-        if self.top_k is None and (wider := probs.sum(-1) < self.top_p).any():  # their nucleus has more than these
+        if self.top_k is None and (wider := probs.sum(-1) < self.top_p).any():  # rows whose nucleus is wider than that
             logits, best, total = logits[wider], best[wider], total[wider]
-            # by numpy where it can be had, which takes a third of the time
+            # by numpy on a CPU, in a third of the time
             tokens = (torch.from_numpy((-logits.float()).numpy().argsort(-1)) if logits.is_cpu
                       else logits.argsort(-1, descending=True))
             probs = (self._scaled(logits.gather(1, tokens), best) - total).exp()
@@ -81,11 +81,11 @@ class Sampling:
         return chosen.tolist()
 
     def _scaled(self, logits: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
-        """fp32 logits by temperature, below those of the likeliest token: none becomes infinite."""
+        """(logits - the likeliest token's) / temperature, in fp32: at most 0, so that no exponential overflows."""
         return (logits.float() - best.float()) / self.temperature
 
     def _draw_among(self, tokens: torch.Tensor, probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        """One of each row's tokens, (rows, k) with their probabilities, falling; with top_p one of the nucleus."""
+        """One of each row's tokens (rows, k), the likeliest first, by their probabilities; with top_p of the nucleus."""
         if self.top_p is not None:
             before = probs.cumsum(-1) - probs
             probs = probs.masked_fill(before >= self.top_p, 0)
@@ -93,9 +93,9 @@ class Sampling:
 
 
 def _draw(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Where each row's cumulated probabilities (rows, V) first exceed `uniform` of their sum, which need not be 1."""
+    """Where the running sum of each row's probabilities (rows, V) first exceeds `uniform` times the whole sum."""
     cumulated = probs.cumsum(-1)
-    # An fp32 number below 1 times the sum is below the sum, so that the place is never one of probability 0.
+    # uniform is below 1, so that the product is below the whole sum: no token of probability 0 is ever drawn.
     target = uniform[:, None] * cumulated[:, -1:]
     return torch.searchsorted(cumulated, target, right=True).squeeze(1)
 
@@ -104,14 +104,14 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, ba
              finished=None, until=None, **sampling) -> list[list[int]]:
     """Continues each prompt, token ids to token ids, up to the EOS (left out) or `max_new_tokens`.
 
-    batch_tokens: of the KV cache. As many prompts run at once as fit it, each with room for the longest prompt and its
-    answer; at least one does.
+    batch_tokens: the KV cache's size. As many prompts run at once as fit into it, at least one; each needs room for the
+    longest prompt and the longest answer.
     finished: called as finished(number of the prompt, its continuation) when one ends. until: called in the same way
     after each token; where it is true, the continuation ends there. sampling: the fields of `Sampling`; greedy without.
-    A model serves one call of `generate`, `stream` or `score` at a time: they set its mode and its forwards. Of a model
-    sharded by FSDP2 this is a collective: every rank passes the same prompts, gets all the continuations, and sees its
-    own share finish. A plain model is each process's own affair.
-    Raises UserError: an empty prompt, a token beyond the vocabulary, a setting out of range.
+    A model serves one call at a time, because a call sets its mode and its forwards. With a model sharded by FSDP2 this
+    is a collective: every rank passes the same prompts and gets all the continuations; `finished` tells of its own
+    share. With a plain model each process generates for itself.
+    Raises UserError for an empty prompt, a token beyond the vocabulary, or a setting out of range.
     """
     answers = {}
     ended = until and (lambda i: until(i, answers[i]))
@@ -129,15 +129,15 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, ba
 
 
 def answer(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, world) -> list[str]:
-    """The likeliest continuations as text, with a progress bar. Collective as `generate` is."""
+    """The likeliest continuations as text, with a progress bar. A collective where `generate` is one."""
     with tqdm(total=len(prompts[world.rank::world.size]), unit="answer", disable=not world.first,
               dynamic_ncols=True) as bar:
         return [tokenizer.decode(ids) for ids in generate(model, tokenizer, prompts, max_new_tokens,
                                                           finished=lambda *_: bar.update())]
 
 
-def stream(model, tokenizer, prompt: list[int], max_new_tokens: int, **sampling):
-    """Yields the continuation of one prompt as text, in pieces of whole characters, as `generate` would give it."""
+def generate_text(model, tokenizer, prompt: list[int], max_new_tokens: int, **sampling):
+    """Yields the text of `generate`'s answer to one prompt while it is made, in pieces of whole characters."""
     text = tokenizer.stream()
     for _, token in _tokens(model, tokenizer, [prompt], max_new_tokens, BATCH_TOKENS, Sampling(**sampling)):
         if piece := text.flush() if token is None else text.push(token):
@@ -145,18 +145,19 @@ def stream(model, tokenizer, prompt: list[int], max_new_tokens: int, **sampling)
 
 
 @torch.no_grad()
-def score(model, items, batch_tokens: int = 2048) -> list[list[float]]:
-    """Log-probabilities of continuations: items of (context ids, [choice ids, ...]) -> for each item, one per choice.
+def choice_logps(model, items, batch_tokens: int = 2048) -> list[list[float]]:
+    """Log-probabilities of choices: items of (context ids, [choice ids, ...]) -> for each item, one number per choice.
 
-    The context is computed once for its choices. A continuation of no tokens would have probability 1 and beat every
-    other: a ValueError, as is an empty context (the first token needs something to be predicted from; BOS will do).
-    Of a model sharded by FSDP2 this is a collective over the same items.
+    A context is computed once for all its choices. batch_tokens: of the items in one forward, unless one has more.
+    Raises ValueError for an empty choice, whose probability would be 1 and beat every other, and for an empty context:
+    the first token must be predicted from something, such as a BOS. With a model sharded by FSDP2 this is a collective
+    over the same items.
     """
     for number, (context, choices) in enumerate(items):
         if not context or not all(choices):
             raise ValueError(f"item {number}: an empty {'choice' if context else 'context'} cannot be scored")
     device = next(model.parameters()).device
-    scores = []
+    choices_logps = []
     with _inference(model):
         for batch in _by_tokens(items, batch_tokens):
             documents, input_ids, labels = [], [], []
@@ -165,7 +166,7 @@ def score(model, items, batch_tokens: int = 2048) -> list[list[float]]:
                 documents.append((len(trunk), [len(choice) for choice in choices]))
                 input_ids += trunk
                 labels += [-100] * len(trunk)
-                for choice in choices:  # a branch is the context's last token and all of the choice but its last
+                for choice in choices:  # a branch predicts its choice: the context's last token, then the choice's but the last
                     input_ids += [last, *choice[:-1]]
                     labels += choice
             logps = model(torch.tensor(input_ids, device=device), Packed(documents, device),
@@ -173,8 +174,8 @@ def score(model, items, batch_tokens: int = 2048) -> list[list[float]]:
             branches = iter(logps.split([n for trunk, branches in documents for n in (trunk, *branches)]))
             for _, choices in batch:
                 next(branches)  # the trunk's zeros
-                scores.append([next(branches).sum().item() for _ in choices])
-    return scores
+                choices_logps.append([next(branches).sum().item() for _ in choices])
+    return choices_logps
 
 
 def _by_tokens(items, batch_tokens: int):
@@ -193,7 +194,7 @@ def _by_tokens(items, batch_tokens: int):
 
 @dataclass
 class _Row:
-    """A running prompt: its number, the tokens the model has yet to see, the random numbers of tokens to come."""
+    """A running prompt: its number, the tokens that the model has not seen yet, random numbers for those to come."""
 
     prompt: int
     unseen: list[int]
@@ -204,22 +205,21 @@ class _Row:
 def _tokens(model, tokenizer, prompts, max_new_tokens: int, batch_tokens: int, sampling: Sampling, ended=None):
     """Yields (number of a prompt, next token of its continuation), then (number, None) when it has ended.
 
-    Under FSDP2, those of this rank's share of the prompts. ended(number of a prompt): whether it ends with that token.
+    Under FSDP2 only for this rank's share of the prompts. ended(number of a prompt): whether it ends with that token.
     """
     for number, prompt in enumerate(prompts):
         if not prompt or not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
             raise UserError(f"prompt {number}: expected one or more token ids from 0 to {model.config.vocab_size - 1}, "
                             f"found {f'{min(prompt)} to {max(prompt)}' if prompt else 'none'}")
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_tokens", batch_tokens)):
-        if value < 1:
-            raise UserError(f"{name} is {value}, expected 1 or more")
+    expect(max_new_tokens, int, "max_new_tokens", least=1)
+    expect(batch_tokens, int, "batch_tokens", least=1)
     if isinstance(sampling.seed, list) and len(sampling.seed) != len(prompts):
         raise UserError(f"seed holds {len(sampling.seed)}, expected one for each of {len(prompts)} prompts")
     stop = _stop_ids(model, tokenizer)
     device = next(model.parameters()).device
     ranks = _ranks(model)
     share = range(dist.get_rank() if ranks > 1 else 0, len(prompts), ranks)
-    waiting = sorted(share, key=lambda i: len(prompts[i]))  # the last and longest goes first
+    waiting = sorted(share, key=lambda i: len(prompts[i]))  # the longest is last, and is taken first
     capacity = max((len(prompts[i]) for i in waiting), default=0) + max_new_tokens
     cache = KVCache(min(max(1, batch_tokens // capacity), len(waiting)), capacity)
     rows = []

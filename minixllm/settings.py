@@ -28,13 +28,13 @@ HUGE = 10**15  # no number may be larger: what is computed from it must not over
 
 
 def setting(default, help: str, choices=(), above: float | None = None, least: float | None = None,
-            most: float | None = None):
+            most: float | None = None, positional: bool = False):
     """A dataclass field with its meaning. A list default makes a flag that takes several values.
 
-    A number must be above `above` or at least `least`, and at most `most`.
+    A number must be above `above` or at least `least`, and at most `most`. positional: it is given without a flag.
     """
     bounds = {"above": above, "least": least, "most": HUGE if most is None else most}
-    metadata = {"help": help, "choices": choices, "bounds": bounds}
+    metadata = {"help": help, "choices": choices, "bounds": bounds, "positional": positional}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -145,8 +145,11 @@ def _add_flag(parser, name, field, hint, embedded):
         options["metavar"] = kind.__name__.upper()
     if several:
         options |= {"nargs": "+", "action": "extend"}
-    parser.add_argument("--" + name.replace("_", "-"), dest=name, **options,
-                        help=f"{field.metadata['help']} (default: {shown})".replace("%", "%%"))
+    if field.metadata["positional"]:
+        flag, options["nargs"] = name, "*"
+    else:
+        flag, options["dest"] = "--" + name.replace("_", "-"), name
+    parser.add_argument(flag, **options, help=f"{field.metadata['help']} (default: {shown})".replace("%", "%%"))
 
 
 def _read_recipe(path, fields, hints) -> dict:

@@ -1,6 +1,10 @@
 """Generation and scoring: against transformers, against one prompt at a time, and on ranks that end at other times."""
 
 import contextlib
+import io
+import re
+import subprocess
+import sys
 import textwrap
 
 import numpy as np
@@ -13,11 +17,13 @@ from minixllm import distributed, generation
 from minixllm import generate as command
 from minixllm.data.prompts import alpaca
 from minixllm.errors import UserError
-from minixllm.generation import Sampling, generate, score, stream
+from minixllm.generation import Sampling, choice_logps, generate, generate_text
 from minixllm.models.bloom import Bloom, BloomConfig
 from minixllm.models.llama import Llama, LlamaConfig
 from minixllm.tokenizers.sentencepiece import train_sentencepiece
 from minixllm.weights import hf_directory
+
+from conftest import ROOT
 
 V = 101
 
@@ -205,10 +211,10 @@ def test_streaming_holds_back_incomplete_characters():
             place = context.position_ids[positions]
             return nn.functional.one_hot(torch.tensor([data[p] for p in place]), 256).float()
 
-    pieces = list(stream(Reciter(), Bytes(), [0], len(data)))
+    pieces = list(generate_text(Reciter(), Bytes(), [0], len(data)))
     assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
     assert pieces == list(text)
-    assert "".join(stream(Reciter(), Bytes(), [0], len(data) - 1)).endswith(" \ufffd")  # cut inside a character
+    assert "".join(generate_text(Reciter(), Bytes(), [0], len(data) - 1)).endswith(" \ufffd")  # cut inside a character
 
 
 @pytest.mark.parametrize("kind", ["llama", "bloom 6"])
@@ -223,34 +229,34 @@ def test_scores_equal_transformers(kind):
             return sum(logps[len(context) - 1 + i, token].item() for i, token in enumerate(choice))
         expected = [[alone(context, choice) for choice in choices] for context, choices in items]
     for batch_tokens in (4096, 25, 1):
-        for got, wanted in zip(score(ours, items, batch_tokens), expected, strict=True):
+        for got, wanted in zip(choice_logps(ours, items, batch_tokens), expected, strict=True):
             assert got == pytest.approx(wanted, rel=1e-5, abs=1e-5)
-    assert [len(batch) for batch in generation._by_tokens(items, 33)] == [2, 2] and score(ours, []) == []
+    assert [len(batch) for batch in generation._by_tokens(items, 33)] == [2, 2] and choice_logps(ours, []) == []
 
 
 def test_score_refuses_what_has_no_likelihood():
     """A choice of no tokens would win every time."""
     ours, _ = pair("llama")
     with pytest.raises(ValueError, match="item 1: an empty choice"):
-        score(ours, [([1], [[2]]), ([1], [[2], []])])
+        choice_logps(ours, [([1], [[2]]), ([1], [[2], []])])
     with pytest.raises(ValueError, match="item 0: an empty context"):
-        score(ours, [([], [[2]])])
+        choice_logps(ours, [([], [[2]])])
 
 
 @pytest.mark.parametrize("prompts, how, message", [
     ([[]], {}, "prompt 0: expected one or more token ids from 0 to 100, found none"),
     ([[1], [2, V]], {}, "prompt 1: .* found 2 to 101"),
     ([[-1]], {}, "found -1 to -1"),
-    ([[1]], {"temperature": -1.0}, "temperature is -1.0, expected 0 or more"),
-    ([[1]], {"temperature": float("nan")}, "temperature is nan"),
-    ([[1]], {"temperature": float("inf")}, "temperature is inf"),
-    ([[1]], {"top_k": 0}, "top_k is 0"),
-    ([[1]], {"top_p": 0.0}, "top_p is 0.0, expected above 0 and at most 1"),
-    ([[1]], {"top_p": 1.1}, "top_p is 1.1"),
-    ([[1]], {"seed": -1}, "seed is -1"),
-    ([[1]], {"seed": [-1]}, r"seed is \[-1\], expected 0 or more"),
+    ([[1]], {"temperature": -1.0}, "temperature: found -1.0, expected a number of at least 0"),
+    ([[1]], {"temperature": float("nan")}, "temperature: found nan"),
+    ([[1]], {"temperature": float("inf")}, "temperature: found inf"),
+    ([[1]], {"top_k": 0}, "top_k: found 0"),
+    ([[1]], {"top_p": 0.0}, "top_p: found 0.0, expected a number above 0 and at most 1"),
+    ([[1]], {"top_p": 1.1}, "top_p: found 1.1"),
+    ([[1]], {"seed": -1}, "seed: found -1"),
+    ([[1]], {"seed": [-1]}, "seed: found -1, expected a whole number of at least 0"),
     ([[1]], {"seed": [1, 2]}, "seed holds 2, expected one for each of 1 prompts"),
-    ([[1]], {"batch_tokens": 0}, "^batch_tokens is 0, expected"),
+    ([[1]], {"batch_tokens": 0}, "^batch_tokens: found 0, expected"),
 ])
 def test_bad_input(prompts, how, message):
     ours, _ = pair("llama")
@@ -300,7 +306,7 @@ SHARDED = textwrap.dedent("""
     import torch, torch.distributed as dist
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))  # a hang is an error
     from minixllm import distributed
-    from minixllm.generation import generate, score
+    from minixllm.generation import choice_logps, generate
     from minixllm.settings import run
     from tests.test_generation import NoEos, pair, random_prompts
 
@@ -311,7 +317,7 @@ SHARDED = textwrap.dedent("""
     class Eos: eos_id = alone[0][2]  # rank 0's longest prompt ends early, others at other times
     alone = generate(plain, Eos, prompts, 12, batch_tokens=2 * 42, temperature=1.0)
     items = [([1, 2, 3], [[4], [5, 6]])] * 2
-    scores = score(plain, items)
+    scores = choice_logps(plain, items)
     sharded = distributed.shard(pair("llama")[0], world, torch.float32).train()
     before = generate(sharded, Eos, prompts, 12, batch_tokens=2 * 42, temperature=1.0)
     one = generate(sharded, Eos, prompts[:1], 12, temperature=1.0)  # the second rank has nothing to do
@@ -322,7 +328,7 @@ SHARDED = textwrap.dedent("""
     with distributed.gathered(sharded):  # each rank by itself
         assert alone == generate(sharded, Eos, prompts, 12, batch_tokens=2 * 42, temperature=1.0)
     assert len(set(map(len, alone))) > 1
-    torch.testing.assert_close(score(sharded, items), scores, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(choice_logps(sharded, items), scores, rtol=1e-5, atol=1e-5)
     assert sharded.training
     print("agreed", world.rank)
     dist.destroy_process_group()
@@ -366,16 +372,37 @@ def test_command_prints_as_it_goes(directory, capsys):
     (["--model", "nowhere", "hello"], "nowhere"),
     (["--raw", "--input", "x", "--model", "DIR", "hello"], "--raw leaves out"),
     (["hello"], "--model is needed"),
-    (["--model", "DIR", "--top-p", "2", "--temperature", "1", "hello"], "top_p is 2.0"),
+    (["--model", "DIR", "--top-p", "2", "--temperature", "1", "hello"], "--top-p: found 2.0, expected a number above 0 and at most 1"),
     (["--model", "DIR", "--top-k", "5", "hello"], "expected a --temperature above 0"),
     (["--modle", "DIR", "hello"], "unknown flag --modle: did you mean --model"),
-    (["--model", "DIR", "--max-new-tokens", "0", "hello"], "^max_new_tokens is 0, expected 1 or more$"),
+    (["--model", "DIR", "--max-new-tokens", "0", "hello"], "^--max-new-tokens: found 0, expected a whole number of at least 1"),
     (["--model", "DIR", "--device", "cuda", "hello"], "--device cuda: PyTorch finds no CUDA GPU"),
 ])
 def test_command_names_mistakes(argv, message, directory, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=message):
         command.main([str(directory) if word == "DIR" else word for word in argv])
+
+
+def test_command_reads_lines_skips_blank_ones_and_warns_of_long_ones(directory, capsys, monkeypatch):
+    lines = ["The capital", "", "   ", "né", "The capital " * 600, ""]
+    stdin = io.TextIOWrapper(io.BytesIO("\n".join(lines).encode()))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    command.main(["--model", str(directory), "--max-new-tokens", "3", "--raw"])
+    printed = capsys.readouterr()
+    command.main(["--model", str(directory), "--max-new-tokens", "3", "--raw", "The capital", "né"])
+    assert printed.out.startswith(capsys.readouterr().out) and printed.out.count("\n") == 3
+    [warned] = printed.err.splitlines()
+    assert re.fullmatch(r"the prompt has [\d,]+ tokens, but the model was trained on 2,048 positions: .*", warned)
+
+
+@pytest.mark.parametrize("argv, status, said", [(["--help"], 0, "--max-new-tokens"), (["--top-k", "x"], 2, "top-k"),
+                                                (["--model", "x", "--raw", "--input", "x"], 2, "--raw leaves out")])
+def test_command_needs_no_torch_for_help_and_wrong_flags(argv, status, said):
+    code = f"import sys; sys.modules['torch'] = None; sys.argv = ['generate', *{argv!r}]; " \
+           "from minixllm.generate import main, run; run(main)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, said in done.stdout + done.stderr) == (status, True), done.stderr
 
 
 @pytest.mark.parametrize("how", [{"top_p": 0.9}, {"top_k": 20}, {"top_k": 20, "top_p": 0.8}], ids=str)

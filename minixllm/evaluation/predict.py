@@ -121,7 +121,7 @@ def _answer(model, tokenizer, items: list[Item], batch_tokens: int, max_new_toke
         for i, ids in zip(group, continuations):
             predictions[i]["answer"] = tokenizer.decode(ids)
     scored = [i for i in asked if items[i].choices]
-    for i, logps in zip(scored, generation.score(model, [contexts[i] for i in scored])):
+    for i, logps in zip(scored, generation.choice_logps(model, [contexts[i] for i in scored])):
         predictions[i]["logps"] = logps
     for item, prediction in zip(items, predictions):
         prediction["parsed"] = answers.parse(item, prediction["answer"], prediction["prompt"])

@@ -520,7 +520,7 @@ def test_accuracies_are_those_of_lm_evaluation_harness(data, tmp_path):
     tables = {}
     contexts = [(tokenizer.encode_prompt(prompt(i)), [tokenizer.encode(c) for c in i.choices])
                 for i in items]
-    for item, logps in zip(items, predict.generation.score(model, contexts)):
+    for item, logps in zip(items, predict.generation.choice_logps(model, contexts)):
         tables.setdefault(item.group, []).append({"logps": logps, "choices": item.choices, "reference": item.reference})
     del model
 
