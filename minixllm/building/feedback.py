@@ -19,7 +19,7 @@ import numpy as np
 
 from minixllm import languages
 from minixllm.building import services
-from minixllm.building.filters import LOOP, REFUSALS, identifier
+from minixllm.building.filters import identifier, unfit
 from minixllm.building.runner import Estimate, LeftOut, Runner, RunnerSettings
 from minixllm.building.services import Prompt
 from minixllm.data import prompts
@@ -204,9 +204,9 @@ def pair(item, judge, least: float, wrong_language, instruction: str, answers: d
     """The record that the compared answers to an instruction give. Raises LeftOut."""
     record, _, target = item
     texts = list(answers)
-    unfit = [bool(REFUSALS.match(text) or LOOP.search(text) or wrong_language(text, target)) for text in texts]
+    faults = [unfit(text, target, wrong_language) for text in texts]
     try:
-        best, worst, margin, vetoed = choose(len(texts), margins, unfit, least)
+        best, worst, margin, vetoed = choose(len(texts), margins, faults, least)
     except LeftOut as out:
         raise LeftOut(out.reason, instruction, *texts) from None
     return {"instruction": instruction, "input": record.input, "chosen": texts[best], "rejected": texts[worst],
@@ -256,11 +256,11 @@ def agreed(one_way: float, other_way: float) -> float:
     return (one_way + other_way) / 2 if one_way * other_way > 0 else 0.0
 
 
-def choose(count: int, margins: dict, unfit: list[bool], least: float) -> tuple[int, int, float, bool]:
+def choose(count: int, margins: dict, faults: list[str | None], least: float) -> tuple[int, int, float, bool]:
     """(best, worst, margin between them, whether a better one was vetoed) of `count` candidates. Raises LeftOut.
 
-    margins: {(i, j), i < j: points by which i beats j}. An unfit candidate, one that refuses, loops or is in the wrong
-    language, can be worst, never best.
+    margins: {(i, j), i < j: points by which i beats j}. A candidate with a fault, one that refuses, loops or is in
+    the wrong language, can be worst, never best.
     """
     def beats(i, j):
         return margins[i, j] if i < j else -margins[j, i]
@@ -268,10 +268,10 @@ def choose(count: int, margins: dict, unfit: list[bool], least: float) -> tuple[
     if count < 2:
         raise LeftOut("fewer than two different answers")
     points = [sum(beats(i, j) for j in range(count) if j != i) for i in range(count)]
-    if all(unfit):
+    if all(faults):
         raise LeftOut("all answers refuse, loop or are in the wrong language")
     ranked = sorted(range(count), key=lambda i: -points[i])
-    best = next(i for i in ranked if not unfit[i])
+    best = next(i for i in ranked if not faults[i])
     worst = next(i for i in reversed(ranked) if i != best)
     margin = beats(best, worst)
     if margin == 0:

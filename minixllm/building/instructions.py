@@ -174,8 +174,7 @@ def make(ask, record: Instruction, plan: Plan) -> tuple[str, str, str]:
 def finish(item, made: tuple[str, str, str], plan: Plan, scores: dict, wrong_language, is_new) -> dict:
     """The record as it is written. Raises LeftOut."""
     number, record = item
-    reason = (fault(record, made, plan.generator is not None)
-              or wrong_language(made[2], plan.code) or wrong_language(made[0], plan.code)
+    reason = (fault(record, made, plan.generator is not None, plan.code, wrong_language)
               or (None if is_new("\n".join((plan.code, *map(spaced, made[:2])))) else "duplicate"))
     if reason:
         raise LeftOut(reason, *made)

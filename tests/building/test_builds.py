@@ -36,6 +36,7 @@ pytest.importorskip("py3langid")
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(runner, "BACKOFF", 0.01)
+    monkeypatch.setattr(filters.language_id, "identifier", fake_services.identifier)
     monkeypatch.setenv("GOOGLE_API_KEY", KEY)
 
 
@@ -76,6 +77,7 @@ def undisturbed(tmp_path_factory):
     """(the files of a build, how many requests it made) that no fault disturbed."""
     with pytest.MonkeyPatch.context() as patch, Server() as server:
         patch.setenv("GOOGLE_API_KEY", KEY)
+        patch.setattr(filters.language_id, "identifier", fake_services.identifier)
         return contents(build(server, tmp_path_factory.mktemp("undisturbed"))), len(server.asked)
 
 
@@ -276,7 +278,7 @@ def test_a_failure_in_the_sample_is_told(tmp_path, undisturbed):
 def test_translations_back_are_scored_against_their_originals(tmp_path):
     class Shortening(Stub):
         def ask(self, request):
-            return f"Ja. {request.text}" if request.target == "deu" else request.text[4:-11], {"requests": 1}
+            return request.text[::-1] if request.target == "deu" else request.text[:10:-1], {"requests": 1}
 
     plan = instructions.Plan("deu", Shortening(), None, {})
     with runner.Runner(runner.RunnerSettings(output=str(tmp_path))) as run:
@@ -606,7 +608,10 @@ def test_ctrl_c_does_not_wait_for_answers(tmp_path):
 
 CHILD = """
 import os, random, signal, sys, time
+sys.path.insert(0, "tests")
+import fake_services
 from minixllm.building import filters
+filters.language_id.identifier = fake_services.identifier
 from minixllm.building import __main__ as command, feedback, instructions, runner, services
 filters.identifier()           # what takes long to import, once
 kills, *argv = sys.argv[1:]
@@ -986,155 +991,6 @@ def test_choice_of_the_pair():
         feedback.choose(2, {(0, 1): 0.0}, [False, False], 1.0)
 
 
-# -- filters
-
-GOOD = ("Nenne 25 nahe Orte, siehe https://a.org/x und {name}.", "", "Hier sind 25 Orte in der Nähe.")
-
-
-@pytest.mark.parametrize(
-    "changed, generated, reason",
-    [
-        ({}, True, None),
-        ({0: " "}, True, "empty"),
-        ({2: "\n"}, True, "empty"),
-        ({2: "As an AI language model, I cannot do that."}, True, "refusal"),
-        ({2: "I'm sorry, but I can't help with that."}, True, "refusal"),
-        ({0: "List 25 near places, see https://a.org/x and {name}."}, True, "untranslated"),
-        ({0: GOOD[0].replace("{name}", "Name")}, True, "lost placeholder, URL or code"),
-        ({0: GOOD[0].replace("/x", "/y")}, True, "lost placeholder, URL or code"),
-        ({0: GOOD[0].replace("25", "26")}, True, "lost number"),
-        ({0: GOOD[0].replace("25", "٢٥")}, True, None),
-        ({2: "Hier sind Orte."}, True, None),
-        ({2: "Hier sind Orte."}, False, "lost number"),
-        ({0: GOOD[0] + " und so weiter" * 40}, True, "length ratio"),
-        ({2: "25."}, False, "length ratio"),
-        ({2: "sehr " * 12}, True, "loop"),
-        ({2: "かな" * 12}, True, "loop"),
-        ({2: "Ja. " + "-" * 80}, True, None),
-        ({2: GOOD[0].replace(" ", "\n")}, True, "answer repeats the question"),
-        ({2: GOOD[0].upper()}, True, None),   # as it may have been asked to
-        ({2: GOOD[0].replace(",", "")}, True, None),
-    ],
-)
-def test_filters(changed, generated, reason):
-    record = Instruction("List 25 near places, see https://a.org/x and {name}.", "", "Here are 25 places nearby.")
-    made = tuple(changed.get(i, text) for i, text in enumerate(GOOD))
-    assert filters.fault(record, made, generated) == reason
-
-
-@pytest.mark.parametrize("changed, generated, reason", [
-    ({}, True, None),
-    ({1: " "}, True, "empty"),
-    ({1: "Rom, Paris und andere im weiten Tal"}, True, "lost number"),
-    ({2: "Rom, Paris und 40 andere im weiten Tal"}, True, "answer repeats the question"),
-    ({2: "Rom, Paris und 40 andere im weiten Tal"}, False, None),   # as the original may
-    ({2: "Nenne die Städte."}, True, None),
-])
-def test_filters_of_an_input(changed, generated, reason):
-    record = Instruction("Name the towns.", "Rome, Paris and 40 others in the wide valley", "Rome, Paris and 40 others")
-    made = ("Nenne die Städte.", "Rom, Paris und 40 andere im weiten Tal", "Rom, Paris und 40 andere")
-    assert filters.fault(record, tuple(changed.get(i, text) for i, text in enumerate(made)), generated) == reason
-
-
-def test_what_the_original_has_already():
-    refusal = Instruction("Open it.", "", "I'm sorry, but I can't help with that.")
-    assert filters.fault(refusal, ("Öffne es.", "", "Es tut mir leid, das kann ich nicht."), False) == "refusal"
-    assert filters.fault(refusal, ("Öffne es.", "", "Es ist offen."), True) is None   # another answer is written
-    laughing = Instruction("Laugh.", "ha " * 9, "No.")
-    assert filters.fault(laughing, ("Lache.", "ho " * 9, "Nein."), True) is None
-
-
-@pytest.mark.parametrize("source, target, reason", [
-    ("See https://a.org/x for it.", "请看网页https://a.org/x的内容", None),
-    ("See https://a.org/x.", "https://a.org/x\u0964", None),   # Hindi's full stop
-    ("See https://a.org/x.", "ดูที่https://a.org/xนะ", None),
-    ("See (https://a.org/x?y=1&z=2).", "（https://a.org/x?y=1&z=2）を見て。", None),
-    ("See https://a.org/x.", "看https://a.org/y的内容", "lost placeholder, URL or code"),
-    ("Go to www.a.org, tell me.", "去www.a.org告诉我", None),
-    ("Go to www.a.org, tell me.", "去www.b.org告诉我", "lost placeholder, URL or code"),
-    ("Say %s now.", "说%s已经", None),
-    ("Say %s now.", "说%so已经", "lost placeholder, URL or code"),
-    ("It has 1,000 towns.", "Elle a 1 000 villes.", None),
-    ("It has 1,000 towns.", "Есть 1\u00a0000 городов.", None),
-    ("It has 1,000,000 towns.", "इसमें १०,००,००० नगर हैं।", None),
-    ("It has 1,000 towns.", "它有１０００个镇", None),
-    ("It has 1,000 towns.", "Es hat 100 oder 10 000 Städte.", "lost number"),
-    ("It costs 50,000 yen.", "5万円かかります。", None),
-    ("It has 100,000 people and 2.4 million cars.", "有10万人和240万辆汽车。", None),
-    ("Meet on 2023-01-05.", "2023年1月5日に会う。", None),
-    ("It costs 50,000 yen.", "6万円かかります。", "lost number"),
-    ("It costs 50,000 yen.", "Es kostet 5 Yen.", "lost number"),
-    ("It has 15,300 people and 125,000 trees.", "人口は1万5300人、木は12万5000本です。", None),
-    ("It has 15,300 people.", "人口は1万5200人です。", "lost number"),
-    ("It earned 150 million dollars in 5 days.", "그 회사는 5일에 1억 5000만 달러를 벌었다.", None),
-    ("It earned 50,000,000 won.", "5천만 원을 벌었다.", None),
-    ("It earned 53,000,000 won.", "5천만 원을 벌었다.", "lost number"),
-    ("Name a 20th-century painter.", "Nombra un pintor del siglo XX.", None),
-    ("Compare the 18th and the 19th century.", "Compara los siglos XVIII y XIX.", None),
-    ("Name the 20th president.", "Nombra al presidente.", "lost number"),
-    ("Name a song of the 1980s.", "Citez une chanson des années 80.", None),
-    ("Name a song of the 80s.", "1980年代の歌を一つ挙げてください。", None),
-    ("Name a song of the 1980s.", "Citez une chanson des années 90.", "lost number"),
-    ("Fill in: the sky is ____.", "Fülle aus: Der Himmel ist _____.", None),
-    ("Fill in: the sky is ____.", "Fülle aus: Der Himmel ist blau.", "lost placeholder, URL or code"),
-    ("Apple, Google, Microsoft, Amazon, Toyota", "Apple, Google, Microsoft, Amazon, Toyota", None),
-    ("Who wrote the book Pride and Prejudice?", "Who wrote the book Pride and Prejudice?", "untranslated"),
-    ("Day 1: Arrive in Rome. Visit the Colosseum and the Forum.",
-     "Day 1: Arrive in Rome. Visit the Colosseum and the Forum.", "untranslated"),
-    ("Python: `for each in numbers: print(each)`", "Python: `for each in numbers: print(each)`", None),
-    ("Take 10, 20 or 30.", "取10,20或30", None),
-    ("Take 10,20,30 away.", "Nimm 10, 20, 30 weg.", None),
-])
-def test_what_scripts_write_differently(source, target, reason):
-    assert filters.fault(Instruction(source, "", "y"), (target, "", "y"), True) == reason
-
-
-@pytest.mark.parametrize("text, refuses", [
-    ("I'm sorry, but I can't help with that.", True), ("Sorry, I cannot do that.", True),
-    ("I am unable to view images.", True), ("I'm not able to browse the internet.", True),
-    ("As an AI model trains on more data, it improves.", False),
-    ("I apologize, but I am unable to say.", True), ("As an AI language model, I have no taste.", True),
-    ("As an AI, I have none.", True), ("I cannot assist you there.", True), ("I'm not able to provide it.", True),
-    ("As an AI language model I don't have one.", True), ("I can not help with that.", True),
-    ("I'm sorry, but as an AI I have none.", True), ("I am unable to attend the meeting tomorrow.", False),
-    ("I'm sorry if I snapped at you.", False), ("I'm sorry it is raining, stay in.", False),
-    ("I'm sorry I'm late.", False), ("Sorry, I am busy.", False), ("I can't help falling in love with you.", False),
-    ("As an AI engineer, I design networks.", False), ("I apologize, but it was late.", False),
-])
-def test_refusals_are_not_ordinary_regrets(text, refuses):
-    assert bool(filters.REFUSALS.match(text)) == refuses
-
-
-def test_what_a_translation_keeps():
-    assert filters.normal("  Ｗhat?\n «Ja», 1.") == filters.normal("what ja 1") == "what ja 1"
-    assert filters.normal("की") != filters.normal("का")   # they differ in a vowel sign
-    assert filters.numbers("1,234.50 or 1.234,50 or 1 7 and १२३") == {"123450", "123"}
-    assert filters.VERBATIM.findall("a %s b <br> `x = 1` ```py\nprint()\n``` {0} ____ www.a.org") == [
-        "%s", "<br>", "`x = 1`", "```py\nprint()\n```", "{0}", "___", "www.a.org"]
-    assert filters.spaced("x  <\ny") == "x < y" != filters.spaced("x > y")
-    for text, least in (("ja ", 8), ("かな", 10)):
-        assert filters.LOOP.search(text * least) and not filters.LOOP.search(text * (least - 1))
-    start = time.perf_counter()   # no text takes the patterns long
-    for text in ("a" * 100_000, "ab " * 50_000, "```" * 30_000, "{" * 100_000, "1," * 50_000, "5" + "万" * 50_000):
-        filters.fault(Instruction("x" * 9, "", "1,000"), ("x", "", text), False)
-    assert time.perf_counter() - start < 3
-
-
-def test_wrong_language():
-    wrong = filters.identifier()
-    assert wrong("Dies ist ein Satz in deutscher Sprache über das Wetter.", "deu") is None
-    assert wrong("Dies ist ein Satz in deutscher Sprache über das Wetter.", "fra") == "wrong language"
-    assert (
-        wrong("This is plainly an English sentence about the weather.", "umb") == "wrong language"
-    )  # which it does not know
-    assert wrong("Paris", "deu") is None  # too short to tell
-    assert wrong("This is one sentence.", "deu") is None and wrong("This is one sentence.", "kor") == "wrong language"
-    code = "def area(width, height):\n    return width * height  # of the whole rectangle"
-    assert wrong(code, "deu") and wrong(f"```python\n{code}\n```", "deu") is None
-    assert wrong(f"Diese Funktion berechnet die Fläche:\n```python\n{code * 5}\n```", "deu") is None
-    assert wrong("Ovo je rečenica na hrvatskom jeziku o današnjem vremenu.", "bos") is None  # a close relative
-
-
 def test_answers_and_instructions_in_the_wrong_language_are_left_out(tmp_path, monkeypatch):
     found = {"ebircseD eht 104th nwot ni a wef sdrow.": "wrong language", "tI sah 205 dlo sesuoh.": "wrong language"}
     monkeypatch.setattr(instructions, "identifier", lambda: lambda text, code: found.get(text))
@@ -1199,7 +1055,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
         assert len(str(error.value)) < 400 and "\n" not in str(error.value)
 
     (tmp_path / "b.json").write_text('[{"instruction": "a", "output": "b"},\n {"instruction": "a"}]')
-    fails("b.json, line 2: no field 'output': found instruction;", data=tmp_path / "b.json")
+    fails("b.json, record 2: no field 'output': found instruction;", data=tmp_path / "b.json")
     fails("record 2: id '7' again, first in .*alpaca.json, record 1; expected every record to have its own", id=7)
     lines = [{"instruction": "a", "output": "b", **more} for more in ({"id": 1}, {}, *[{"id": ""}, {"id": None}] * 2)]
     (tmp_path / "ids.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -1234,7 +1090,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
                                ("max-new-tokens", "0", "1"), ("temperature", "-0.5", "0"), ("min-bleu", "nan", "0"),
                                ("concurrency", "0", "1"), ("concurrency", "9999", "1 and at most 1,000"),
                                ("quality-sample", "0", "1")):
-        fails(f"--{flag} is {value}, expected a (finite|whole) number of at least {bound}", f"--{flag}", value)
+        fails(f"--{flag}: found {value}, expected a (whole )?number of at least {bound}", f"--{flag}", value)
     fails("did you mean --translator", "--translater", "google")
     with Server() as server:
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)
