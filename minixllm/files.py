@@ -70,10 +70,10 @@ def write_json_lines(path, records) -> None:
 
 @contextlib.contextmanager
 def locked(path, busy: str | None = None):
-    """Hold the lock of this name; the kernel drops it when its holder dies, so nobody waits for the dead.
+    """Hold the lock of this name. The kernel drops it when its holder dies, so nobody waits for a dead process.
 
-    busy: what a UserError says if another process holds it; with None one waits for it. Yields whether it is held: some
-    network file systems have no locks, and then one goes on without.
+    busy: what a UserError says if another process holds the lock; without it this process waits. Yields whether the
+    lock is held: some network file systems have no locks, which is said, and the caller decides whether to go on.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
