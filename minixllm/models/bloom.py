@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from minixllm.errors import UserError
+from minixllm.errors import UserError, found
 from minixllm.models import fused_cpu
 from minixllm.models.attention import Packed, alibi_slopes
 from minixllm.models.config import read_settings, refuse
@@ -52,12 +52,19 @@ class BloomConfig:
     @classmethod
     def from_dict(cls, config: dict) -> "BloomConfig":
         """Reads config.json. Raises UserError naming a key whose value is absurd or asks for something not built."""
+        refuse(config, {"model_type": cls.model_type})
         spellings = {"n_embed": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
-        config = {spellings.get(key, key): value for key, value in config.items()}
-        refuse(config, {"model_type": cls.model_type, "hidden_dropout": 0})
+        for old, name in spellings.items():
+            if config.get(old) is not None:
+                if old != "n_embed" and config.get(name, config[old]) != config[old]:  # n_embed beats hidden_size
+                    raise UserError(f"{name}: found {found(config[name])}, expected that of {old}")
+                config = config | {name: config[old]}
         settings = read_settings(cls, config)
         if config.get("n_inner") not in (None, 4 * settings.hidden_size):
-            raise UserError(f"n_inner: found {config['n_inner']!r}, expected null or 4 times hidden_size")
+            raise UserError(f"n_inner: found {found(config['n_inner'])}, expected null or 4 times hidden_size")
+        if config.get("slow_but_exact") and config.get("pretraining_tp") not in (None, 1):
+            raise UserError(f"slow_but_exact: found {found(config['slow_but_exact'])} with pretraining_tp "
+                            f"{found(config['pretraining_tp'])}, expected false: sums in slices are not built")
         return settings
 
     def to_dict(self) -> dict:
@@ -67,6 +74,8 @@ class BloomConfig:
 
 
 class BloomAttention(nn.Module):
+    """Multi-head attention, softmax(q k^T / sqrt(D) + ALiBi) v: see `attention.alibi_slopes`."""
+
     def __init__(self, config, layer_idx):
         super().__init__()
         self.layer_idx, self.head_dim = layer_idx, config.head_dim
@@ -75,7 +84,7 @@ class BloomAttention(nn.Module):
 
     def forward(self, hidden, slopes, context):
         N = hidden.shape[0]
-        # laid out head by head as [q, k, v], not as three matrices
+        # The rows of the matrix are laid out head by head as [q, k, v], not as three matrices.
         query, key, value = self.query_key_value(hidden).view(N, -1, 3, self.head_dim).unbind(2)  # (N, H, D)
         attended = context.attend(self.layer_idx, query, key, value, slopes)
         return self.dense(attended.reshape(N, -1))
@@ -129,7 +138,7 @@ class Bloom(nn.Module):
         self.tie_weights()
 
     def tie_weights(self):
-        """Makes a tied head the embedding again; to be called after `to_empty`, which unties silently."""
+        """Makes a tied head the embedding's weight. Call it again after `to_empty`, which unties them silently."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.word_embeddings.weight
 
@@ -160,13 +169,14 @@ class Bloom(nn.Module):
         Returns the logits (N, V) or (B, T, V); with `positions` (M,) only those rows of them, (M, V). With `labels`,
         already shifted (labels[i] is the token to predict at i, -100 for none), returns instead the labels'
         log-probabilities in fp32, shaped as the labels, 0 where there is none; the logits are then never held whole.
+        The head is applied in here, because FSDP2 gathers the weights outside the blocks only within this forward.
         """
         shape = input_ids.shape
         if context is None:
             context = Packed([shape[1]] * shape[0], input_ids.device)
         hidden = self.transformer.word_embeddings(input_ids.reshape(-1))  # (N, d)
         hidden = self.transformer.word_embeddings_layernorm(hidden)
-        slopes = alibi_slopes(self.config.num_attention_heads, hidden.device)  # fp32: no buffer that a cast could round
+        slopes = alibi_slopes(self.config.num_attention_heads, hidden.device)  # fp32; as a buffer, it would be rounded
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 hidden = checkpoint(block, hidden, slopes, context, use_reentrant=False)

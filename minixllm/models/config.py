@@ -1,56 +1,44 @@
 """Reading config.json into the dataclass of an architecture: every setting checked, none that matters ignored."""
 
 import dataclasses
-import sys
 import types
 
-from minixllm.errors import UserError
+from minixllm.errors import UserError, expect, found
 
-# What would change the model's results if it were set to anything but this, and is not built.
-COMMON = {"quantization_config": None, "sliding_window": None, "attention_dropout": 0, "is_encoder_decoder": False,
+# Settings of both architectures that would change the model's results, with the only value that is built. Dropouts are
+# not among them: they act in training alone, and are off here.
+COMMON = {"quantization_config": None, "sliding_window": None, "is_encoder_decoder": False,
           "add_cross_attention": False}
 
 
 def refuse(config: dict, expected: dict) -> None:
-    """Raises UserError for a key of `expected` that `config` sets to another value."""
+    """Raises UserError for a key of `expected`, or of COMMON, that `config` sets to another value."""
     for key, value in {**COMMON, **expected}.items():
         if config.get(key, value) != value:
-            found = repr(config[key])  # of a quantised model, a page
-            raise UserError(f"{key}: found {found[:60] + '...' * (len(found) > 60)}, expected "
+            raise UserError(f"{key}: found {found(config[key])}, expected "
                             f"{'none' if value is None else repr(value)} (nothing else is supported)")
 
 
 def read_settings(cls, config: dict):
-    """An instance of the dataclass `cls` from the keys of `config` that are its fields, types and ranges checked.
+    """An instance of the dataclass `cls` from those keys of `config` that are its fields, types and ranges checked.
 
-    A field of type int is at least 1, a float above 0; `| None` lets null stand for the default; a token id is any
-    whole number (old files have a pad of -1), the eos perhaps a list of them. Raises UserError naming the key, what was
-    found and what was expected.
+    A whole number is at least 1, any other number above 0. Where the field's type has `| None`, null stands for the
+    default. A token id may be any whole number (old files have a pad of -1), and the eos a list of them. Raises
+    UserError naming the key, what was found and what was expected.
     """
     settings = {}
-    for f in dataclasses.fields(cls):
-        optional = isinstance(f.type, types.UnionType)
-        if f.name not in config:
-            if f.default is dataclasses.MISSING:
-                raise UserError(f"{f.name}: missing, expected {_EXPECTED[f.type]}")
+    for field in dataclasses.fields(cls):
+        name, optional = field.name, isinstance(field.type, types.UnionType)
+        if name not in config:
+            if field.default is dataclasses.MISSING:
+                raise UserError(f"{name}: missing, expected a value, because it has no default")
             continue
-        value, kind = config[f.name], f.type.__args__[0] if optional else f.type
-        if f.name.endswith("_token_id"):
-            ids = value if isinstance(value, list) and f.type == int | list | None else [value]
+        value, kind = config[name], field.type.__args__[0] if optional else field.type
+        settings[name] = value
+        if name.endswith("_token_id"):
+            ids = value if isinstance(value, list) and list in field.type.__args__ else [value]
             if not all(type(i) in (int, type(None)) and abs(i or 0) < 2**31 for i in ids):
-                raise UserError(f"{f.name}: found {value!r}, expected a token id")
-        elif not (optional and value is None) and not _fits(value, kind):
-            raise UserError(f"{f.name}: found {value!r}, expected {_EXPECTED[kind]}")
-        settings[f.name] = value
+                raise UserError(f"{name}: found {found(value)}, expected a token id")
+        elif not (optional and value is None):
+            expect(value, kind, name, **{int: {"least": 1, "most": 2**31 - 1}, float: {"above": 0}}.get(kind, {}))
     return cls(**settings)
-
-
-_EXPECTED = {int: "a whole number of at least 1", float: "a number above 0", bool: "true or false", dict: "an object"}
-
-
-def _fits(value, kind) -> bool:
-    if kind is int:
-        return type(value) is int and 1 <= value < 2**31
-    if kind is float:
-        return type(value) in (int, float) and 0 < value <= sys.float_info.max
-    return isinstance(value, kind)

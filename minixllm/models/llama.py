@@ -6,7 +6,6 @@ N tokens of documents laid end to end, d hidden_size, H query heads, KV key and 
 
 import functools
 import math
-import sys
 from dataclasses import asdict, dataclass
 
 import torch
@@ -14,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from minixllm.errors import UserError
+from minixllm.errors import UserError, expect, found
 from minixllm.models import fused_cpu
 from minixllm.models.attention import Packed
 from minixllm.models.config import read_settings, refuse
@@ -79,33 +78,28 @@ class LlamaConfig:
 
 def _rope_scaling(rope: dict, max_position_embeddings: int) -> dict | None:
     """The checked `rope_scaling` of config.json; None where positions are not scaled."""
-    if not isinstance(rope, dict):
-        raise UserError(f"rope_scaling: found {rope!r}, expected an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
     needed = {"default": [], "linear": ["factor"],
               "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
-    if not isinstance(kind, str) or kind not in needed:
-        raise UserError(f"rope_scaling: found rope_type {kind!r}, expected default, linear or llama3")
-    scaling = {"rope_type": kind}
-    for key in needed[kind]:
-        value = rope.get(key, max_position_embeddings if key == "original_max_position_embeddings" else None)
-        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
-            raise UserError(f"rope_scaling: found {key} {value!r}, expected a number above 0")
-        scaling[key] = value
-    unknown = set(rope) - set(scaling) - {"type", "rope_theta", "partial_rotary_factor"}
+    expect(rope, dict, "rope_scaling")
+    kind = expect(rope.get("rope_type", rope.get("type", "default")), str, "rope_scaling: rope_type", choices=needed)
+    defaults = {"original_max_position_embeddings": max_position_embeddings}
+    scaling = {key: expect(rope.get(key, defaults.get(key)), float, f"rope_scaling: {key}", above=0)
+               for key in needed[kind]}
+    unknown = set(rope) - set(scaling) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     if unknown or rope.get("partial_rotary_factor", 1) != 1:
-        raise UserError(f"rope_scaling: found {rope!r}, expected only {', '.join(scaling)}")
+        raise UserError(f"rope_scaling: found {found(rope)}, expected only {', '.join(['rope_type', *scaling])}")
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-        raise UserError(f"rope_scaling: found {rope!r}, expected high_freq_factor above low_freq_factor")
-    return scaling if kind != "default" else None
+        raise UserError(f"rope_scaling: found {found(rope)}, expected high_freq_factor above low_freq_factor")
+    return {"rope_type": kind, **scaling} if kind != "default" else None
 
 
 def rotary_angles(config: LlamaConfig, position_ids: torch.Tensor):
-    """Cosines and sines of position times frequency, (N,) -> two (N, 1, D) fp32, the first half of the sines negated as
-    `rotate` needs them (Su et al. 2021, RoFormer, eq. 34). As in Hugging Face's weights, dimensions i and i + D/2 turn
-    together, not two neighbours as in the paper.
+    """RoPE, rotary position embedding: pair i of a query or key turns by position * theta^(-2i / D) (Su et al. 2021,
+    arXiv 2104.09864, eq. 34). A pair is the dimensions i and i + D/2, as in Hugging Face's weights; the paper's is two
+    neighbours.
 
-    Always fp32: bf16 cannot tell 256 from 257.
+    position_ids (N,) -> cosines and sines, (N, 1, D) each, the first half of the sines negated as `rotate` needs them.
+    They are fp32 in every model, because bf16 cannot tell position 256 from 257.
     """
     D = config.head_dim
     frequencies = config.rope_theta ** -(torch.arange(0, D, 2, device=position_ids.device).float() / D)  # (D/2,)
@@ -113,7 +107,9 @@ def rotary_angles(config: LlamaConfig, position_ids: torch.Tensor):
     if scaling and scaling["rope_type"] == "linear":
         frequencies = frequencies / scaling["factor"]
     elif scaling and scaling["rope_type"] == "llama3":
-        # Slow frequencies are divided by the factor, fast ones kept, those between interpolated.
+        # Llama 3.1's way to longer contexts (Dubey et al. 2024, arXiv 2407.21783). A pair that does not even turn once
+        # in the original context would meet angles it never saw in training, so that its frequency is divided by the
+        # factor. Fast pairs saw every angle, and tell near tokens apart: they stay. Those between are interpolated.
         turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -124,24 +120,29 @@ def rotary_angles(config: LlamaConfig, position_ids: torch.Tensor):
 
 
 def rotate(x: torch.Tensor, rotary) -> torch.Tensor:
-    """Rotates each pair (x[i], x[i + D/2]) of x (N, heads, D) by its angle."""
+    """RoPE applied: each pair (x[i], x[i + D/2]) of x (N, heads, D) is turned by its angle."""
     cos, sin = rotary
     first, second = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin).to(x.dtype)
 
 
 class LlamaRMSNorm(nn.Module):
+    """RMSNorm: weight * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4)."""
+
     def __init__(self, config):
         super().__init__()
         self.eps = config.rms_norm_eps
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
 
     def forward(self, hidden):
-        # computed in fp32 and rounded before the weight, as Hugging Face does: nn.RMSNorm would round after it
+        # As in Hugging Face, the norm is rounded to the model's type before the weight. nn.RMSNorm rounds after it.
         return self.weight * F.rms_norm(hidden, self.weight.shape, eps=self.eps)
 
 
 class LlamaAttention(nn.Module):
+    """Grouped-query attention: each key and value head serves H / KV query heads (Ainslie et al. 2023, arXiv
+    2305.13245). KV = H is multi-head attention, softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1)."""
+
     def __init__(self, config, layer_idx):
         super().__init__()
         self.layer_idx, self.head_dim = layer_idx, config.head_dim
@@ -161,6 +162,8 @@ class LlamaAttention(nn.Module):
 
 
 class LlamaMLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), silu(z) = z * sigmoid(z) (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
+
     def __init__(self, config):
         super().__init__()
         d, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
@@ -204,7 +207,7 @@ class Llama(nn.Module):
         self.tie_weights()
 
     def tie_weights(self):
-        """Makes a tied head the embedding again; to be called after `to_empty`, which unties silently."""
+        """Makes a tied head the embedding's weight. Call it again after `to_empty`, which unties them silently."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -235,6 +238,7 @@ class Llama(nn.Module):
         Returns the logits (N, V) or (B, T, V); with `positions` (M,) only those rows of them, (M, V). With `labels`,
         already shifted (labels[i] is the token to predict at i, -100 for none), returns instead the labels'
         log-probabilities in fp32, shaped as the labels, 0 where there is none; the logits are then never held whole.
+        The head is applied in here, because FSDP2 gathers the weights outside the blocks only within this forward.
         """
         shape = input_ids.shape
         if context is None:

@@ -111,9 +111,27 @@ def test_config_of_the_published_files_is_read_and_written_again():
     assert (theirs.hidden_size, theirs.n_layer, theirs.n_head, theirs.vocab_size) == (1024, 24, 16, 250880)
 
 
-@pytest.mark.parametrize("key, value", [("n_head", 5), ("num_hidden_layers", 0), ("hidden_dropout", 0.1),
-                                        ("n_inner", 7), ("attention_dropout", 0.1), ("layer_norm_epsilon", -1),
-                                        ("model_type", "gpt2"), ("apply_residual_connection_post_layernorm", "yes")])
+@pytest.mark.parametrize("key, value", [("n_head", 5), ("num_hidden_layers", 0), ("n_inner", 7), ("n_inner", [7]),
+                                        ("layer_norm_epsilon", -1), ("model_type", "gpt2"),
+                                        ("apply_residual_connection_post_layernorm", "yes")])
 def test_unsupported_or_absurd_settings_are_refused_by_name(key, value):
     with pytest.raises(UserError, match=f"^{key}: found .*expected"):
         BloomConfig.from_dict({**BASE, "n_head": 4, "hidden_size": 32, key: value})
+
+
+def test_sums_in_slices_are_refused_by_name():
+    """`slow_but_exact` adds up the products of `pretraining_tp` slices, which rounds otherwise."""
+    for value, slices in ((True, 4), (1, 2), ("yes", "x")):
+        with pytest.raises(UserError, match="^slow_but_exact: found .* with pretraining_tp .*expected false"):
+            BloomConfig.from_dict({**BASE, "n_head": 4, "hidden_size": 32, "slow_but_exact": value, "pretraining_tp": slices})
+    for harmless in ({"slow_but_exact": True, "pretraining_tp": 1}, {"slow_but_exact": False, "pretraining_tp": 4},
+                     {"slow_but_exact": True}):
+        BloomConfig.from_dict({**BASE, "n_head": 4, "hidden_size": 32, **harmless})
+
+
+def test_dropouts_and_a_null_n_embed_are_read_as_transformers_reads_them():
+    """Dropouts act in training alone: in evaluation the logits are those without."""
+    config, theirs = {**BASE, "n_head": 4, "hidden_size": 32}, transformers.BloomConfig
+    change = {"hidden_dropout": 0.5, "attention_dropout": 0.5, "n_embed": None}
+    assert BloomConfig.from_dict(config | change) == BloomConfig.from_dict(config)
+    assert theirs(**config, n_embed=48).hidden_size == BloomConfig.from_dict(config | {"n_embed": 48}).hidden_size == 48
