@@ -85,7 +85,7 @@ class Sampling:
         return (logits.float() - best.float()) / self.temperature
 
     def _draw_among(self, tokens: torch.Tensor, probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        """One of each row's tokens (rows, k), the likeliest first, by their probabilities; with top_p of the nucleus."""
+        """One of each row's tokens (rows, k), the likeliest first; with top_p one of the nucleus."""
         if self.top_p is not None:
             before = probs.cumsum(-1) - probs
             probs = probs.masked_fill(before >= self.top_p, 0)
@@ -166,7 +166,7 @@ def choice_logps(model, items, batch_tokens: int = 2048) -> list[list[float]]:
                 documents.append((len(trunk), [len(choice) for choice in choices]))
                 input_ids += trunk
                 labels += [-100] * len(trunk)
-                for choice in choices:  # a branch predicts its choice: the context's last token, then the choice's but the last
+                for choice in choices:  # a branch: the context's last token, and the choice without its last
                     input_ids += [last, *choice[:-1]]
                     labels += choice
             logps = model(torch.tensor(input_ids, device=device), Packed(documents, device),

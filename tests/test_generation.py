@@ -294,7 +294,8 @@ def test_training_goes_on_as_before():
 
 @pytest.mark.parametrize("gathered", [False, True])
 def test_one_process_that_computes_in_bf16_generates_as_a_bf16_model(gathered):
-    plain, model = pair("llama")[0].bfloat16(), distributed.shard(pair("llama")[0], distributed.setup("cpu"), torch.bfloat16)
+    plain = pair("llama")[0].bfloat16()
+    model = distributed.shard(pair("llama")[0], distributed.setup("cpu"), torch.bfloat16)
     prompts = random_prompts(6, 2, 8, 1, 5)
     with distributed.gathered(model) if gathered else contextlib.nullcontext():
         assert generate(model, NoEos, prompts, 9) == generate(plain, NoEos, prompts, 9)
@@ -372,10 +373,12 @@ def test_command_prints_as_it_goes(directory, capsys):
     (["--model", "nowhere", "hello"], "nowhere"),
     (["--raw", "--input", "x", "--model", "DIR", "hello"], "--raw leaves out"),
     (["hello"], "--model is needed"),
-    (["--model", "DIR", "--top-p", "2", "--temperature", "1", "hello"], "--top-p: found 2.0, expected a number above 0 and at most 1"),
+    (["--model", "DIR", "--top-p", "2", "--temperature", "1", "hello"],
+     "--top-p: found 2.0, expected a number above 0 and at most 1"),
     (["--model", "DIR", "--top-k", "5", "hello"], "expected a --temperature above 0"),
     (["--modle", "DIR", "hello"], "unknown flag --modle: did you mean --model"),
-    (["--model", "DIR", "--max-new-tokens", "0", "hello"], "^--max-new-tokens: found 0, expected a whole number of at least 1"),
+    (["--model", "DIR", "--max-new-tokens", "0", "hello"],
+     "^--max-new-tokens: found 0, expected a whole number of at least 1"),
     (["--model", "DIR", "--device", "cuda", "hello"], "--device cuda: PyTorch finds no CUDA GPU"),
 ])
 def test_command_names_mistakes(argv, message, directory, monkeypatch):

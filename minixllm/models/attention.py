@@ -17,17 +17,18 @@ BLOCK = 128  # of queries, or keys, in FlexAttention
 
 
 def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
-    """A tensor of the CPU on `device`, without waiting for what a GPU still computes: meanwhile the CPU goes ahead."""
+    """Copies a tensor from the CPU to `device` without waiting until a GPU has done its earlier work."""
     if torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()  # from other memory the driver may wait all the same
+        tensor = tensor.pin_memory()  # the driver may wait when it copies from other memory
     return tensor.to(device, non_blocking=True)
 
 
 def alibi_slopes(num_heads: int, device="cpu") -> torch.Tensor:
-    """The slope of each head, (H,) fp32 (Press et al. 2022, "Train Short, Test Long", section 3).
+    """ALiBi, attention with linear biases: head h adds slope_h * (key's place - query's place) to its scores (Press et
+    al. 2022, "Train Short, Test Long", arXiv 2108.12409, section 3). Returns the slopes, (H,) fp32.
 
-    2^(-8h/n) for h = 1..n when n is a power of two; otherwise the slopes of the power of two below, followed by every
-    second slope of the power of two above.
+    They are 2^(-8h/n) for h = 1..n when the number of heads n is a power of two. Otherwise they are those of the power
+    of two below, followed by every second slope of the power of two above.
     """
     below = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * h / below) for h in range(1, below + 1)]
@@ -36,10 +37,10 @@ def alibi_slopes(num_heads: int, device="cpu") -> torch.Tensor:
 
 
 def causal_mask(length: int, slopes, dtype, device) -> torch.Tensor:
-    """What is added to the scores of a document: (H, length, length) with ALiBi, (1, length, length) without.
+    """What is added to a document's scores: (H, length, length) with ALiBi, (1, length, length) without.
 
-    Query i sees key j <= i, at slope * (j - i). (slope * j, as BLOOM's own code has it, gives the same softmax, but
-    bf16 holds smaller numbers better.)
+    Query i sees the keys j <= i, and ALiBi adds slope * (j - i). BLOOM's own code adds slope * j, which gives the same
+    softmax; but the smaller numbers are rounded less in bf16.
     """
     places = torch.arange(length, device=device)
     distances = (places - places[:, None]).float()
@@ -50,11 +51,11 @@ def causal_mask(length: int, slopes, dtype, device) -> torch.Tensor:
 def causal_attention(query, key, value, slopes=None, mask=None) -> torch.Tensor:
     """Attention of one document: query (n, H, D), key and value (m, KV, D) -> (n, H, D); or of several, all (B, ...).
 
-    The queries are the last n of the m positions. `slopes` (H,) adds ALiBi. `mask`: the `causal_mask` of a document
-    at least this long, for callers that have many.
+    The queries are the last n of the m positions. `slopes` (H,) adds ALiBi. `mask`: a `causal_mask` of m positions or
+    more, so that a caller with many documents makes it once.
     """
     n, m = query.shape[-3], key.shape[-3]
-    if slopes is not None or 1 < n < m:  # `is_causal` would align the queries with the first n keys, not the last
+    if slopes is not None or 1 < n < m:  # `is_causal` takes the queries for the first n positions, not the last
         mask = causal_mask(m, slopes, query.dtype, query.device) if mask is None else mask
         mask = mask[:, m - n:m, :m].unsqueeze(0)
     else:
@@ -67,11 +68,11 @@ def causal_attention(query, key, value, slopes=None, mask=None) -> torch.Tensor:
 
 
 class Packed:
-    """Documents laid end to end, each blind to the others.
+    """The context of a forward over documents laid end to end: no document sees another.
 
-    documents: for each, an int (that many tokens, causal), or a pair (trunk, [branch, ...]): a shared beginning of
-    `trunk` tokens followed by its continuations, each of which sees the trunk and itself, never its siblings. A
-    continuation's positions start at `trunk`, as if it followed the trunk alone.
+    documents: each is a number of tokens, or a pair (trunk, [branch, ...]) of numbers of tokens: a shared beginning,
+    the trunk, and its continuations, the branches. A branch sees the trunk and itself, never another branch. Its
+    positions start at `trunk`, as if it followed the trunk alone.
     """
 
     def __init__(self, documents, device="cpu"):
@@ -81,7 +82,7 @@ class Packed:
                         for start, length in [(0, trunk), *((trunk, branch) for branch in branches)]]
         self.position_ids = to_device(torch.cat(position_ids), device)
         self._longest_mask = None
-        # (count, trunk, branches): neighbours of one length and no branches are computed by one call
+        # Runs of (count, trunk, branches): neighbours of equal length without branches are computed by one call.
         self.runs = []
         for trunk, branches in self.documents:
             if self.runs and not branches and self.runs[-1][1:] == (trunk, branches):
@@ -93,12 +94,13 @@ class Packed:
         """query (N, H, D), key and value (N, KV, D) -> (N, H, D); `slopes` (H,) adds ALiBi."""
         if query.device.type == "cuda":
             return self._attend_flex(query, key, value, slopes)
-        # In fp32, whatever the model computes in: for documents of up to 400 tokens the kernel's bf16 backward takes
-        # 1.5 to 3 times as long, and its forward as long.
+        # Always in fp32: for documents of up to 400 tokens the kernel's bf16 backward takes 1.5 to 3 times as long as
+        # its fp32 backward, and the two forwards take equally long.
         dtype = query.dtype
         query, key, value = query.float(), key.float(), value.float()
         lengths = [length for count, trunk, branches in self.runs for length in (count * trunk, *branches)]
-        # one split of each tensor: its backward is one concatenation, that of each slice would fill N rows with zeros
+        # Each tensor is split once, because a split's backward is one concatenation. The backward of every single slice
+        # would fill N rows with zeros.
         parts = zip(query.split(lengths), key.split(lengths), value.split(lengths))
         mask = self._mask(slopes)
         outputs = []
@@ -114,7 +116,7 @@ class Packed:
         return torch.cat(outputs).to(dtype)
 
     def _mask(self, slopes):
-        """The mask of the longest document, made in the first layer and cut to size for every other use."""
+        """The mask of the longest document. The first layer makes it, and every other use takes a part of it."""
         branched = any(branches for _, branches in self.documents)
         if self._longest_mask is None and (branched or slopes is not None):
             longest = max(trunk + max(branches, default=0) for trunk, branches in self.documents)
@@ -133,7 +135,7 @@ class Packed:
 
     @functools.cached_property
     def mask_mod(self):
-        """Whether query q sees key k, as FlexAttention asks it."""
+        """A function that tells whether query q sees key k, in the form that FlexAttention calls."""
         document, branch = (to_device(ids, self.device) for ids in self.segments)
 
         def sees(b, h, q, k):
@@ -143,10 +145,10 @@ class Packed:
 
     @functools.cached_property
     def block_mask(self) -> BlockMask:
-        """Which blocks of keys each block of queries looks at: those from its first document's beginning to itself.
+        """Which blocks of keys each block of queries looks at: from the beginning of its first document to itself.
 
-        Blocks of which all queries see all keys are listed apart: they need no mask. PyTorch's own `create_block_mask`
-        would ask `mask_mod` about all N x N pairs.
+        Blocks in which every query sees every key are listed separately, because they need no mask. PyTorch's own
+        `create_block_mask` would call `mask_mod` for all N x N pairs.
         """
         document, branch = self.segments
         N = len(document)
@@ -165,25 +167,25 @@ class Packed:
                                         mask_mod=self.mask_mod, seq_lengths=(N, N))
 
     def score_mod(self, slopes):
-        """ALiBi as FlexAttention asks it: by position in the document, which differs from the place in the row."""
+        """ALiBi in the form that FlexAttention calls. It counts positions in the document, not in the row."""
         position_ids = self.position_ids
         return lambda score, b, h, q, k: score + slopes[h] * (position_ids[k] - position_ids[q])
 
-    def _attend_flex(self, query, key, value, slopes, flex=None):
-        # the kernel for few queries has no choice of blocks for some numbers
-        options = {"FORCE_USE_FLEX_ATTENTION": True}
-        if query.dtype == torch.float32:  # or heads of 96 and 128 need more shared memory than most GPUs have
+    def _attend_flex(self, query, key, value, slopes):
+        options = {"FORCE_USE_FLEX_ATTENTION": True}  # the kernel for few queries fails at some numbers of them
+        if query.dtype == torch.float32:  # otherwise heads of 96 and 128 need more shared memory than most GPUs have
             options["num_stages"] = 1
         heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-        output = (flex or _compiled_flex())(*heads_first, block_mask=self.block_mask,
-                                            score_mod=None if slopes is None else self.score_mod(slopes),
-                                            enable_gqa=query.shape[1] != key.shape[1], kernel_options=options)
+        output = _compiled_flex()(*heads_first, block_mask=self.block_mask,
+                                  score_mod=None if slopes is None else self.score_mod(slopes),
+                                  enable_gqa=query.shape[1] != key.shape[1], kernel_options=options)
         return output.squeeze(0).transpose(0, 1)
 
 
 @functools.cache
 def _compiled_flex():
-    # torch.compile makes a variant for each combination of keys with or without gradients, one block or several, fixed
-    # sizes or changing ones. Past its limit of eight attention would run unfused, in H x N x N numbers of memory.
+    # torch.compile makes one variant for each combination of: keys with or without gradients, one block or several,
+    # fixed or changing sizes. Beyond its usual limit of eight variants, attention would run unfused and hold H x N x N
+    # numbers.
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(flex_attention)

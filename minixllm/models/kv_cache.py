@@ -1,8 +1,8 @@
 """The KV cache: keys and values of the tokens that running sequences have seen, in rows of different lengths.
 
-`cache.extend(lengths)` takes new tokens for each row, none to many, laid end to end with no padding, and returns the
-context with which a model attends to them and to their past. One forward can so start some rows (prefill) and move
-others on by a token (decode): the weights are then read once for both.
+`cache.extend(lengths)` takes new tokens for each row (none, one or many), laid end to end with no padding, and returns
+the context with which a model attends to them and to their past. So one forward can start some rows (prefill) and add
+a token to others (decode), and reads the weights once for both.
 """
 
 import itertools
@@ -14,14 +14,14 @@ import torch.nn.functional as F
 
 from minixllm.models.attention import causal_attention, causal_mask
 
-TOGETHER = 8  # rows in one call on a CPU: the fastest of 4 to 32 for prompts of mixed lengths, a third above all rows
+TOGETHER = 8  # rows in one call on a CPU: the fastest of 4 to 32 for prompts of mixed lengths
 
 
 class KVCache:
     """Room for `rows` sequences of at most `capacity` tokens; `lengths[row]` of them are filled.
 
-    A layer's keys and values (rows, KV, capacity, D) are made when it first attends, in the type it computes in; on a
-    CPU in fp32, in which PyTorch's kernel attends from one query three to seven times as fast as in bf16.
+    A layer's keys and values (rows, KV, capacity, D) are made when it first attends, in the type that it computes in.
+    On a CPU that is fp32: with one query, PyTorch's kernel is three to seven times as fast in fp32 as in bf16.
     """
 
     def __init__(self, rows: int, capacity: int):
@@ -30,7 +30,7 @@ class KVCache:
         self.layers = {}  # layer_idx -> (keys, values)
 
     def extend(self, lengths: list[int], device="cpu") -> "Extension":
-        """The context of a forward over sum(lengths) tokens: lengths[0] that continue row 0, then those of row 1, ...
+        """The context of a forward over sum(lengths) tokens: lengths[0] tokens for row 0, then those for row 1, ...
 
         Rows beyond the list get none. Raises ValueError when a row would exceed the capacity.
         """
@@ -42,9 +42,9 @@ class KVCache:
         return Extension(self, past, lengths, device)
 
     def keep(self, rows: list[int]) -> list[int]:
-        """Drop all rows but these and close the gaps. Returns where the row now at 0, 1, ... was before.
+        """Drop all rows but these and close the gaps. Returns where the rows now at 0, 1, ... were before.
 
-        Rows that lie beyond the new end fill the gaps, the others stay: no more is copied than must be.
+        Only rows beyond the new end move, into the gaps, so that as little as possible is copied.
         """
         gaps = [row for row in range(len(rows)) if row not in rows]
         order = list(range(len(rows)))
@@ -56,7 +56,7 @@ class KVCache:
         return order
 
     def layer(self, layer_idx: int, key: torch.Tensor):
-        """Keys and values of a layer; zeros at first, for what is masked must still be finite (0 * nan is nan)."""
+        """Keys and values of a layer. They begin as zeros: even masked numbers must be finite (0 * nan is nan)."""
         if layer_idx not in self.layers:
             shape = (self.rows, key.shape[1], self.capacity, key.shape[2])
             dtype = torch.float32 if key.is_cpu else key.dtype
@@ -65,24 +65,24 @@ class KVCache:
 
 
 class Extension:
-    """New tokens that continue the rows of a cache: a context, as `attention.Packed` is one.
+    """The context of a forward over new tokens that continue the rows of a cache (compare `attention.Packed`).
 
     position_ids (N,): each token's place in its row. last (rows,): where the last new token of each row lies.
     """
 
     def __init__(self, cache: KVCache, past: list[int], lengths: list[int], device):
         self.cache = cache
-        # by numpy, whose operations on a few numbers take a tenth of torch's time
+        # By numpy: on a few numbers its operations take a tenth of the time of torch's.
         counts, ends = np.array(lengths), np.cumsum(lengths)
         rows = np.arange(len(lengths)).repeat(counts)
         places = np.arange(ends[-1]) + (np.array(past) + counts - ends)[rows]
         self.position_ids, self.last, self.rows = (  # rows (N,): each token's row
             torch.from_numpy(ids).to(device) for ids in (places, ends - 1, rows))
-        # Neighbouring rows with one new token each share a call, which is as long as the longest of them; on a CPU only
-        # a few rows do, so that little is computed beyond the ends of the shorter ones. A row with more tokens has a
-        # call of its own.
+        # Neighbouring rows with one new token each share a call, which covers the longest of them. On a CPU only a few
+        # rows share one, so that little is computed beyond the ends of shorter rows. A row with several new tokens has
+        # a call of its own.
         together = TOGETHER if self.rows.is_cpu else len(lengths)
-        self.masks = None  # of the parts: made in the first layer, for all of them
+        self.masks = None  # one for each part, made in the first layer and used in all
         self.parts, start = [], 0
         for single, run in itertools.groupby(range(len(lengths)), key=lambda row: lengths[row] == 1):
             run = [row for row in run if lengths[row]]
@@ -129,9 +129,9 @@ class Extension:
 
 
 def _distances(seen: list[int]) -> torch.Tensor:
-    """How far each key lies behind the newest token of its row, as a number <= 0, (rows, 1, 1, longest).
+    """The distance of each key to the newest token of its row, a number <= 0, or -inf beyond the row's end.
 
-    seen: tokens of each row. -inf beyond a row's end.
+    seen: how many tokens each row has. Returns (rows, 1, 1, longest).
     """
     seen = torch.tensor(seen)[:, None]
     distances = torch.arange(seen.max()) - (seen - 1)
@@ -142,5 +142,6 @@ def _attend_one(query, keys, values, mask) -> torch.Tensor:
     """One query a row: query (rows, H, D), keys and values (rows, KV, longest, D) -> (rows, H, D)."""
     B, H, D = query.shape
     KV = keys.shape[1]
-    # The heads that share a key head become its queries, so that the keys are read once and never repeated.
+    # Grouped-query attention: the query heads that share a key head become queries of that head, so that its keys are
+    # read once and never repeated.
     return F.scaled_dot_product_attention(query.view(B, KV, H // KV, D), keys, values, attn_mask=mask).view(B, H, D)

@@ -73,7 +73,8 @@ class LlamaConfig:
 
     def to_dict(self) -> dict:
         """The contents of config.json, in a spelling that transformers 4 and 5 both read."""
-        return {"model_type": self.model_type, "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", **asdict(self)}
+        config = {"model_type": self.model_type, "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
+        return config | asdict(self)
 
 
 def _rope_scaling(rope: dict, max_position_embeddings: int) -> dict | None:

@@ -123,7 +123,8 @@ def test_sums_in_slices_are_refused_by_name():
     """`slow_but_exact` adds up the products of `pretraining_tp` slices, which rounds otherwise."""
     for value, slices in ((True, 4), (1, 2), ("yes", "x")):
         with pytest.raises(UserError, match="^slow_but_exact: found .* with pretraining_tp .*expected false"):
-            BloomConfig.from_dict({**BASE, "n_head": 4, "hidden_size": 32, "slow_but_exact": value, "pretraining_tp": slices})
+            BloomConfig.from_dict({**BASE, "n_head": 4, "hidden_size": 32, "slow_but_exact": value,
+                                   "pretraining_tp": slices})
     for harmless in ({"slow_but_exact": True, "pretraining_tp": 1}, {"slow_but_exact": False, "pretraining_tp": 4},
                      {"slow_but_exact": True}):
         BloomConfig.from_dict({**BASE, "n_head": 4, "hidden_size": 32, **harmless})

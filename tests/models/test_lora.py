@@ -194,7 +194,8 @@ def test_a_target_that_is_no_layer_is_named(base):
         add_lora(load_model(base), LoraSettings(0, 8.0))
 
 
-@pytest.mark.parametrize("pattern", [r".*layers\.1\.self_attn\.[qv]_proj|.*h\.1\..*query_key_value", ".*dense|.*o_proj"])
+@pytest.mark.parametrize("pattern", [r".*layers\.1\.self_attn\.[qv]_proj|.*h\.1\..*query_key_value",
+                                     ".*dense|.*o_proj"])
 def test_targets_of_an_adapter_may_be_a_regular_expression(base, pattern, tmp_path):
     import peft
     import transformers
