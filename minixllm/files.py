@@ -5,12 +5,15 @@ import fcntl
 import json
 import math
 import os
+import re
 import socket
 import sys
 import tempfile
 from pathlib import Path
 
-from minixllm.errors import UserError
+from minixllm.errors import UserError, check_text
+
+DEEPEST = 100  # levels of nested JSON
 
 
 @contextlib.contextmanager
@@ -36,15 +39,28 @@ def atomic_write(path, mode: str = "w"):
 
 
 def read_json(path) -> dict:
-    """The object in a JSON file, {} where there is no file; UserError where it is damaged or no object."""
+    """The object in a JSON file, {} where there is no file; UserError where it is damaged or no object.
+
+    What is read may be written later, at the end of a training run: an object that `write_json` could not write is
+    refused here.
+    """
     try:
-        value = json.loads(Path(path).read_bytes())
+        content = Path(path).read_bytes()
+        value = json.loads(content)
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: no valid JSON, perhaps cut short: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
+                 if isinstance(inner, (dict, list))]
+    if level:
+        raise UserError(f"{path}: found objects and lists nested more than {DEEPEST} deep, expected fewer levels")
+    if re.search(rb"\\u[dD][89a-fA-F]", content):  # a half of a pair, or a whole pair
+        check_text(json.dumps(value, ensure_ascii=False), str(path))
     return value
 
 

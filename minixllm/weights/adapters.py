@@ -4,6 +4,7 @@ That is adapter_config.json and adapter_model.safetensors. A tensor is named `ba
 the layer's name being the base model's own.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save
 
 from minixllm import distributed
-from minixllm.errors import UserError, expect
+from minixllm.errors import UserError, expect, found
 from minixllm.files import atomic_write, read_json, write_json
 from minixllm.models import lora
 from minixllm.models.lora import LoraSettings, add_lora, is_adapter
@@ -79,11 +80,15 @@ def save_adapter(model, directory, settings: LoraSettings, base: str | None = No
 
 
 def load(directory, dtype=torch.float32, device="cpu"):
-    """(model in eval mode, tokenizer) of a Hugging Face directory, or of a PEFT adapter: its base with it merged in."""
+    """(model in eval mode, tokenizer) of a Hugging Face directory, or of a PEFT adapter: its base with it merged in.
+
+    A tokenizer and a generation_config.json in the adapter's directory are used in place of the base's.
+    """
     base = base_directory(directory)
-    model, tokenizer = hf_directory.load(base, dtype, device)
-    if base != Path(directory):
-        merge_adapter(model, directory)
+    adapter = None if base == Path(directory) else directory
+    model, tokenizer = hf_directory.load(base, dtype, device, adapter)
+    if adapter:
+        merge_adapter(model, adapter)
     return model.eval(), tokenizer
 
 
@@ -93,10 +98,11 @@ def base_directory(directory) -> Path:
     path = directory / "adapter_config.json"
     if not path.exists() or (directory / "config.json").exists():
         return directory
-    base = read_json(path).get("base_model_name_or_path")
-    if not isinstance(base, str) or not (Path(base) / "config.json").exists():
-        relative = isinstance(base, str) and not Path(base).is_absolute()  # taken as peft takes it
-        raise UserError(f"{path}: base_model_name_or_path: found {base!r}, expected the directory of the adapted model"
+    where = f"{path}: base_model_name_or_path"
+    base = expect(read_json(path).get("base_model_name_or_path"), str, where)
+    if not os.path.exists(os.path.join(base, "config.json")):  # os.path takes any text, however long or odd
+        relative = not os.path.isabs(base)  # taken as peft takes it
+        raise UserError(f"{where}: found {found(base)}, expected the directory of the adapted model"
                         + f"; a relative path starts from the working directory, here {Path.cwd()}" * relative)
     return Path(base)
 
@@ -106,20 +112,21 @@ def read_adapter_config(directory) -> LoraSettings:
     path = Path(directory) / "adapter_config.json"
     saved = read_json(path)
     if saved.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type: found {saved.get('peft_type')!r}, expected 'LORA'")
+        raise UserError(f"{path}: peft_type: found {found(saved.get('peft_type'))}, expected 'LORA'")
     for key, value in saved.items():
         if value and key not in PLAIN:
-            raise UserError(f"{path}: {key}: found {value!r}, expected plain LoRA without it")
+            raise UserError(f"{path}: {key}: found {found(value)}, expected plain LoRA without it")
     if (init := saved.get("init_lora_weights", True)) not in INITS:
-        raise UserError(f"{path}: init_lora_weights: found {init!r}, which changes the base model's weights; expected "
+        raise UserError(f"{path}: init_lora_weights: found {found(init)}, which changes the base model's weights; expected "
                         f"one of {', '.join(map(str, INITS))}")
     if saved.get("bias", "none") != "none":
-        raise UserError(f"{path}: bias: found {saved['bias']!r}, expected 'none'")
+        raise UserError(f"{path}: bias: found {found(saved['bias'])}, expected 'none'")
     targets = saved.get("target_modules")
     for target in targets if isinstance(targets, list) else [targets]:
         expect(target, str, f"{path}: target_modules")
     return LoraSettings(expect(saved.get("r"), int, f"{path}: r", least=1),
-                        float(expect(saved.get("lora_alpha"), float, f"{path}: lora_alpha", above=0)), targets)
+                        float(expect(saved.get("lora_alpha"), float, f"{path}: lora_alpha", above=0, most=1e9)),
+                        targets)
 
 
 @torch.no_grad()

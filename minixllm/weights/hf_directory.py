@@ -14,18 +14,19 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 
-from minixllm.distributed import is_first
-from minixllm.errors import UserError
+from minixllm.distributed import full_tensor, is_first
+from minixllm.errors import UserError, expect
 from minixllm.files import read_json, write_json
 from minixllm.models.architectures import ARCHITECTURES
 from minixllm.models.lora import is_adapter
-from minixllm.tokenizers import load_tokenizer
+from minixllm.tokenizers import has_tokenizer, load_tokenizer
 from minixllm.weights.safetensors_files import Stored, find_tensors, what_instead, what_kind, write_tensors
 
 HEAD = "lm_head.weight"
+ROWS = 4096  # of two matrices that are compared at once
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
-# What a model directory may hold, and a save may therefore replace.
-MODEL_FILES = re.compile(r"(config|generation_config|special_tokens_map|added_tokens|vocab|tokenizer(_config)?)\.json"
+# What a model directory may hold, and a save may therefore replace; hidden files are those of a file manager.
+MODEL_FILES = re.compile(r"\..*|(config|generation_config|special_tokens_map|added_tokens|vocab|tokenizer(_config)?)\.json"
                          r"|tokenizer\.model|merges\.txt|chat_template\.jinja"
                          r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
@@ -33,38 +34,38 @@ MODEL_FILES = re.compile(r"(config|generation_config|special_tokens_map|added_to
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def load(directory, dtype=torch.float32, device="cpu"):
-    """(model in eval mode, tokenizer) of a Hugging Face directory, told from its files alone. Raises UserError."""
-    config, tokenizer = read_directory(directory)
-    model = build(config, dtype)
+def load(directory, dtype=torch.float32, device="cpu", adapter=None):
+    """(model in eval mode, tokenizer) of a Hugging Face directory, told from its files alone. Raises UserError.
+
+    adapter: see `read_directory`.
+    """
+    config, tokenizer = read_directory(directory, adapter)
+    model = build(config, dtype, Path(directory) / "config.json")
     load_weights(model, directory, device)
     return model.eval(), tokenizer
 
 
-def load_model(directory, dtype=torch.float32, device="cpu"):
-    """The model alone, whole on one device, in eval mode. Peak memory: the model and its largest tensor."""
-    model = build(read_config(directory), dtype)
-    load_weights(model, directory, device)
-    return model.eval()
-
-
-def read_directory(directory):
+def read_directory(directory, adapter=None):
     """(config, tokenizer) of a directory, found to belong together. Raises UserError.
 
     A tokenizer with ids beyond the embedding is refused; one with fewer is fine, for embeddings are often padded.
+    adapter: the directory of an adapter of this model. Its tokenizer and generation_config.json are used where it has
+    them.
     """
-    config, tokenizer = read_config(directory), load_tokenizer(directory)
+    config = read_config(directory, adapter)
+    folder = adapter if adapter and has_tokenizer(adapter) else directory
+    tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, but the embedding only "
-                        f"{config.vocab_size} rows (config.json: vocab_size); it may be another model's")
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, but the embedding only "
+                        f"{config.vocab_size} rows ({directory}/config.json: vocab_size); it may be another model's")
     return config, tokenizer
 
 
-def read_config(directory):
+def read_config(directory, adapter=None):
     """The config of a directory. Raises UserError naming the file and key that cannot be used.
 
     Whether the head is tied is decided from config.json *and* the tensors: as in transformers 5, a head that differs
-    from the embedding is a head of its own whatever config.json says.
+    from the embedding is a head of its own whatever config.json says. adapter: see `read_directory`.
     """
     directory = Path(directory)
     path = directory / "config.json"
@@ -72,49 +73,49 @@ def read_config(directory):
         found = what_kind(directory, "a file") if directory.exists() else "nothing there"
         raise UserError(f"{directory}: found {found}, expected a Hugging Face model directory on this disk, such as "
                         "`hf download NAME --local-dir DIR` makes")
-    adapter = (directory / "adapter_config.json").exists()
+    is_adapter = (directory / "adapter_config.json").exists()
     if not path.exists():
         if (directory / "model" / "config.json").exists():  # a run's output
             raise UserError(f"{directory}: no config.json; expected a model, such as {directory / 'model'}")
         raise UserError(f"{directory}: " + ("found a PEFT adapter, expected a model (an adapter's base, for one)"
-                                            if adapter else f"no config.json; {what_instead(directory)}"))
-    values = read_json(path)
-    model_type = values.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise UserError(f"{path}: model_type: found {model_type!r}, expected {' or '.join(ARCHITECTURES)}")
-    config_class = ARCHITECTURES[model_type].config_class
-    generation = read_generation_config(directory)
-    where = path
+                                            if is_adapter else f"no config.json; {what_instead(directory)}"))
+    values, where = read_json(path), path
     try:
-        config = config_class.from_dict(values)
-        if generation.get("eos_token_id") is not None:  # what ends an answer of a chat model may stand there alone
-            where = path.with_name("generation_config.json")
-            config = config_class.from_dict(values | {"eos_token_id": generation["eos_token_id"]})
+        model_class = ARCHITECTURES[expect(values.get("model_type"), str, "model_type", choices=tuple(ARCHITECTURES))]
+        config = model_class.config_class.from_dict(values)
+        # The tokens that end an answer of a chat model may stand in generation_config.json alone.
+        for folder in (directory, adapter) if adapter else (directory,):
+            where = Path(folder) / "generation_config.json"
+            if "eos_token_id" in (generation := read_generation_config(folder)):
+                config = model_class.config_class.from_dict(
+                    values | {"eos_token_id": generation["eos_token_id"]})
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(str(error) if str(error).startswith(str(where)) else f"{where}: {error}") from None
 
     tensors = find_tensors(directory)
-    if adapter and (directory / "adapter_model.safetensors").exists():
+    if is_adapter and (directory / "adapter_model.safetensors").exists():
         raise UserError(f"{directory}: found a model and a PEFT adapter, expected one of them")
     if config.num_hidden_layers > len(tensors):  # rather than build a billion layers to find them missing
         raise UserError(f"{path}: num_hidden_layers: found {config.num_hidden_layers}, "
                         f"but there are only {len(tensors)} tensors in {directory}")
-    try:
-        model = build(config)
-    except RuntimeError as error:
-        raise UserError(f"{path}: sizes of which no model can be built: {str(error).splitlines()[0]}") from None
     if config.tie_word_embeddings:
-        named = _named_as(model, tensors)
-        embedding, head = named.get(model.EMBEDDING), named.get(HEAD)
+        named = _named_as(model_class, tensors)
+        embedding, head = named.get(model_class.EMBEDDING), named.get(HEAD)
         if embedding and head and not _equal(embedding, head):
             config = dataclasses.replace(config, tie_word_embeddings=False)
     return config
 
 
-def build(config, dtype=torch.float32):
-    """A model without storage, on the meta device: perhaps to be sharded, then to be filled by one of the next two."""
-    with torch.device("meta"):
-        return ARCHITECTURES[config.model_type](config).to(dtype)
+def build(config, dtype=torch.float32, where="config.json"):
+    """A model without storage, on the meta device: perhaps to be sharded, then to be filled by one of the next two.
+
+    where: the file that errors name.
+    """
+    try:
+        with torch.device("meta"):
+            return ARCHITECTURES[config.model_type](config).to(dtype)
+    except RuntimeError as error:
+        raise UserError(f"{where}: sizes of which no model can be built: {error}") from None
 
 
 @torch.no_grad()
@@ -132,7 +133,7 @@ def load_weights(model, directory, device="cpu"):
     shapes = {name: tuple(parameter.shape) for name, parameter in wanted.items()}
     problems = {
         "missing": [name for name in wanted if name not in tensors],
-        "unexpected": [name for name in tensors if name not in wanted],
+        "unexpected": [stored.key for name, stored in tensors.items() if name not in wanted],
         "misshaped": [f"{name} (found {list(stored.shape)}, expected {list(shapes[name])})"
                       for name, stored in tensors.items() if stored.shape != shapes.get(name, stored.shape)]}
     if any(problems.values()):
@@ -161,28 +162,33 @@ def initialise(model, seed: int, device="cpu"):
 
 
 def read_generation_config(directory) -> dict:
-    """The fields of a directory's generation_config.json that a fine-tuned model keeps; {} where there is none."""
+    """The fields of a directory's generation_config.json that a fine-tuned model keeps; {} where there is none.
+
+    An eos_token_id of null says nothing: then config.json's counts.
+    """
     values = read_json(Path(directory) / "generation_config.json")
-    return {key: value for key, value in values.items() if key not in ("transformers_version", "_from_model_config")}
+    return {key: value for key, value in values.items() if key not in ("transformers_version", "_from_model_config")
+            and not (key == "eos_token_id" and value is None)}
 
 
 def _named_as(model, tensors: dict[str, Stored]) -> dict[str, Stored]:
-    """Tensors by the model's names: those of a bare LlamaModel or BloomModel (BLOOM's own files) lack a prefix."""
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    renamed = {}
+    """Tensors by the names of a model or its class: those of a bare LlamaModel or BloomModel (BLOOM's own files) lack
+    a prefix.
+    """
+    prefix, renamed = model.EMBEDDING.partition(".")[0] + ".", {}
     for key, stored in tensors.items():
-        if key.endswith(".rotary_emb.inv_freq"):  # a buffer in old files; it follows from the config
-            continue
-        name = next((prefix + key for prefix in ("", "model.", "transformer.") if prefix + key in names), key)
+        name = key if key.startswith(prefix) or key == HEAD else prefix + key
         if name in renamed:
             raise UserError(f"{stored.path}: tensors {renamed[name].key} and {key} are both {name}")
         renamed[name] = stored
     return renamed
 
 
-def _equal(a: Stored, b: Stored, rows: int = 4096) -> bool:
-    return a.shape == b.shape and all(torch.equal(a.read(slice(i, i + rows)), b.read(slice(i, i + rows)))
-                                      for i in range(0, a.shape[0], rows))
+def _equal(a: Stored, b: Stored) -> bool:
+    if a.shape != b.shape:
+        return False
+    some = [slice(i, min(i + ROWS, a.shape[0])) for i in range(0, a.shape[0], ROWS)]
+    return all(torch.equal(a.read(rows), b.read(rows)) for rows in some)
 
 
 def _materialise(model, device):
@@ -209,21 +215,20 @@ def _fill(parameter, read):
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
-def save_model(model, directory, tokenizer=None, generation_config=None, dtype=None):
+def save_model(model, directory, tokenizer=None, generation_config=None):
     """Write a directory that transformers opens with the same logits. A collective: every rank must call it.
 
     generation_config: fields kept of the source model's (read_generation_config); bos, eos and pad of the tokenizer
-    join them. dtype: of the tensors in the file, None for the embedding's. An earlier model in the directory is
-    replaced, anything else refused. Raises UserError, on every rank, and leaves what was there, if rank 0 cannot write.
+    join them. An earlier model in the directory is replaced, anything else refused. Raises UserError, on every rank,
+    and leaves what was there, if rank 0 cannot write.
     """
     directory = Path(directory).resolve()
-    dtype = dtype or model.embedding.weight.dtype
-    tensors = _gather(model, dtype)
+    tensors = _gather(model)
     error = None
     if is_first():
         try:
             check_target(directory)
-            _write_directory(model, directory, tokenizer, generation_config or {}, dtype, tensors)
+            _write_directory(model, directory, tokenizer, generation_config or {}, tensors)
         except Exception as caught:
             error = caught
     for _ in tensors:  # ranks that do not write, or no longer, still take part in the gathers that are left
@@ -242,23 +247,22 @@ def check_target(directory):
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: found a file, expected a directory or nothing")
-    others = [path.name for path in directory.iterdir() if not MODEL_FILES.fullmatch(path.name)] \
-        if directory.exists() else []
+    others = [path.name for path in directory.iterdir()
+              if not MODEL_FILES.fullmatch(path.name)] if directory.exists() else []
     if others:
         raise UserError(f"{directory}: holds {min(others)}, which is no part of a model and would be lost; "
                         "expected a new directory or an earlier model's")
 
 
 @torch.no_grad()
-def _gather(model, dtype):
-    """The full tensors one at a time, a tied head not repeated; a collective where the model is sharded."""
+def _gather(model):
+    """The full tensors one at a time in the embedding's type, a tied head not repeated; a collective where sharded."""
     for name, parameter in model.named_parameters():
         assert not is_adapter(name), "merge the adapters before the model is saved"
-        tensor = parameter.to(dtype)
-        yield tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        yield full_tensor(parameter.to(model.embedding.weight.dtype))
 
 
-def _write_directory(model, directory, tokenizer, generation_config, dtype, tensors):
+def _write_directory(model, directory, tokenizer, generation_config, tensors):
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("partial", "old"))
     if old.exists() and not directory.exists():  # a save was killed between the two renames below
@@ -268,12 +272,13 @@ def _write_directory(model, directory, tokenizer, generation_config, dtype, tens
     partial.mkdir()
     try:
         ids = _special_ids(tokenizer, {"eos_token_id": model.config.eos_token_id} | generation_config)
+        dtype = model.embedding.weight.dtype
         write_json(partial / "config.json", {
             **model.config.to_dict(), **ids, "torch_dtype": str(dtype).removeprefix("torch.")})
         write_json(partial / "generation_config.json", {**generation_config, **ids})
         if tokenizer is not None:
-            tokenizer.save(partial)
-        write_tensors(partial, {name: tuple(p.shape) for name, p in model.named_parameters()}, dtype, tensors)
+            tokenizer.save(partial, getattr(model.config, "max_position_embeddings", None))
+        write_tensors(partial, {name: p.numel() * dtype.itemsize for name, p in model.named_parameters()}, tensors)
         if directory.exists():
             os.rename(directory, old)
         os.rename(partial, directory)

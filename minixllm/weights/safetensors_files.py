@@ -4,20 +4,22 @@ Format (https://huggingface.co/docs/safetensors): a length, a JSON header, then 
 one such file, or shards beside an index. Pickle files are never read, nor any file outside the directory.
 """
 
-import contextlib
 import hashlib
-import json
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from minixllm.errors import UserError
+from minixllm.errors import UserError, expect
 from minixllm.files import read_json, write_json
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by their name in the header
+FLOATS = ("F32", "BF16", "F16", "F64")  # types by their names in a file
+# Buffers that older programs wrote beside the weights. They follow from the config, whatever their type.
+BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.\w+|position_ids|causal_mask|alibi|(self_)?att(n|ention)\.(masked_)?bias)")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -28,31 +30,30 @@ class Stored(NamedTuple):
     path: Path
     key: str
     shape: tuple[int, ...]
+    file: safe_open
 
     def read(self, slices=...) -> torch.Tensor:
-        """The tensor, or a part of it, in the file's dtype; use it before the next one is read."""
-        # The file is mapped anew for each tensor: what was read of a mapping counts as our memory until it closes.
-        with open_tensors(self.path) as file:
-            return file.get_slice(self.key)[slices]
+        """The tensor, or a part of it, in the file's dtype."""
+        return self.file.get_slice(self.key)[slices]
 
 
 def find_tensors(directory) -> dict[str, Stored]:
-    """Every tensor of a model directory by its key. Raises UserError for absent or contradictory files."""
+    """Every tensor of a model directory by its key. Raises UserError for absent or contradictory files.
+
+    As for transformers, a single file counts before an index with its shards.
+    """
     directory = Path(directory)
-    single, index = directory / SINGLE, directory / INDEX
-    if single.exists() and index.exists():
-        raise UserError(f"{directory}: found both {SINGLE} and {INDEX}, expected one of them")
-    if single.exists():
-        return read_header(single)
+    index = directory / INDEX
+    if (directory / SINGLE).exists():
+        return read_header(directory / SINGLE)
     if not index.exists():
         raise UserError(f"{directory}: {what_instead(directory)}")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise UserError(f"{index}: weight_map: expected an object from tensor names to file names")
+    where = f"{index}: weight_map"
+    weight_map = expect(read_json(index).get("weight_map"), dict, where)
+    for key, shard in weight_map.items():  # a plain name; as a symbolic link it may lead elsewhere, as the Hub's does
+        if expect(shard, str, f"{where}: {key}") != Path(shard).name or not shard.endswith(".safetensors"):
+            raise UserError(f"{where}: found {shard!r}, expected a .safetensors file of this directory")
     shards = sorted(set(weight_map.values()))
-    for shard in shards:  # a plain name; as a symbolic link it may lead elsewhere, as in the Hub's own cache
-        if shard != Path(shard).name or not shard.endswith(".safetensors"):
-            raise UserError(f"{index}: weight_map: found {shard!r}, expected a .safetensors file of this directory")
     strays = sorted({path.name for path in directory.glob("model-*-of-*.safetensors")} - set(shards))
     if strays:
         raise UserError(f"{directory}: {strays[0]} is not in {INDEX}: two models may be mixed here")
@@ -62,35 +63,29 @@ def find_tensors(directory) -> dict[str, Stored]:
             if key in tensors:
                 raise UserError(f"{stored.path}: tensor {key} is also in {tensors[key].path.name}")
             tensors[key] = stored
-    for key in weight_map.keys() | tensors.keys():
+    for key in sorted(weight_map.keys() | tensors.keys()):
         found = tensors[key].path.name if key in tensors else None
-        if found != weight_map.get(key):
+        if found != weight_map.get(key) and not BUFFERS.fullmatch(key):
             raise UserError(f"{index}: tensor {key}: found in {found}, expected in {weight_map.get(key)}")
     return tensors
 
 
 def read_header(path) -> dict[str, Stored]:
-    """Every tensor of one file by its key."""
-    tensors = {}
-    with open_tensors(path) as file:
-        for key in file.keys():
-            view = file.get_slice(key)
-            if view.get_dtype() not in DTYPES:
-                raise UserError(f"{path}: tensor {key}: found {view.get_dtype()}, expected one of {', '.join(DTYPES)}")
-            tensors[key] = Stored(Path(path), key, tuple(view.get_shape()))
-    return tensors
-
-
-@contextlib.contextmanager
-def open_tensors(path):
-    """safetensors' own handle of a file, its errors turned into UserError."""
+    """Every tensor of one file by its key, buffers left out. The file stays open as long as one of them is kept."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
+        # A mapped file would count as memory of this process: what was read stays mapped until the file is closed.
+        file = safe_open(path, framework="pt", backend="pread")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: expected a safetensors file, found {what_kind(path)} ({error})") from None
+    tensors = {}
+    for key in file.keys():
+        if not BUFFERS.fullmatch(key):
+            view = file.get_slice(key)
+            expect(view.get_dtype(), str, f"{path}: tensor {key}", choices=FLOATS)
+            tensors[key] = Stored(Path(path), key, tuple(view.get_shape()), file)
+    return tensors
 
 
 def fingerprint(directory) -> str:
@@ -121,36 +116,30 @@ def what_instead(directory) -> str:
             "(pickle and GGUF are not read; transformers opens both, and its save_pretrained writes safetensors)")
 
 
-def write_tensors(directory, shapes: dict[str, tuple], dtype: torch.dtype, tensors):
-    """Write `tensors`, an iterator of tensors in the order of `shapes`, holding one at a time.
+def write_tensors(directory, sizes: dict[str, int], tensors):
+    """Write `tensors`, an iterator of tensors in the order of `sizes` (their bytes by name), a file at a time.
 
     One file, or shards of at most MAX_SHARD_BYTES with an index.
     """
-    directory, shards, room = Path(directory), [], 0
-    for name, shape in shapes.items():
-        size = dtype.itemsize * torch.Size(shape).numel()
+    shards, room = [], 0
+    for name, size in sizes.items():
         if not shards or size > room:
-            shards.append({})
+            shards.append([])
             room = MAX_SHARD_BYTES
-        shards[-1][name] = size
+        shards[-1].append(name)
         room -= size
-    count = len(shards)
-    files = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    stored = next(name for name, value in DTYPES.items() if value == dtype)
-    for file_name, shard in zip(files, shards):
-        header, end = {"__metadata__": {"format": "pt"}}, 0
-        for name, size in shard.items():
-            header[name] = {"dtype": stored, "shape": list(shapes[name]), "data_offsets": [end, end + size]}
-            end += size
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # so that the tensors are aligned
-        with open(directory / file_name, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for _ in shard:
-                file.write(next(tensors).cpu().contiguous().view(-1).view(torch.uint8).numpy())
-            file.flush()
-            os.fsync(file.fileno())
+    count, weight_map = len(shards), {}
+    for i, names in enumerate(shards, 1):
+        file_name = SINGLE if count == 1 else f"model-{i:05}-of-{count:05}.safetensors"
+        shard = {name: next(tensors).cpu().contiguous() for name in names}
+        save_file(shard, Path(directory) / file_name, metadata={"format": "pt"})
+        flush_to_disk(Path(directory) / file_name)
+        weight_map |= dict.fromkeys(names, file_name)
+        del shard  # before the next is gathered
     if count > 1:
-        write_json(directory / INDEX, {
-            "metadata": {"total_size": sum(sum(shard.values()) for shard in shards)},
-            "weight_map": {name: file_name for file_name, shard in zip(files, shards) for name in shard}})
+        write_json(Path(directory) / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+
+
+def flush_to_disk(path):
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())

@@ -14,7 +14,8 @@ from minixllm.models.llama import Llama, LlamaConfig
 from minixllm.models.lora import LoraLinear, LoraSettings, add_lora
 from minixllm.weights import adapters, hf_directory
 from minixllm.weights.adapters import base_directory, load, merge_adapter, read_adapter_config, save_adapter
-from minixllm.weights.hf_directory import load_model
+
+from opened import load_model
 
 TARGETS = {"llama": ("q_proj", "v_proj", "down_proj"),
            "bloom": ("query_key_value", "dense", "dense_4h_to_h")}

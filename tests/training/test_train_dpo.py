@@ -33,7 +33,6 @@ from minixllm.weights.adapters import open_model
 from minixllm.weights.hf_directory import (
     initialise,
     load,
-    load_model,
     read_directory,
     read_generation_config,
     save_model,
@@ -42,6 +41,7 @@ from minixllm.weights.hf_directory import (
 import train_dpo
 import train_sft
 from conftest import ROOT
+from opened import load_model
 
 WORDS = "red green blue one two three four five cat dog bird fish runs sleeps sings".split()
 FLAGS = ["--batch-size", 6, "--micro-batch-size", 2, "--steps", 4, "--warmup-steps", 1, "--learning-rate", 0.01,

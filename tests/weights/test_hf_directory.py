@@ -21,13 +21,13 @@ from minixllm.weights.hf_directory import (
     check_target,
     initialise,
     load,
-    load_model,
     read_config,
     read_generation_config,
     save_model,
 )
 
-from conftest import ROOT
+from conftest import PYTHONPATH, ROOT
+from opened import load_model
 
 LLAMA = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, rope_theta=500.0)
@@ -138,7 +138,7 @@ def test_shards_of_transformers(theirs, tmp_path, kind):
 
 def test_a_saved_shard_is_what_safetensors_writes(theirs, tmp_path):
     model = load_model(theirs("llama")[1])
-    save_model(model, tmp_path / "saved", dtype=torch.bfloat16)
+    save_model(model.to(torch.bfloat16), tmp_path / "saved")
     tensors = load_file(tmp_path / "saved" / "model.safetensors")
     assert tensors.keys() == dict(model.named_parameters()).keys()
     for name, parameter in model.named_parameters():
@@ -146,9 +146,9 @@ def test_a_saved_shard_is_what_safetensors_writes(theirs, tmp_path):
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
-def test_half_precision_files_are_converted(directory, stored, wanted):
+def test_files_of_other_precisions_are_converted(directory, stored, wanted):
     folder = directory()
     rewrite(folder, lambda tensors: {key: tensor.to(stored) for key, tensor in tensors.items()})
     expected = load_file(folder / "model.safetensors")
@@ -163,14 +163,33 @@ def test_files_of_a_bare_model_lack_the_prefix(theirs, directory, kind, prefix):
     same(logits_of(load_model(folder)), logits_of(theirs(kind)[0]))
 
 
-def test_old_rotary_buffers_are_ignored(theirs, directory):
+BUFFERS = {
+    "rotary_emb.inv_freq": torch.ones(4), "layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4).double(),
+    "layers.1.self_attn.rotary_emb.cos_cached": torch.ones(1, 1, 8, 8).half(), "position_ids": torch.arange(8),
+    "layers.0.self_attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool), "layers.0.self_attn.masked_bias": torch.ones(1),
+}
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+@pytest.mark.parametrize("sharded", [False, True], ids=["file", "shards"])
+def test_buffers_beside_the_weights_are_ignored(theirs, directory, name, sharded):
     folder = directory()
-    rewrite(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    rewrite(folder, lambda tensors: tensors.update({f"model.{name}": BUFFERS[name]}))
+    if sharded:
+        in_shards(lambda d, m: None)(folder)
     same(logits_of(load_model(folder)), logits_of(theirs("llama")[0]))
 
 
+def test_a_single_file_counts_before_a_stale_index(theirs, directory):
+    folder = directory()
+    content = (folder / "model.safetensors").read_bytes()
+    in_shards(lambda d, m: m.update({"lm_head.weight": "gone.safetensors"}))(folder)
+    (folder / "model.safetensors").write_bytes(content)
+    same(logits_of(load_model(folder)), logits_of(transformers.AutoModelForCausalLM.from_pretrained(folder)))
+
+
 def test_tying_is_decided_from_config_and_tensors(theirs, directory, monkeypatch):
-    monkeypatch.setattr(hf_directory._equal, "__defaults__", (40,))  # rows at once, of the 97
+    monkeypatch.setattr(hf_directory, "ROWS", 40)  # of the 97
     folder = directory("llama-tied")
     embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     tied = load_model(folder)
@@ -243,9 +262,8 @@ WEIGHTS = {
     "misshaped": (lambda d: rewrite(d, lambda t: t.update({"model.norm.weight": torch.ones(31)})),
                   r"1 misshaped: model.norm.weight \(found \[31\], expected \[32\]\)"),
     "integers": (lambda d: rewrite(d, lambda t: t.update({"model.norm.weight": torch.ones(32).to(torch.int8)})),
-                 "tensor model.norm.weight: found I8, expected one of F32"),
+                 "tensor model.norm.weight: found 'I8', expected one of F32"),
     "twice": (lambda d: rewrite(d, lambda t: t.update({"norm.weight": torch.ones(32)})), "are both model.norm.weight"),
-    "single and index": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "found both"),
     "absent shard": (in_shards(lambda d, m: (d / "model-00002-of-00002.safetensors").unlink()),
                      "model-00002-of-00002.safetensors: no such file"),
     "shard outside": (in_shards(lambda d, m: m.update({"lm_head.weight": "../model.safetensors"})),
@@ -285,7 +303,7 @@ CONFIG = {
     "not json": (lambda p: p.write_text('{\n"vocab_size": 96,,\n}'), "config.json: .*line 2"),
     "not an object": (lambda p: p.write_text("[]"), "config.json: .*list"),
     "not UTF-8": (lambda p: p.write_bytes(b"\xff\xfe\x00"), "config.json"),
-    "no model_type": (dict(model_type=...), "config.json: model_type: found None, expected llama or bloom"),
+    "no model_type": (dict(model_type=...), "config.json: model_type: found None, expected one of llama, bloom"),
     "other model_type": (dict(model_type="mistral"), "config.json: model_type: found 'mistral'"),
     "odd model_type": (dict(model_type=[]), r"config.json: model_type: found \[\]"),
     "quantised": (dict(quantization_config={"bits": 4}), "config.json: quantization_config"),
@@ -297,6 +315,12 @@ CONFIG = {
     "heads do not divide": (dict(num_attention_heads=5, head_dim=...), "config.json: .*num_attention_heads"),
     "groups do not divide": (dict(num_key_value_heads=3), "config.json: .*num_key_value_heads"),
     "sizes that overflow": (dict(hidden_size=2 * 10**9, intermediate_size=2 * 10**9), "config.json: sizes of which no"),
+    "deep": (lambda p: p.with_name("generation_config.json").write_text('{"x": ' + "[" * 400 + "]" * 400 + "}"),
+             "generation_config.json: found objects and lists nested more than 100 deep"),
+    "surrogate": (lambda p: p.with_name("generation_config.json").write_text('{"note": "\\ud800"}'),
+                  r"generation_config.json holds half of a surrogate pair, U\+D800"),
+    "surrogate in a key": (lambda p: p.with_name("generation_config.json").write_text('{"\\uDC01": 1}'),
+                           r"generation_config.json holds half of a surrogate pair, U\+DC01"),
     "nested": (lambda p: p.write_text("[" * 10**5), "config.json: no valid JSON"),
     "generation": (lambda p: p.with_name("generation_config.json").write_text('{"eos_token_id": [2,'),
                    "generation_config.json: no valid JSON, perhaps cut short"),
@@ -369,6 +393,10 @@ def test_stop_tokens_of_a_model_without_generation_config_are_kept(tokenizer, tm
     initialise(model, 0)
     save_model(model, tmp_path / "saved", tokenizer, {})
     assert read_generation_config(tmp_path / "saved")["eos_token_id"] == [2, 5, 7]
+    (tmp_path / "saved/generation_config.json").write_text('{"eos_token_id": null, "top_p": 0.9}')
+    save_model(load_model(tmp_path / "saved"), tmp_path / "again", tokenizer,
+               read_generation_config(tmp_path / "saved"))
+    assert read_generation_config(tmp_path / "again")["eos_token_id"] == [2, 5, 7]
 
 
 def test_stop_tokens_may_stand_in_generation_config_alone(tokenizer, tmp_path):
@@ -377,7 +405,7 @@ def test_stop_tokens_may_stand_in_generation_config_alone(tokenizer, tmp_path):
     save_model(model, tmp_path / "saved")
     path = tmp_path / "saved/generation_config.json"
     for written, stops in (('{"eos_token_id": [2, 18]}', [2, 18]), ('{"eos_token_id": 0}', 0),
-                           ('{"eos_token_id": null}', 2), ("{}", 2)):
+                           ('{"eos_token_id": null, "pad_token_id": null}', 2), ("{}", 2)):
         path.write_text(written)
         assert read_config(tmp_path / "saved").eos_token_id == stops
     path.write_text('{"eos_token_id": "</s>"}')
@@ -400,7 +428,7 @@ def test_a_model_without_a_tokenizer_is_refused(theirs):
 
 
 class FailingTokenizer(SimpleNamespace):
-    def save(self, directory):
+    def save(self, directory, max_length):
         raise OSError(28, "No space left on device")
 
 
@@ -448,6 +476,8 @@ def test_a_save_killed_between_its_renames_is_mended_by_the_next(tmp_path):
 
 def test_nothing_but_a_model_is_replaced(tmp_path):
     save_model(small(96), tmp_path / "model")
+    (tmp_path / "model" / ".DS_Store").write_bytes(b"a file manager's")
+    save_model(small(96), tmp_path / "model")
     (tmp_path / "model" / "thesis.tex").write_text("years of work")
     before = contents(tmp_path)
     with pytest.raises(UserError, match="model: holds thesis.tex"):
@@ -461,7 +491,8 @@ def test_nothing_but_a_model_is_replaced(tmp_path):
 
 MEMORY = """
 import resource, sys, torch
-from minixllm.weights.hf_directory import build, initialise, load_model, save_model
+from minixllm.weights.hf_directory import build, initialise, save_model
+from opened import load_model
 from minixllm.models.llama import LlamaConfig
 
 def peak():
@@ -490,7 +521,7 @@ else:
 def test_peak_memory_is_the_model_and_one_tensor(tmp_path):
     def run(action):
         done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path), action], cwd=ROOT, check=True,
-                              env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+                              env={**os.environ, "PYTHONPATH": PYTHONPATH}, capture_output=True, text=True)
         return map(int, done.stdout.split())
 
     slack = 8 << 20
@@ -524,7 +555,7 @@ def sharded():
 
 class Full:
     bos_id = eos_id = pad_id = None
-    def save(self, directory):
+    def save(self, directory, max_length):
         raise OSError(28, "No space left on device")
 
 read, original = [], safetensors_files.Stored.read
