@@ -97,8 +97,10 @@ class Tokenizer:
         split_special_tokens=True.
         """
         directory = Path(directory)
-        config = {"model_max_length": max_length} if max_length else {}
-        config |= {"tokenizer_class": self.CLASS, "clean_up_tokenization_spaces": False} | self.config
+        config = {"tokenizer_class": self.CLASS, "clean_up_tokenization_spaces": False} | self.config
+        limit = config.get("model_max_length")
+        if max_length and (limit is None or type(limit) in (int, float) and limit > 1e18):  # transformers' "unknown"
+            config["model_max_length"] = max_length
         config |= {key: name for key, name in self.names.items() if config.get(key) is None}
         flags = {"add_bos_token": bool(self.prefix), "add_eos_token": bool(self.suffix)}
         config |= {key: value for key, value in flags.items() if key in config or key in self.FLAGS}
