@@ -7,6 +7,7 @@ Both go on where they stopped when the same command is given again. With --dry-r
 they would ask.
 """
 
+import signal
 import sqlite3
 import sys
 
@@ -14,8 +15,8 @@ from minixllm.building import feedback, instructions, services
 from minixllm.errors import UserError
 from minixllm.settings import parse, run
 
-BUILDS = {"instructions": (instructions.InstructionSettings, instructions.build),
-          "feedback": (feedback.FeedbackSettings, feedback.build)}
+BUILDS = {"instructions": (instructions.InstructionSettings, instructions.build_instructions),
+          "feedback": (feedback.FeedbackSettings, feedback.build_pairs)}
 
 
 def main(argv):
@@ -39,5 +40,6 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends a build as Ctrl-C does
     sys.argv[0] = "minixllm.building"
     run(main)

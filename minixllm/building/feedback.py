@@ -1,31 +1,37 @@
 """Cross-lingual feedback: pairs of a better and a worse answer (paper, section on cross-lingual human feedback).
 
 An instruction in one of the 30 languages asks for its answer in another, over all 870 ordered pairs alike. Several
-candidates answer it; a judge compares each two, in both orders; the best is kept against the worst.
+candidates answer it; a judge compares each two, in both orders; the best is paired with the worst.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import json
 import math
 import random
+import re
 import statistics
-from collections import Counter
+import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from minixllm import languages
 from minixllm.building import services
 from minixllm.building.filters import identifier, unfit
+from minixllm.building.instructions import chosen_languages
+from minixllm.building.replies import Unusable
 from minixllm.building.runner import Estimate, LeftOut, Runner, RunnerSettings
 from minixllm.building.services import Prompt
 from minixllm.data import prompts
 from minixllm.data.records import Instruction, place, read_instructions, record_files
-from minixllm.errors import UserError, check_text
-from minixllm.files import write_json
+from minixllm.errors import UserError, check_text, shortened
+from minixllm.files import atomic_write, write_json
 from minixllm.languages import FEEDBACK_LANGUAGES, LANGUAGES
 from minixllm.settings import setting
 
@@ -33,6 +39,8 @@ CRITERIA = ("helpfulness", "correctness", "language")
 DRY_RUN_SAMPLE = 200
 TRIED = 4, 3   # languages, and instructions in each, that are asked first, to see whether the judge can be read
 FEWEST = 10    # comparisons of these that tell
+UNREADABLE = 0.1  # a larger share of verdicts that cannot be read is warned about while the build runs
+EXAMPLES = 5   # of written pairs in the report
 
 
 @dataclass
@@ -41,7 +49,9 @@ class FeedbackSettings(RunnerSettings):
                                   "instructions leaves them")
     feedback: str = setting("cross-lingual", "answers in another language than the instruction's, or in the same (the "
                                              "paper's ablation), as many in all", ("cross-lingual", "monolingual"))
-    pairs_each: int = setting(20, "instructions drawn for each of the 870 ordered pairs of languages", least=1)
+    languages: list[str] = setting([], "two or more of the 100, by code, tag or name; none: the 30 feedback languages. "
+                                       "Beyond the 30, another language is asked for in English")
+    pairs_each: int = setting(20, "instructions drawn for each ordered pair of languages, 870 of the 30", least=1)
     generators: list[str] = setting(["chat:gpt-4o-mini@https://api.openai.com/v1"], "services that answer in turn")
     candidates: int = setting(4, "answers to each instruction; a judge is asked candidates x (candidates - 1) times",
                               least=2)
@@ -51,8 +61,8 @@ class FeedbackSettings(RunnerSettings):
     temperature: float = setting(1.0, "sampling temperature of the candidates", least=0)
 
 
-def build(settings: FeedbackSettings) -> bool:
-    """Write pairs.jsonl, and build/failures.jsonl and report.json, into settings.output.
+def build_pairs(settings: FeedbackSettings) -> bool:
+    """Write pairs.jsonl, and build/failures.jsonl, report.json and report.md, into settings.output.
 
     Whether everything was asked and answered; where not, running it again goes on.
     """
@@ -62,7 +72,10 @@ def build(settings: FeedbackSettings) -> bool:
         raise UserError(f"--output {settings.output} is --data, too: expected another directory")
     if not settings.generators:
         raise UserError("--generators names no service, expected one or more")
-    drawn, files = draw(settings), record_files(settings.data)
+    codes = chosen_languages(settings.languages, FEEDBACK_LANGUAGES)
+    if len(codes) < 2:
+        raise UserError(f"--languages: found only {codes[0]}, expected two or more")
+    drawn, files = draw(settings, codes), record_files(settings.data)
     total = sum(len(places) for places, _ in drawn.values())
     # each opened once: a local model may well be generator and judge
     words = dict.fromkeys((*settings.generators, settings.judge))
@@ -74,38 +87,37 @@ def build(settings: FeedbackSettings) -> bool:
     if settings.dry_run:
         print(estimate(files, drawn, total, generators, judge, settings))
         return True
-    wrong_language, comparisons, each = identifier(), Counter(), Counter()
-    state = "pairs.jsonl is not yet written"
+    tally, state = Tally(judge, settings.min_margin, identifier()), "pairs.jsonl is not yet written"
 
     def answer(ask, item):
         return compare(ask, item, generators, judge, settings)
 
-    def finish(item, made):
-        *answered, outcomes = made
-        comparisons.update(outcomes)
-        record = pair(item, judge, settings.min_margin, wrong_language, *answered)
-        each[f"{item[1]}>{item[2]}"] += 1
-        return record
-
     with Runner(settings, files) as runner:
         for service in opened.values():
             runner.reach(service, settings.max_new_tokens * (service in generators))
-        tried, codes = Counter(), set()
-        for (_, code, _), (*_, outcomes) in runner.map(answer, firsts(files, drawn), math.prod(TRIED), "judge", named):
-            tried.update(outcomes)
-            codes.update([code] * bool(outcomes))
-        if len(codes) > 1 and tried["not readable"] == tried.total() >= FEWEST:
-            raise UserError(f"{judge.name}: the first {tried.total()} comparisons, in {len(codes)} languages, gave no "
-                            "verdict that can be read, expected a judge that answers with the JSON it is asked for")
-        runner.failures.clear()  # they are met again
-        report = runner.write(Path(settings.output) / "pairs.jsonl", answer, finish, instructions(files, drawn), total,
-                              settings.feedback, named)
-        report |= {"comparisons": dict(sorted(comparisons.items())), "each": dict(sorted(each.items()))}
+        try_judge(runner, answer, files, drawn, judge)
+        counts = runner.write(Path(settings.output) / "pairs.jsonl", answer, tally.finish, instructions(files, drawn),
+                              total, settings.feedback, named)
+        report = counts | tally.report() | {"cost of all stored answers": runner.stored()}
         write_json(runner.folder / "report.json", report)
+        with atomic_write(runner.folder / "report.md") as file:
+            file.write(report_tables(report, settings, total))
         for reason, count in report["left_out"].items():
             print(f"no pair out of {count:,} instructions: {reason}")
         state = f"{report['records']:,} pairs out of {total:,} instructions"
     return runner.conclude(state)
+
+
+def try_judge(runner: Runner, answer, files, drawn, judge) -> None:
+    """Raise UserError where no verdict on the first few instructions of several languages can be read."""
+    outcomes, codes = Counter(), set()
+    for (_, code, _), made in runner.map(answer, firsts(files, drawn), math.prod(TRIED), "judge", named):
+        outcomes.update(made.outcomes)
+        codes.update([code] * bool(made.outcomes))
+    if len(codes) > 1 and outcomes["not readable"] == outcomes.total() >= FEWEST:
+        raise UserError(f"{judge.name}: the first {outcomes.total()} comparisons, in {len(codes)} languages, gave no "
+                        "verdict that can be read, expected a judge that answers with the JSON it is asked for")
+    runner.failures.clear()  # they are met again
 
 
 def named(item) -> dict:
@@ -116,25 +128,24 @@ def named(item) -> dict:
 # -- which instruction is asked in which language -------------------------------------------------------------------
 
 
-def draw(settings) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{language: (which of its records, the number of the language in which each is to be answered)}, evenly."""
+def draw(settings, codes) -> dict[str, tuple[np.ndarray, list[str]]]:
+    """{language: (which of its records, the language in which each is to be answered)}, all targets equally often."""
     counts = Counter(code for code, _ in spoken(settings.data))
-    codes = range(len(FEEDBACK_LANGUAGES))
     drawn = {}
-    for own, code in enumerate(FEEDBACK_LANGUAGES):
-        targets = [own] if settings.feedback == "monolingual" else [target for target in codes if target != own]
-        wanted = settings.pairs_each * (len(FEEDBACK_LANGUAGES) - 1)  # as many in both
+    for code in codes:
+        targets = [code] if settings.feedback == "monolingual" else [target for target in codes if target != code]
+        wanted = settings.pairs_each * (len(codes) - 1)  # as many in both
         if counts[code] < wanted:
             raise UserError(f"{' '.join(settings.data)}: {counts[code]:,} records in {LANGUAGES[code].name} ({code}), "
                             f"expected {wanted:,} or more for --pairs-each {settings.pairs_each}")
         places = np.array(random.Random(f"{settings.seed} {code}").sample(range(counts[code]), wanted))
         order = np.argsort(places)
-        drawn[code] = places[order], np.resize(targets, wanted)[order]
+        drawn[code] = places[order], [targets[i % len(targets)] for i in order]
     return drawn
 
 
 def spoken(paths) -> Iterator[tuple[str, Instruction]]:
-    """(language, record) of the records in feedback languages, file by file."""
+    """(language, record) of the records in any of the 100, file by file."""
     for path in record_files(paths):
         for record in read_instructions(path):
             if record.language is None:
@@ -145,7 +156,7 @@ def spoken(paths) -> Iterator[tuple[str, Instruction]]:
             except UserError as error:
                 raise UserError(f"{path}, {place(record.line)}: {error}") from None
             check_text(str(record.extra.get("id")), f"{path}, {place(record.line)}: id")
-            if code in FEEDBACK_LANGUAGES:
+            if code in LANGUAGES:
                 yield code, record
 
 
@@ -153,9 +164,9 @@ def instructions(paths, drawn) -> Iterator[tuple[Instruction, str, str]]:
     """(record, its language, the language of the answer) of the drawn records, in the order of the files."""
     seen, taken = Counter(), Counter()
     for code, record in spoken(paths):
-        places, targets = drawn[code]
+        places, targets = drawn.get(code, ((), ()))
         if taken[code] < len(places) and places[taken[code]] == seen[code]:
-            yield record, code, FEEDBACK_LANGUAGES[targets[taken[code]]]
+            yield record, code, targets[taken[code]]
             taken[code] += 1
         seen[code] += 1
 
@@ -175,47 +186,71 @@ def firsts(paths, drawn) -> Iterator[tuple[Instruction, str, str]]:
 # -- candidates and their judge -------------------------------------------------------------------------------------
 
 
-def compare(ask, item, generators, judge, settings) -> tuple[str, dict[str, str], dict, Counter]:
-    """The instruction as it is asked, {answer: its generator}, the margins of each two answers (see `choose`), and how
-    their comparisons went. Everything comes through ask(service, request).
+@dataclass
+class Compared:
+    """An instruction as it was asked, its different answers, and what the judge says of each two of them."""
+
+    instruction: str
+    answers: dict[str, str]  # {answer: its generator}
+    margins: dict            # {(i, j), i < j: points by which answer i beats answer j}
+    outcomes: Counter        # of the comparisons
+    unusable: Counter        # (generator, why) of the answers that are no candidates
+
+
+def compare(ask, item, generators, judge, settings) -> Compared:
+    """Let the generators answer, and the judge compare; everything comes through ask(service, request).
+
+    Each two answers are shown in both orders, for judges favour a place (position bias: Wang et al. 2023, "Large
+    Language Models are not Fair Evaluators").
     """
     record, code, target = item
-    instruction = record.instruction if code == target else prompts.cross_lingual(record.instruction, target, code)
-    answers, margins, outcomes = {}, {}, Counter()
+    asked_in = code if {code, target} <= {*FEEDBACK_LANGUAGES} else "eng"  # only of these there are the words
+    instruction = record.instruction if code == target else prompts.cross_lingual(record.instruction, target, asked_in)
+    made = Compared(instruction, {}, {}, Counter(), Counter())
     for number in range(settings.candidates):
         generator = generators[number % len(generators)]
-        answer = ask(generator, Prompt(instruction, record.input, "", settings.max_new_tokens, settings.temperature,
-                                       settings.seed + number))
+        try:
+            answer = ask(generator, Prompt(instruction, record.input, "", settings.max_new_tokens, settings.temperature,
+                                           settings.seed + number))
+        except Unusable as why:
+            answer = made.unusable.update([(generator.name, str(why))])
         if answer:
-            answers.setdefault(answer, generator.name)
-    texts = list(answers)
+            made.answers.setdefault(answer, generator.name)
+    texts = list(made.answers)
     for i, j in itertools.combinations(range(len(texts)), 2):
         verdicts = []
         for first, second in ((i, j), (j, i)):
             question, tag = comparison(instruction, record.input, texts[first], texts[second], LANGUAGES[target].name)
-            answer = ask(judge, Prompt(question, max_new_tokens=512, seed=settings.seed))
+            try:
+                answer = ask(judge, Prompt(question, max_new_tokens=512, seed=settings.seed))
+            except Unusable:
+                answer = ""
             verdicts.append(read_verdict(answer, tag))
-        margins[i, j] = 0.0 if None in verdicts else agreed(verdicts[0], -verdicts[1])
-        outcomes["not readable" if None in verdicts else "decided" if margins[i, j] else "tie"] += 1
-    return instruction, answers, margins, outcomes
+        readable = None not in verdicts
+        made.margins[i, j] = agreed(verdicts[0], -verdicts[1]) if readable else 0.0
+        made.outcomes["not readable" if not readable else "decided" if made.margins[i, j] else
+                      "orders disagree" if verdicts[0] * verdicts[1] > 0 else "tie"] += 1
+    return made
 
 
-def pair(item, judge, least: float, wrong_language, instruction: str, answers: dict, margins: dict) -> dict:
+def pair(item, judge, least: float, faults: list[str | None], made: Compared) -> dict:
     """The record that the compared answers to an instruction give. Raises LeftOut."""
-    record, _, target = item
-    texts = list(answers)
-    faults = [unfit(text, target, wrong_language) for text in texts]
+    texts = list(made.answers)
     try:
-        best, worst, margin, vetoed = choose(len(texts), margins, faults, least)
+        best, worst, margin, vetoed = choose(len(texts), made.margins, faults, least)
     except LeftOut as out:
-        raise LeftOut(out.reason, instruction, *texts) from None
-    return {"instruction": instruction, "input": record.input, "chosen": texts[best], "rejected": texts[worst],
-            **named(item), "chosen_by": answers[texts[best]], "rejected_by": answers[texts[worst]],
+        raise LeftOut(out.reason, made.instruction, *texts) from None
+    return {"instruction": made.instruction, "input": item[0].input, "chosen": texts[best], "rejected": texts[worst],
+            **named(item), "chosen_by": made.answers[texts[best]], "rejected_by": made.answers[texts[worst]],
             "judge": judge.name, "margin": round(margin, 3), "vetoed": vetoed}
 
 
 def comparison(instruction: str, input: str, first: str, second: str, language: str) -> tuple[str, str]:
-    """The question to the judge, and its tag: a hash of all it holds, which no part of it can therefore contain."""
+    """The question to the judge, and its tag.
+
+    An answer may speak to the judge (prompt injection) or pass for its verdict. The tag prevents that: it is a hash of
+    all that is shown, so that nothing shown can contain it.
+    """
     tag = hashlib.sha256(json.dumps([instruction, input, first, second, language]).encode()).hexdigest()[:16]
     scores = "{" + ", ".join(f'"{name}": N' for name in CRITERIA) + "}"
     return (
@@ -230,14 +265,17 @@ def comparison(instruction: str, input: str, first: str, second: str, language: 
         f"[{tag}] second answer\n{second}\n[{tag}] end"), tag
 
 
+# an object that holds no more than flat objects; each sign is looked at a fixed number of times
+VERDICT = re.compile(r"\{[^{}]*+(?:\{[^{}]*+\}[^{}]*+)*+\}")
+
+
 def read_verdict(text: str, tag: str) -> float | None:
     """By how many points, of 10, the first answer is better; None for anything but one verdict that bears the tag."""
-    text, found, position = text[:20_000], set(), 0
-    while (position := text.find("{", position)) >= 0:
+    found = set()
+    for candidate in VERDICT.findall(text[:20_000]):
         try:
-            entry, position = json.JSONDecoder().raw_decode(text, position)
-        except (ValueError, RecursionError):
-            position += 1
+            entry = json.loads(candidate)
+        except ValueError:
             continue
         if entry.get("id") != tag:
             continue
@@ -291,3 +329,87 @@ def estimate(files, drawn, total: int, generators, judge, settings) -> str:
         compare(counter.ask, item, generators, judge, settings)
     return "\n".join([f"{total:,} instructions, counted on {len(sample)}",
                       *(f"{name}: {amount:,.0f} {unit}" for (name, unit), amount in counter.counts.items())])
+
+
+# -- the report -----------------------------------------------------------------------------------------------------
+
+
+class Tally:
+    """What the report counts, in the order of the records, while `finish` makes pairs of them."""
+
+    def __init__(self, judge, least: float, wrong_language):
+        self.judge, self.least, self.wrong_language = judge, least, wrong_language
+        self.comparisons, self.each, self.unusable, self.margins = Counter(), Counter(), Counter(), Counter()
+        self.generators, self.by_language = defaultdict(Counter), defaultdict(Counter)
+        self.examples, self.warn_at = [], FEWEST
+
+    def finish(self, item, made: Compared) -> dict:
+        """The pair that an instruction gives. Raises LeftOut."""
+        faults = [unfit(text, item[2], self.wrong_language) for text in made.answers]
+        self.comparisons.update(made.outcomes)
+        self.unusable.update(made.unusable)
+        for fault, generator in zip(faults, made.answers.values()):
+            self.generators[generator]["answers"] += 1
+            self.by_language[item[2]].update(["answers", fault] if fault else ["answers"])
+        unreadable = self.comparisons["not readable"]
+        if unreadable >= self.warn_at and unreadable > UNREADABLE * self.comparisons.total():
+            tqdm.write(f"{self.judge.name}: {unreadable:,} of {self.comparisons.total():,} verdicts cannot be read, "
+                       "and count as ties", file=sys.stderr)
+            self.warn_at = 2 * unreadable
+        record = pair(item, self.judge, self.least, faults, made)
+        self.each[f"{item[1]}>{item[2]}"] += 1
+        self.generators[record["chosen_by"]]["chosen"] += 1
+        self.generators[record["rejected_by"]]["rejected"] += 1
+        self.margins[int(record["margin"])] += 1
+        self.examples += [record] * (len(self.examples) < EXAMPLES)
+        return record
+
+    def report(self) -> dict:
+        counts = {"comparisons": self.comparisons, "each": self.each, "generators": self.generators,
+                  "by_language": self.by_language, "margins": self.margins,
+                  "unusable": {f"{name}: {why}": count for (name, why), count in self.unusable.items()}}
+        return {name: dict(sorted(each.items())) for name, each in counts.items()} | {"written": self.examples}
+
+
+def report_tables(report: dict, settings, total: int) -> str:
+    """report.md: what was compared, who won, what was left out, with examples, the settings and the cost."""
+    compared = report["comparisons"]
+    readable = sum(compared.values()) - compared.get("not readable", 0)
+    share = compared.get("orders disagree", 0) / max(1, readable)
+    cost = ", ".join(f"{amount:,.0f} {unit}" for unit, amount in report["cost of all stored answers"].items())
+    lines = [f"{report['records']:,} pairs out of {total:,} instructions; {report['failed']:,} failed, "
+             f"{report['markup']:,} answers had markup cut out. All stored answers: {cost}.", "",
+             f"Of {sum(compared.values()):,} comparisons, {compared.get('not readable', 0):,} could not be read; in "
+             f"{share:.1%} of the readable ones the judge's two orders disagree (position bias), which makes a tie."]
+    lines += _table(["comparisons", "number"], compared.items())
+    lines += _table(["generator", "answers", "chosen", "rejected"], [
+        (name, *(counts[key] for key in ("answers", "chosen", "rejected"))) for name, counts in
+        report["generators"].items()])
+    lines += _table(["no candidate because of", "answers"], report["unusable"].items())
+    lines += _table(["asked for", "answers", "wrong language", "refusals", "loops"], [
+        (f"{LANGUAGES[code].name} ({code})", counts["answers"], *(
+            f"{sum(counts[name] for name in names) / counts['answers']:.1%}" for names in (
+                [name for name in counts if name not in ("answers", "refusal", "loop")], ["refusal"], ["loop"])))
+        for code, counts in report["by_language"].items()])
+    lines += _table(["margin, points of 10", "pairs"], [
+        (f"{low} to {low + 1}", count) for low, count in report["margins"].items()])
+    lines += _table(["left out", "instructions"], report["left_out"].items())
+    shown = ("instruction", "chosen", "rejected", "margin")
+    lines += _table(["written, for example", *shown[1:]], [
+        [record[name] for name in shown] for record in report["written"]])
+    lines += _table(["left out, for example", "instruction and answers"], [
+        (reason, " / ".join(example["texts"])) for reason, examples in report["examples"].items()
+        for example in examples])
+    lines += _table(["setting", "value"], [
+        (name, value) for name, value in dataclasses.asdict(settings).items() if name not in ("output", "dry_run")])
+    return "\n".join(lines) + "\n"
+
+
+def _table(heads: list[str], rows) -> list[str]:
+    """A Markdown table, nothing where it would be empty; long texts are cut."""
+    def cell(value) -> str:
+        text = f"{value:,}" if type(value) is int else shortened(str(value), 200)
+        return " ".join(text.split()).replace("|", "\\|")
+
+    cells = [[*map(cell, row)] for row in rows]
+    return ["", *(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *cells))] if cells else []

@@ -5,12 +5,11 @@ written by a chat model in the language where they are good: which, is told by t
 the language and back and scoring it against the original. What is visibly broken is left out.
 """
 
-import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import random
-import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,11 @@ from pathlib import Path
 from minixllm import languages
 from minixllm.building import services
 from minixllm.building.filters import copied, fault, identifier, spaced
+from minixllm.building.replies import Unusable
 from minixllm.building.runner import Estimate, LeftOut, Runner, RunnerSettings, Stopped
 from minixllm.building.services import Prompt, Translate
 from minixllm.data.records import Instruction, place, read_instructions
-from minixllm.errors import UserError, check_text
+from minixllm.errors import UserError, check_text, found
 from minixllm.evaluation import scorers
 from minixllm.files import atomic_write, write_json
 from minixllm.languages import LANGUAGES
@@ -58,7 +58,7 @@ class Plan:
     prompt: dict              # of generated answers: max_new_tokens, temperature, seed
 
 
-def build(settings: InstructionSettings) -> bool:
+def build_instructions(settings: InstructionSettings) -> bool:
     """Write {code}.jsonl for each language that has records left, and build/failures.jsonl, report.json and report.md,
     into settings.output.
 
@@ -93,7 +93,7 @@ def build(settings: InstructionSettings) -> bool:
             runner.reach(service, settings.max_new_tokens * (service is generator))
         for number, plan in enumerate(plans, start=1):
             label = f"{plan.code} {number}/{len(plans)}"
-            report[plan.code] = entry = build_language(runner, settings, plan, sample, total, label, wrong_language)
+            report[plan.code] = entry = write_language(runner, settings, plan, sample, total, label, wrong_language)
             report = {code: report[code] for code in LANGUAGES if code in report}
             write_report(runner.folder, report, settings.min_bleu)
             finished += 1
@@ -102,15 +102,15 @@ def build(settings: InstructionSettings) -> bool:
     return runner.conclude(f"{finished} of {len(plans)} languages are finished")
 
 
-def build_language(runner: Runner, settings, plan: Plan, sample: set[int], total: int, label: str,
+def write_language(runner: Runner, settings, plan: Plan, sample: set[int], total: int, label: str,
                    wrong_language) -> dict:
     """Write the language's file; its entry in the report."""
     scores = quality(runner, settings.data, sample, plan, label)
     if scores["bleu"] < settings.min_bleu:
         plan = dataclasses.replace(plan, generator=None)
-    path = Path(settings.output) / f"{plan.code}.jsonl"
+    path, seen = Path(settings.output) / f"{plan.code}.jsonl", set()
     counts = runner.write(path, lambda ask, item: make(ask, item[1], plan),
-                          lambda item, made: finish(item, made, plan, scores, wrong_language, runner.is_new),
+                          lambda item, made: finish(item, made, plan, scores, wrong_language, seen),
                           sources(settings.data), total, label,
                           lambda item: {"language": plan.code, "id": identity(*item)})
     if not counts["records"]:
@@ -119,12 +119,12 @@ def build_language(runner: Runner, settings, plan: Plan, sample: set[int], total
             "answers": plan.generator.name if plan.generator else "translated", **counts}
 
 
-def chosen_languages(words: list[str]) -> list[str]:
-    """FLORES codes, without doubles, in the table's order; all of them for none."""
+def chosen_languages(words: list[str], default=tuple(LANGUAGES)) -> list[str]:
+    """FLORES codes, without doubles, in the table's order; the default for none. Raises UserError."""
     chosen = {languages.find(word).code for word in words}
     if outside := chosen - LANGUAGES.keys():
         raise UserError(f"--languages: {', '.join(sorted(outside))} is none of the 100")
-    return [code for code in LANGUAGES if code in chosen or not words]
+    return [code for code in LANGUAGES if code in chosen] or list(default)
 
 
 # -- the source -----------------------------------------------------------------------------------------------------
@@ -142,19 +142,16 @@ def identity(number: int, record: Instruction) -> str:
 
 def check_source(paths) -> int:
     """How many records there are. Raises UserError for a broken one, or two with one id."""
-    number = 0
-    with contextlib.closing(sqlite3.connect("")) as database:  # on disk: so many ids would fill the memory
-        database.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, place TEXT) WITHOUT ROWID")
-        for path in paths:
-            for record in read_instructions(path):
-                own, here = identity(number, record), f"{path}, {place(record.line)}"
-                check_text(own, f"{here}: id")
-                if not database.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (own, here)).rowcount:
-                    first, = database.execute("SELECT place FROM ids WHERE id = ?", (own,)).fetchone()
-                    raise UserError(f"{here}: id {own!r} again, first in {first}; expected every record to have its "
-                                    "own, where it has none its number, from 0")
-                number += 1
-    return number
+    seen = {}  # {id: where}
+    for path in paths:
+        for record in read_instructions(path):
+            own, here = identity(len(seen), record), (path, record.line)
+            check_text(own, f"{path}, {place(record.line)}: id")
+            if seen.setdefault(own, here) is not here:
+                first, line = seen[own]
+                raise UserError(f"{path}, {place(record.line)}: id {found(own)} again, first in {first}, {place(line)}"
+                                "; expected every record to have its own, where it has none its number, from 0")
+    return len(seen)
 
 
 # -- making records -------------------------------------------------------------------------------------------------
@@ -171,13 +168,15 @@ def make(ask, record: Instruction, plan: Plan) -> tuple[str, str, str]:
     return instruction, input, ask(plan.generator, Prompt(instruction, input, system, **plan.prompt))
 
 
-def finish(item, made: tuple[str, str, str], plan: Plan, scores: dict, wrong_language, is_new) -> dict:
-    """The record as it is written. Raises LeftOut."""
+def finish(item, made: tuple[str, str, str], plan: Plan, scores: dict, wrong_language, seen: set) -> dict:
+    """The record as it is written. seen: digests of the questions before it. Raises LeftOut."""
     number, record = item
+    question = hashlib.sha256("\n".join(map(spaced, made[:2])).encode()).digest()[:16]
     reason = (fault(record, made, plan.generator is not None, plan.code, wrong_language)
-              or (None if is_new("\n".join((plan.code, *map(spaced, made[:2])))) else "duplicate"))
+              or ("duplicate" if question in seen else None))
     if reason:
         raise LeftOut(reason, *made)
+    seen.add(question)
     return {**dict(zip(("instruction", "input", "output"), made)), "language": plan.code,
             "id": identity(number, record), "translator": plan.translator.name,
             "generator": plan.generator.name if plan.generator else None,
@@ -191,13 +190,17 @@ def first_able(translators: list, code: str):
 
 
 def quality(runner: Runner, paths, sample: set[int], plan: Plan, label: str) -> dict:
-    """BLEU and chrF of the sampled instructions, translated there and back."""
+    """BLEU and chrF of the sampled instructions, translated there and back (back-translation)."""
     sampled = [item for item in sources(paths) if item[0] in sample]
 
     def back(ask, item):
-        there = ask(plan.translator, Translate(item[1].instruction, "eng", plan.code))
-        # what was not translated would come back as it was, for a perfect score
-        return "" if copied(item[1].instruction, there) else ask(plan.translator, Translate(there, plan.code, "eng"))
+        try:
+            there = ask(plan.translator, Translate(item[1].instruction, "eng", plan.code))
+            if copied(item[1].instruction, there):
+                return ""  # what was not translated would come back as it was, for a perfect score
+            return ask(plan.translator, Translate(there, plan.code, "eng"))
+        except Unusable:
+            return ""  # it counts as badly translated
 
     pairs = [(text, item[1].instruction) for item, text in runner.map(
         back, sampled, len(sampled), f"{label} quality",
@@ -242,11 +245,13 @@ def report_table(report: dict, min_bleu: float) -> str:
         if members:
             lines.append(f"| {low} to {low + 10} | {len(members)} | {' '.join(members)} |")
     lines += ["", f"The last build generated answers from {min_bleu:g} on, and translated them below.", "",
-              "| language | BLEU | chrF | answers | records | left out | failed |", "|---|---|---|---|---|---|---|"]
+              "| language | BLEU | chrF | answers | records | left out | failed | markup cut out |",
+              "|---|---|---|---|---|---|---|---|"]
     for code, entry in report.items():
         left_out = ", ".join(f"{reason} {count:,}" for reason, count in entry["left_out"].items()) or "none"
         lines.append(f"| {LANGUAGES[code].name} ({code}) | {entry['bleu']:.1f} | {entry['chrf']:.1f} | "
-                     f"{entry['answers']} | {entry['records']:,} | {left_out} | {entry['failed']:,} |")
+                     f"{entry['answers']} | {entry['records']:,} | {left_out} | {entry['failed']:,} | "
+                     f"{entry.get('markup', 0):,} |")
     return "\n".join(lines) + "\n"
 
 

@@ -3,7 +3,7 @@
 What a build writes is a function of its source records and of the answers to what they ask. `Runner.map` computes it
 with many threads, but in the order of the source; `Runner.ask` stores each answer under a hash of its request. So what
 is written depends neither on the order in which answers came nor on how often the build was killed. For that, a request
-is asked by one thread alone, and how it ended, with an answer or for good without, holds for the whole run.
+is asked by one thread alone, and how it ended, with an answer or without, holds for the whole run.
 """
 
 import contextlib
@@ -25,7 +25,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minixllm.building.services import Failure, Prompt, Translate, fingerprint
+from minixllm.building.replies import Failure, Unusable
+from minixllm.building.services import Prompt, Translate, fingerprint
 from minixllm.errors import UserError
 from minixllm.files import atomic_write, write_json_lines
 from minixllm.languages import LANGUAGES
@@ -37,6 +38,7 @@ LONGEST_WAIT = 3600.0  # seconds that one request waits in all because a server 
 FAILURES_IN_A_ROW = 40  # of one service, after which it is taken for dead
 AHEAD = 64            # records for each thread to go on with while the first of them waits for its answers
 EXAMPLES = 3          # of each reason for leaving a record out
+LINE_EVERY = 60.0     # seconds between two lines of progress where no terminal shows a bar
 # what `atomic_write` leaves of a build's files when it is killed
 HALF_WRITTEN = re.compile(rf"\.(({'|'.join(LANGUAGES)}|pairs|failures)\.jsonl|report\.(json|md))\.[a-z0-9_]{{8}}")
 
@@ -81,12 +83,12 @@ class Runner:
         self.files, self._fingerprint = files, fingerprint(files)
         self.spent, self._reserved = Counter(requests=0, tokens=0, characters=0), Counter()
         self.limits = {unit: limit for unit in self.spent if (limit := getattr(settings, f"budget_{unit}")) is not None}
-        self._settled = threading.Condition()
-        self._alone = [threading.Lock() for _ in range(2**16)]  # by the first two bytes of a request's key
+        self._changed = threading.Condition()  # for whoever waits for a request under way, or for room in the budget
+        self._under_way = set()  # keys of requests
         self._stop, self.why_stopped = threading.Event(), None
-        self._failed_in_a_row, self._resume_at = Counter(), {}  # by service, and by how it failed
-        self._reasons = {}  # why a request got no answer in this run
-        self.failures = []  # the records that this concerns, as they are listed
+        self._failed_in_a_row, self._resume_at = Counter(), {}  # by service and how it failed; by service
+        self.failures = []  # the records that got no answer, as they are listed
+        self.cleaned = 0    # answers, new or stored, from which markup was cut out
 
         # WAL: a stored answer survives the death of this process at once; exclusive: two builds may not share a folder
         self._lock = threading.Lock()
@@ -95,11 +97,13 @@ class Runner:
         try:
             self._database.executescript("""
                 PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
-                CREATE TABLE IF NOT EXISTS answers (request BLOB PRIMARY KEY, answer TEXT);
-                CREATE TEMP TABLE seen (text BLOB PRIMARY KEY) WITHOUT ROWID;""")
+                CREATE TABLE IF NOT EXISTS replies (request BLOB PRIMARY KEY, answer TEXT, markup INTEGER,
+                                                    unusable TEXT, tokens INTEGER, characters INTEGER)""")
+            rows = self._database.execute("SELECT request, unusable FROM replies WHERE unusable IS NOT NULL").fetchall()
         except sqlite3.DatabaseError as error:
             raise UserError(f"{settings.output}: another build is writing there" if "locked" in str(error) else
                             f"{folder / 'cache.sqlite'}: {error}") from None
+        self._unanswered = {key: Unusable(reason) for key, reason in rows}  # requests that get no answer in this run
         for path in (*folder.iterdir(), *folder.parent.iterdir()):
             if HALF_WRITTEN.fullmatch(path.name) and path.is_file():
                 path.unlink()
@@ -117,19 +121,20 @@ class Runner:
                 self._pool.join()  # for the answers that are on their way
         with self._lock:
             self._database.close()
-        stopped = isinstance(error, Stopped)
-        if self.failures or stopped or error is None:
+        if self.failures or error is None or kind is Stopped:
             write_json_lines(self.folder / "failures.jsonl", self.failures)
-        return stopped
+        if kind is KeyboardInterrupt:
+            print(f"stopped by a signal; asked in this run: {_amounts(self.spent)}; the answers are kept in "
+                  f"{self.folder / 'cache.sqlite'}, and the same command goes on from there", file=sys.stderr)
+        return kind is Stopped
 
     def _query(self, statement: str, *values):
         with self._lock:
             return self._database.execute(statement, values).fetchone()
 
-    def is_new(self, text: str) -> bool:
-        """Whether it is asked of `text` for the first time; on disk, for a set of all texts would fill the memory."""
-        digest = hashlib.sha256(text.encode()).digest()[:16]
-        return self._query("INSERT OR IGNORE INTO seen VALUES (?) RETURNING 1", digest) is not None
+    def stored(self) -> dict[str, int]:
+        """What all the answers have cost that are stored in this folder, whichever run asked for them."""
+        return dict(zip(self.spent, self._query("SELECT COUNT(*), TOTAL(tokens), TOTAL(characters) FROM replies")))
 
     # -- asking
 
@@ -145,41 +150,68 @@ class Runner:
             if service.does(shortest := Prompt("", max_new_tokens=max_new_tokens)):
                 self._check_size(service.cost(shortest))
             self._check_size(cost := service.cost(request))
-            self._insist(service, request, cost, 3)
+            with contextlib.suppress(Unusable):  # it is there, and answers
+                self._insist(service, request, cost, 3)
         except Failure as failure:
             raise UserError(f"{service.name} cannot be asked: {failure}") from None
 
     def ask(self, service, request) -> str:
-        """The answer, stored or new. Raises Failure when there is none for good, Stopped when the run is ending."""
+        """The answer, stored or new. Raises Failure when there is none in this run, Stopped when the run is ending."""
         if not request.text.strip():
             return ""
         key = _key(service, request)
-        with self._alone[int.from_bytes(key[:2])]:  # whoever else wants this waits, and finds it stored
+        with self._changed:  # one thread alone asks; whoever wants the same waits, and finds it stored
+            while key in self._under_way:
+                self._changed.wait()
+            self._under_way.add(key)
+        markup = 0
+        try:
             if self._stop.is_set():
                 raise Stopped
-            if row := self._query("SELECT answer FROM answers WHERE request = ?", key):
-                self._failed_in_a_row[service.name, "refused"] = 0  # that it is well now is not told by this
-                return row[0]
-            if key in self._reasons:
-                raise Failure(self._reasons[key])
-            self._check_size(cost := service.cost(request))  # fails by itself, which says nothing of the service
-            try:
-                answer = self._insist(service, request, cost, ATTEMPTS)
-            except Failure as failure:
-                self._reasons[key] = str(failure)
+            if row := self._query("SELECT answer, markup FROM replies WHERE request = ? AND unusable IS NULL", key):
+                # a stored answer parts refusals of single records, but does not tell that the service is there now
+                self._failed_in_a_row[service.name, "refused"] = 0
+                answer, markup = row
+            elif failure := self._unanswered.get(key):
+                raise type(failure)(str(failure))
+            else:
+                answer, markup = self._ask_anew(service, request, key)
+            return answer
+        finally:
+            with self._changed:
+                self.cleaned += markup
+                self._under_way.discard(key)
+                self._changed.notify_all()
+
+    def _ask_anew(self, service, request, key: bytes) -> tuple[str, int]:
+        """(the answer, whether markup was cut out of it), which are stored from now on."""
+        self._check_size(cost := service.cost(request))  # too large a request fails alone: the service may be well
+        try:
+            answer, used = self._insist(service, request, cost, ATTEMPTS)
+        except Failure as failure:
+            self._unanswered[key] = failure
+            if isinstance(failure, Unusable):
+                if failure.lasting:
+                    self._store(key, None, failure.used or cost, str(failure))
+            else:
                 kind = service.name, "gone" if failure.again else "refused"
                 self._failed_in_a_row[kind] += 1
                 if self._failed_in_a_row[kind] >= FAILURES_IN_A_ROW:
                     self.stop(f"{FAILURES_IN_A_ROW} requests in a row failed, the last with: {failure}")
-                raise
-            self._failed_in_a_row[service.name, "gone"] = self._failed_in_a_row[service.name, "refused"] = 0
-            self._query("INSERT INTO answers VALUES (?, ?)", key, answer)
-            return answer
+            raise
+        self._failed_in_a_row[service.name, "gone"] = self._failed_in_a_row[service.name, "refused"] = 0
+        self._store(key, answer, used)
+        return answer, used.get("markup", 0)
 
-    def _insist(self, service, request, cost: dict, attempts: int) -> str:
+    def _store(self, key: bytes, answer: str | None, used: dict, unusable: str | None = None) -> None:
+        self._query("INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?)", key, answer, used.get("markup", 0), unusable,
+                    used.get("tokens", 0), used.get("characters", 0))
+
+    def _insist(self, service, request, cost: dict, attempts: int) -> tuple[str, dict]:
         delay, patience = BACKOFF, LONGEST_WAIT
         while True:
-            # whoever wakes first tells, refused again, all others to sleep on; so a few are refused, not all
+            # all wait until the time that the server named, at a spread: the first that is refused again moves that
+            # time on for the others, so that a few are refused, and not all
             while (pause := self._resume_at.get(service.name, 0) - time.monotonic()) > 0:
                 self._wait(pause * random.uniform(1, 1.25))
             try:
@@ -195,20 +227,20 @@ class Runner:
                     self._wait(delay * random.uniform(0.5, 1.5))
                     delay *= 2
 
-    def _once(self, service, request, cost: dict) -> str:
+    def _once(self, service, request, cost: dict) -> tuple[str, dict]:
         self._reserve(cost)
         used = cost
         try:
             answer, used = service.ask(request)
-            return answer
+            return answer, used
         except Failure as failure:
-            used = cost if failure.charged else {"requests": 1}
+            used = failure.used or (cost if failure.charged else {"requests": 1})
             raise
         finally:
-            with self._settled:
+            with self._changed:
                 self._reserved.subtract(cost)
-                self.spent.update(used)
-                self._settled.notify_all()
+                self.spent.update({unit: used[unit] for unit in self.spent if unit in used})
+                self._changed.notify_all()
 
     def _wait(self, seconds: float) -> None:
         if self._stop.wait(seconds):
@@ -221,14 +253,14 @@ class Runner:
 
     def _reserve(self, cost: dict) -> None:
         """Take a request's highest cost out of the budget; wait while only what is on its way stands against it."""
-        with self._settled:
+        with self._changed:
             while any(self.spent[unit] + self._reserved[unit] + amount > self.limits.get(unit, math.inf)
                       for unit, amount in cost.items()):
                 if not self._reserved["requests"]:
                     self.stop(f"the budget of {_amounts(self.limits)} is spent")
                 if self._stop.is_set():
                     raise Stopped
-                self._settled.wait(0.5)
+                self._changed.wait(0.5)
             self._reserved.update(cost)
 
     # -- many
@@ -238,8 +270,16 @@ class Runner:
         self.why_stopped = self.why_stopped or why
         self._stop.set()
 
+    def _say_progress(self, bar, label: str, ended: threading.Event) -> None:
+        """A line a minute, where no terminal shows the bar: a log would otherwise be silent for hours."""
+        start = time.monotonic()
+        while not ended.wait(LINE_EVERY):
+            print(f"{label}: {bar.n:,} of {bar.total:,} records after {time.monotonic() - start:,.0f} s, "
+                  f"{len(self.failures):,} failed; asked in this run: {_amounts(self.spent)}",
+                  file=sys.stderr, flush=True)
+
     def map(self, task, items, total: int, label: str, name):
-        """Yield (item, task(ask, item)) in the order of the items, with a progress bar; many tasks run at a time.
+        """Yield (item, task(ask, item)) in the order of the items, while their progress is shown; many run at a time.
 
         Items whose task raises Failure are left out, and listed under name(item), what tells an item from others.
         Raises what reading the items raised, UserErrors of services, and Stopped.
@@ -255,29 +295,45 @@ class Runner:
 
         asked = ((item, self._pool.apply_async(attempt, (item,))) for item in items)
         waiting = deque(itertools.islice(asked, self.ahead))
+        ended = threading.Event()
         with tqdm(total=total, desc=label, unit="record", smoothing=0.05, disable=None, file=sys.stderr) as bar:
-            while waiting:
-                item, result = waiting.popleft()
-                try:
-                    yield item, result.get()
-                except Failure as failure:
-                    self.failures.append({**name(item), "reason": str(failure)})
-                except Stopped:
-                    continue  # of those behind it some may have failed, and are to be listed
-                bar.update()
-                waiting.extend(itertools.islice(asked, 1))
+            if bar.disable:
+                threading.Thread(target=self._say_progress, args=(bar, label, ended), daemon=True).start()
+            try:
+                while waiting:
+                    item, result = waiting.popleft()
+                    try:
+                        yield item, result.get()
+                    except Failure as failure:
+                        self.failures.append({**name(item), "reason": str(failure)})
+                    except Stopped:
+                        continue  # of those behind it some may have failed, and are to be listed
+                    bar.update()
+                    bar.n += bar.disable  # a bar that is not shown does not count
+                    waiting.extend(itertools.islice(asked, 1))
+            finally:
+                ended.set()
         if self._stop.is_set():
             raise Stopped
 
     def write(self, path, task, finish, items, total: int, label: str, name) -> dict:
         """Write finish(item, task(ask, item)) of every item as JSON lines; see `map`.
 
-        Returns the counts of records written, failed, and left out by reason, these with examples.
+        Returns the counts of records written, failed, and left out by reason, these with examples. An item is left out
+        where finish raises LeftOut, or an answer that its task asked for is Unusable.
         """
-        written, failed, reasons, examples = 0, len(self.failures), Counter(), {}
+        def attempt(ask, item):
+            try:
+                return task(ask, item)
+            except Unusable as unusable:
+                return LeftOut(str(unusable))
+
+        written, failed, reasons, examples, cleaned = 0, len(self.failures), Counter(), {}, self.cleaned
         with atomic_write(path) as file:
-            for item, made in self.map(task, items, total, label, name):
+            for item, made in self.map(attempt, items, total, label, name):
                 try:
+                    if isinstance(made, LeftOut):
+                        raise made
                     record = finish(item, made)
                 except LeftOut as out:
                     reasons[out.reason] += 1
@@ -290,11 +346,13 @@ class Runner:
                 self.stop("the data changed meanwhile")
                 raise Stopped
         return {"records": written, "failed": len(self.failures) - failed, "left_out": dict(sorted(reasons.items())),
-                "examples": dict(sorted(examples.items()))}
+                "examples": dict(sorted(examples.items())), "markup": self.cleaned - cleaned}
 
     def conclude(self, state: str) -> bool:
         """Print how the run ended; whether it has done all it should."""
         print(f"{state}; asked in this run: {_amounts(self.spent)}")
+        if self.cleaned:
+            print(f"markup was cut out of {self.cleaned:,} answers")
         for reason, count in Counter(failure["reason"] for failure in self.failures).most_common(5):
             print(f"no answer for {count} records: {reason}")
         if self.why_stopped:
@@ -306,7 +364,7 @@ class Runner:
 
 
 def _amounts(amounts: dict) -> str:
-    return ", ".join(f"{amount:,} {unit}" for unit, amount in amounts.items())
+    return ", ".join(f"{amount:,.0f} {unit}" for unit, amount in amounts.items())
 
 
 def _key(service, request) -> bytes:

@@ -8,24 +8,23 @@
     local:DIR                 a LLaMA or BLOOM directory, with this project's own generator: up to --concurrency
                               prompts in a batch, which in bf16 can tip a token that is as likely as another
 
-`service(word)` opens one. It has `name`, `does(request)`, `cost(request)`, an upper bound, and `ask(request)`, which
-gives (answer, what it cost) or raises `Failure`: asking again, waiting and remembering are `runner`'s. Keys come from
-the environment, go into a header, and are cut out of whatever a server sends back.
+`service(word)` opens one. It has a `name`, `does(request)`, `cost(request)`, which is an upper bound, and
+`ask(request)`, which returns (answer, what it cost) or raises `Failure`: `Unusable` where the answer came, but is not
+whole. "markup" among the costs says that markup was cut out of the answer. Asking again, waiting and remembering are
+the runner's task. Keys come from the environment, go into a header, and are cut out of whatever a server sends back.
 """
 
-import base64
 import contextlib
 import email.utils
 import functools
 import hashlib
-import http.client
+import html.entities
 import itertools
 import json
 import operator
 import os
 import queue
 import re
-import select
 import ssl
 import sys
 import threading
@@ -37,10 +36,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minixllm import languages
+from minixllm.building import replies
+from minixllm.building.replies import Failure
 from minixllm.errors import UserError
 
 LARGEST = 4 * 2**20   # bytes of an answer; a larger one is no answer to an instruction
-GATHERING = 0.02      # seconds that a local model waits for more to answer at once: who got an answer asks on
+GATHERING = 0.02      # seconds that a local model waits for requests: who just got an answer soon asks the next thing
 LONGEST_TRANSLATION = 2**14  # tokens that a chat model is asked for at most: gpt-4o-mini refuses more
 
 
@@ -65,17 +66,6 @@ class Prompt:
     seed: int = 0
 
 
-class Failure(Exception):
-    """A request got no answer. again: it may get one later, not before `after` seconds where the server said so.
-
-    charged: the service may have worked for it all the same.
-    """
-
-    def __init__(self, reason: str, again: bool = True, after: float | None = None, charged: bool = True):
-        super().__init__(reason)
-        self.again, self.after, self.charged = again, after, charged
-
-
 def service(word: str, timeout: float = 120.0):
     """The service that `word` names (see above), not yet asked anything. Raises UserError."""
     kind, _, rest = word.partition(":")
@@ -97,49 +87,46 @@ def service(word: str, timeout: float = 120.0):
 
 
 class _Endpoint:
-    """JSON over HTTP/1.1, a connection kept open for each thread."""
+    """JSON over HTTP. urllib3's pool keeps connections open, and sees when the server has closed one."""
 
     def __init__(self, url: str, header: str, variable: str | None, timeout: float):
-        parts = _address(url)
-        self.host, self.path = parts.netloc, parts.path.rstrip("/")
+        self.parts, self.timeout = _address(url), timeout
+        self.host, self.path = self.parts.netloc, self.parts.path.rstrip("/")
+        self.query = f"?{self.parts.query}" if self.parts.query else ""
         self.variable, self.key = variable, os.environ.get(variable, "").strip() if variable else ""
         self._spellings = _spellings(self.key) if self.key else None
         self.headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "minixllm"}
         if self.key:
             self.headers[header] = f"Bearer {self.key}" if header == "Authorization" else self.key
-        self._connect = functools.partial(_connection, parts, timeout)
-        self._thread = threading.local()
+
+    @functools.cached_property
+    def _pool(self):
+        return _pool(self.parts, self.timeout)
 
     def post(self, path: str, body: dict) -> dict:
         """The JSON object that answers `body`. Raises Failure; UserError for what no other request would escape."""
         if self.variable and not re.fullmatch("[!-~]{8,}", self.key):
-            # a name that was given may be a key by mistake
+            # the name that was given may be a key by mistake
             name = self.variable if self.variable in ("GOOGLE_API_KEY", "OPENAI_API_KEY") else "that '#' names"
             raise UserError(f"{self.host} needs a key in the environment variable {name}: found "
                             f"{'something that cannot be one' if self.key else 'none'}")
-        if not hasattr(self._thread, "connection"):
-            self._thread.connection = self._connect()
-        connection = self._thread.connection
-        if connection.sock and _readable(connection.sock):  # nothing was asked: the server has hung up meanwhile
-            connection.close()
-        sent = False
+        pool = self._pool
+        from urllib3 import exceptions
         try:
-            if not connection.sock:
-                connection.connect()
-            sent = True
-            connection.request("POST", self.path + path, json.dumps(body).encode(), self.headers)
-            response = connection.getresponse()
+            response = pool.urlopen("POST", f"{self.path}{path}{self.query}" or "/", json.dumps(body).encode(),
+                                    self.headers, retries=False, redirect=False, preload_content=False)
             raw = response.read(LARGEST + 1)
-            if len(raw) > LARGEST:
-                raise http.client.HTTPException(f"an answer of more than {LARGEST:,} bytes")
-            if response.length:
-                raise http.client.IncompleteRead(raw, response.length)
-        except ssl.SSLCertVerificationError as error:
-            raise UserError(f"{self.host}: its certificate is not valid: {error.verify_message}") from None
-        except (OSError, http.client.HTTPException) as error:
-            connection.close()
-            why = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
-            raise Failure(f"{self.host}: {self.excerpt(why)}", charged=sent) from None
+        except (exceptions.HTTPError, OSError) as error:
+            if isinstance(certificate := (error.args or [None])[0], ssl.SSLCertVerificationError):
+                raise UserError(f"{self.host}: its certificate is not valid: {certificate.verify_message}") from None
+            late = isinstance(error, exceptions.TimeoutError) and not isinstance(error, exceptions.NewConnectionError)
+            why = "no answer in time" if late else str(error.__cause__ or error) or type(error).__name__
+            unsent = isinstance(error, (exceptions.ConnectTimeoutError, exceptions.NewConnectionError,
+                                        exceptions.ProxyError, exceptions.SSLError))
+            raise Failure(f"{self.host}: {self.excerpt(why)}", charged=not unsent) from None
+        if len(raw) > LARGEST:
+            response.close()
+            raise Failure(f"{self.host}: an answer of more than {LARGEST:,} bytes")
         said = raw.decode("utf-8", "replace")
         if response.status == 200:
             with contextlib.suppress(ValueError, RecursionError):
@@ -147,11 +134,11 @@ class _Endpoint:
                     return answer
             raise self.misshapen(said)
         reason = f"{self.host}: " + self.excerpt(f"{response.status} {response.reason}: {said}")
-        limited = response.status == 403 and b"imit" in raw  # Google's way to say 429
-        if response.status in (401, 403, 404) and not limited:
+        if response.status == 401:
             raise UserError(reason)
+        limited = response.status == 403 and b"imit" in raw  # Google's way to say 429
         again = limited or response.status in (408, 429) or response.status >= 500
-        raise Failure(reason, again, _seconds(response.getheader("Retry-After", "")), charged=False)
+        raise Failure(reason, again, _seconds(response.headers.get("Retry-After", "")), charged=False)
 
     def misshapen(self, answer) -> Failure:
         said = answer if isinstance(answer, str) else json.dumps(answer)
@@ -163,12 +150,16 @@ class _Endpoint:
     def clean(self, text: str) -> str:
         """The text without the key, should the server have repeated it, and without halves of surrogate pairs."""
         text = text.encode("utf-8", "replace").decode()
-        return self._spellings.sub("***", text) if self._spellings else text
+        if not self._spellings:
+            return text
+        text = text.replace(self.key, "***")
+        return self._spellings.sub("***", text) if re.search(r"[\\%&]", text) else text  # what every escape begins with
 
 
 def _address(url: str):
     """The parts of a service's address. Raises UserError."""
-    form = r"https?://(\[[\da-fA-F:.]+\]|[\w.-]+)(:\d+)?(/[!-\"$->@-~]*)?"  # neither query nor fragment
+    # neither query, but for the version of the interface that Azure wants, nor fragment: keys are written there
+    form = r"https?://(\[[\da-fA-F:.]+\]|[\w.-]+)(:\d+)?(/[!-\"$->@-~]*)?(\?api-version=[\w.-]+)?"
     try:
         parts = urllib.parse.urlsplit(url)
         if re.fullmatch(form, url) and parts.hostname.encode("idna") and parts.port != 0:
@@ -181,35 +172,44 @@ def _address(url: str):
 
 
 def _spellings(key: str) -> re.Pattern:
-    """The key as a server may repeat it: its signs as they are, or escaped for JSON, an address or HTML."""
-    return re.compile("".join(
-        c if c.isalnum() else rf"(?:\\{{0,4}}{re.escape(c)}|(?i:(?:\\{{1,4}}u00|%(?:25){{0,2}}|&#x){ord(c):02x};?))"
-        for c in key))
+    """The key as a server may repeat it: each sign as it is, or escaped for JSON, an address, HTML or a log."""
+    def sign(c: str) -> str:
+        code = f"{ord(c):02x}"
+        names = "|".join(sorted(name.rstrip(";") for name, meant in html.entities.html5.items() if meant == c))
+        return (rf"(?:\\{{0,4}}{re.escape(c)}|(?i:\\{{1,4}}(?:u00|x){code}|%(?:25){{0,2}}{code}"
+                rf"|&(?:amp;)*(?:#x0*{code}|#0*{ord(c)}{f'|{names}' if names else ''});?))")
+
+    return re.compile("".join(map(sign, key)))
 
 
-def _connection(parts, timeout: float) -> http.client.HTTPConnection:
-    """Not yet connected; for https through the proxy that HTTPS_PROXY (and NO_PROXY) or the system's settings name."""
-    if parts.scheme == "http":
-        return http.client.HTTPConnection(parts.netloc, timeout=timeout)
-    proxy, host = urllib.request.getproxies().get("https"), None
-    if not proxy or urllib.request.proxy_bypass(parts.hostname):
-        return http.client.HTTPSConnection(parts.netloc, timeout=timeout)
-    with contextlib.suppress(ValueError):
-        proxy = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-        host, port = proxy.hostname if proxy.scheme == "http" else None, proxy.port or 80
-    if not host:
-        raise UserError("HTTPS_PROXY: expected http://HOST:PORT, found something else")  # with a password, perhaps
-    connection = http.client.HTTPSConnection(host, port, timeout=timeout)
-    user = urllib.parse.unquote(f"{proxy.username}:{proxy.password or ''}").encode()
-    connection.set_tunnel(parts.hostname, parts.port or 443, {
-        "Proxy-Authorization": f"Basic {base64.b64encode(user).decode()}"} if proxy.username else {})
-    return connection
-
-
-def _readable(sock) -> bool:
-    poll = select.poll()  # select itself cannot watch more than 1,024 files
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
+def _pool(parts, timeout: float):
+    """urllib3's connections to one server. https goes through the proxy, HTTP or SOCKS, that HTTPS_PROXY (and NO_PROXY)
+    or the system's settings name."""
+    try:
+        import urllib3
+        from urllib3.contrib.socks import SOCKSProxyManager
+    except ImportError:
+        raise UserError("services over HTTP need the package urllib3: pip install 'minixllm[build]'") from None
+    options = {"maxsize": 1000, "timeout": timeout}
+    proxy = urllib.request.getproxies().get("https")
+    if parts.scheme == "http" or not proxy or urllib.request.proxy_bypass(parts.hostname):
+        manager = urllib3.PoolManager(**options)
+    else:
+        try:
+            found = urllib3.util.parse_url(proxy if "://" in proxy else f"http://{proxy}")
+            auth = urllib.parse.unquote(found.auth or "")
+            address = f"{found.scheme}://{found.host}:{found.port or (1080 if found.scheme[0] == 's' else 80)}"
+            if found.host and found.scheme in ("http", "https"):
+                headers = urllib3.make_headers(proxy_basic_auth=auth) if auth else None
+                manager = urllib3.ProxyManager(address, proxy_headers=headers, **options)
+            elif found.host:
+                user, _, password = auth.partition(":")
+                manager = SOCKSProxyManager(address, user or None, password or None, **options)
+            else:
+                raise ValueError
+        except (ValueError, urllib3.exceptions.HTTPError):
+            raise UserError("HTTPS_PROXY: expected http://HOST:PORT, found something else") from None  # may be secret
+    return manager.connection_from_host(parts.hostname, parts.port, parts.scheme)
 
 
 def _seconds(retry_after: str) -> float | None:
@@ -255,7 +255,7 @@ def _mark(request: Translate) -> str:
 
 
 def _prompt(request) -> Prompt:
-    """What a chat model is asked, to translate, too."""
+    """What a chat model is asked. The mark keeps a text to translate apart from the request: no prompt injection."""
     if isinstance(request, Prompt):
         return request
     mark = _mark(request)
@@ -274,7 +274,8 @@ class Chat:
         url, _, variable = url.partition("#")
         openai = _address(url).hostname == "api.openai.com"
         own = "OPENAI_API_KEY" if openai and url.startswith("https") else None  # unencrypted only where '#' asks for it
-        self.endpoint = _Endpoint(url, "Authorization", variable or own, timeout)
+        header = "api-key" if "?api-version=" in url else "Authorization"  # the first is Azure's
+        self.endpoint = _Endpoint(url, header, variable or own, timeout)
         self.model, self.name = model, f"chat:{model}@{self.endpoint.host}{self.endpoint.path}"
         self.limit = "max_completion_tokens" if openai else "max_tokens"  # OpenAI's newer models refuse the old name
         self._refused = {1.0}  # temperatures that are not sent: the default, and what this model will not have
@@ -285,8 +286,9 @@ class Chat:
     def cost(self, request) -> dict:
         """An upper bound: a token has at least a byte, and a template, with a system prompt of its own, has 512."""
         prompt = _prompt(request)
-        return {"requests": 1, "tokens": sum(len(part.encode()) for part in (prompt.text, prompt.input, prompt.system))
-                + 512 + prompt.max_new_tokens}
+        sent = sum(len(part.encode()) for part in (prompt.text, prompt.input, prompt.system))
+        cost = {"requests": 1, "tokens": sent + 512 + prompt.max_new_tokens}
+        return cost | {"characters": len(request.text)} if isinstance(request, Translate) else cost
 
     def ask(self, request) -> tuple[str, dict]:
         prompt = _prompt(request)
@@ -305,20 +307,21 @@ class Chat:
                 print(f"{self.name} refuses temperature {prompt.temperature:g}: it is asked without", file=sys.stderr)
             self._refused.add(prompt.temperature)
             raise Failure(str(failure), charged=False) from None
+        used = self.cost(request)
         try:
-            choice = answer["choices"][0]
-            content = (choice["message"]["content"] or "").strip()  # null: refused, or cut off while it thought
             tokens = (answer.get("usage") or {}).get("total_tokens")
+            if type(tokens) is int and tokens > 0:
+                used["tokens"] = tokens
+            content, markup = replies.read(answer, text)
+        except Failure as failure:
+            failure.used, reason = used, self.endpoint.excerpt(str(failure))
+            failure.args = (reason if isinstance(failure, replies.Unusable) else f"{self.endpoint.host}: {reason}",)
+            raise
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             raise self.endpoint.misshapen(answer) from None
-        if choice.get("finish_reason") in ("length", "content_filter"):
-            content = ""  # half an answer teaches to stop in mid-sentence
-        if content.startswith("<think>") or "</think>" in content and "</think>" not in text:  # a model thought aloud
-            content = content.partition("</think>")[2].strip()
         if isinstance(request, Translate):  # models like to give the lines around the text back with it
             content = content.replace(_mark(request), "").strip()
-        counted = type(tokens) is int and tokens > 0
-        return self.endpoint.clean(content), {"requests": 1, "tokens": tokens} if counted else self.cost(request)
+        return self.endpoint.clean(content), used | {"markup": 1} if markup else used
 
 
 # -- on this machine ------------------------------------------------------------------------------------------------

@@ -46,7 +46,10 @@ def request(target_language: str, instruction_language: str = "eng") -> str:
 
 
 def cross_lingual(instruction: str, target_language: str, instruction_language: str) -> str:
-    """The instruction followed by the request for an answer in another language, unless it ends in that request."""
+    """The instruction followed by the request for an answer in another language, unless it ends in that request, or in
+    the English one, as pairs built for languages beyond the 30 do."""
+    if instruction.rstrip().endswith(request(target_language)):
+        return instruction
     asked = request(target_language, instruction_language)
     return instruction if instruction.rstrip().endswith(asked) else f"{instruction} {asked}"
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ import pytest
 from minixllm import languages
 from minixllm.building import __main__ as command
 from minixllm.building import feedback, filters, instructions, runner, services
+from minixllm.building.replies import Unusable
 from minixllm.data import prompts
 from minixllm.data.records import Instruction, read_instructions, read_preferences
 from minixllm.errors import UserError
@@ -589,7 +591,8 @@ def test_what_failed_is_listed_whatever_ends_the_run(tmp_path):
         assert '"id": "0"' in listed and "400 Something" in listed
 
 
-def test_ctrl_c_does_not_wait_for_answers(tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_does_not_wait_for_answers(tmp_path, sent):
     with Server(lambda number, body: "silence" if number > 50 else None) as server:
         build = subprocess.Popen(
             [sys.executable, "-m", "minixllm.building", "instructions", "--data", str(alpaca(tmp_path)), "--output",
@@ -600,9 +603,11 @@ def test_ctrl_c_does_not_wait_for_answers(tmp_path):
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         while server.number <= 50 and build.poll() is None:
             time.sleep(0.05)
-        build.send_signal(signal.SIGINT)
+        build.send_signal(sent)
         _, complaints = build.communicate(timeout=30)  # half of what an answer may take
     assert build.returncode == 130 and "Traceback" not in complaints, complaints
+    assert re.search(r"stopped by a signal; asked in this run: \d+ requests, .*the answers are kept in .*cache.sqlite, "
+                     "and the same command goes on", complaints), complaints
     assert not list((tmp_path / "out").glob("*.jsonl"))
 
 
@@ -811,6 +816,81 @@ def test_feedback(tmp_path, monkeypatch):
     assert {p.extra["chosen_by"][:6] for p in own} == {"chat:a", "chat:b"}
 
 
+def test_feedback_for_languages_of_ones_own(tmp_path, monkeypatch):
+    """Two that are not among the 30: the answer's language is asked for in English, and the report tells all."""
+    (tmp_path / "built").mkdir()
+    for code in ("wol", "deu", "umb"):
+        lines = [{"instruction": f"{code} {i}?", "output": "answer", "language": code, "id": f"{code}{i}"}
+                 for i in range(12)]
+        (tmp_path / f"built/{code}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with Server() as server:
+        flags = ("--pairs-each", "6", "--languages", "Wolof", "de", "--temperature", "0.5")
+        out = build(server, tmp_path, *flags, kind="feedback", data=tmp_path / "built")
+        written = contents(out)
+        build(server, tmp_path, *flags, kind="feedback", data=tmp_path / "built")
+        assert contents(out) == written   # nothing in a report depends on how often a build ran
+        for wrong, match in ((("wol",), "--languages: found only wol, expected two or more"),
+                             (("wol", "zul"), "12 records in Wolof .wol., expected 20 or more")):
+            with pytest.raises(UserError, match=match):
+                build(server, tmp_path, "--languages", *wrong, kind="feedback", data=tmp_path / "built")
+    pairs = list(read_preferences(out / "pairs.jsonl"))
+    assert {(p.language, p.response_language) for p in pairs} == {("wol", "deu"), ("deu", "wol")}
+    for p in pairs:
+        assert p.instruction.endswith(f"Please return the results in {'German' if p.language == 'wol' else 'Wolof'}.")
+        assert prompts.preference(p) == prompts.alpaca(p.instruction)   # it is not asked for twice in training
+    report, table = json.loads((out / "build/report.json").read_text()), (out / "build/report.md").read_text()
+    assert report["each"].keys() == {"deu>wol", "wol>deu"} and report["records"] == len(pairs) == sum(
+        report["margins"].values())
+    (name, counts), = report["generators"].items()
+    assert counts["chosen"] == counts["rejected"] == len(pairs) and name.startswith("chat:model@127.0.0.1")
+    for part in (f"{len(pairs)} pairs out of 12 instructions", "in 0.0% of the readable ones the judge's two orders",
+                 f"| {name} | {counts['answers']} | {len(pairs)} | {len(pairs)} |", "| German (deu) |", "| Wolof (wol) |",
+                 f"| 6 to 7 | {len(pairs)} |", "| temperature | 0.5 |", "All stored answers: "):
+        assert part in table, part
+    assert report["cost of all stored answers"]["requests"] == report["cost of all stored answers"]["tokens"] / 50
+
+
+def test_what_a_judge_prefers_by_place_is_a_tie():
+    class Judge(Stub):
+        def ask(self, request):
+            tag = re.search('"id": "(.*?)"', request.text)[1]
+            return verdict(tag, 9, 3), {"requests": 1}
+
+    judge, answers = Judge(), iter(("a", "b", "c", ""))
+    made = feedback.compare(lambda service, request: service.ask(request)[0] if service is judge else next(answers),
+                            (Instruction("x", "", ""), "deu", "deu"), [Stub()], judge, feedback.FeedbackSettings())
+    assert made.outcomes == {"orders disagree": 3} and set(made.margins.values()) == {0}
+
+
+def test_an_answer_that_is_cut_off_is_no_candidate():
+    class Cut(Stub):
+        def ask(self, request):
+            raise Unusable("finish reason length")
+
+    made = feedback.compare(lambda service, request: service.ask(request)[0], (Instruction("x", "", ""), "deu", "deu"),
+                            [Cut(), Stub()], Cut(), feedback.FeedbackSettings())
+    assert len(made.answers) == 2 and made.outcomes == {"not readable": 1}
+    assert made.unusable == {("stub", "finish reason length"): 2}
+
+
+def test_many_verdicts_that_cannot_be_read_are_warned_about(capsys):
+    tally, item = feedback.Tally(Stub(), 1, lambda *_: None), (Instruction("x", "", ""), "deu", "deu")
+    for number in range(50):
+        made = feedback.Compared("x", dict(a="g", b="g"), {(0, 1): 0}, Counter({"tie": 1, "not readable": 1}), Counter())
+        with pytest.raises(runner.LeftOut):
+            tally.finish(item, made)
+    said = capsys.readouterr().err.splitlines()
+    assert [re.search("stub: (.*?) verdicts cannot be read", line)[1] for line in said] == [
+        "10 of 20", "20 of 40", "40 of 80"]
+
+
+@pytest.mark.parametrize("text", ["{" * 20_000, '{"' * 10_000, "{a}" * 6_000, "{{a}" * 5_000, '{"id": ' * 2_500])
+def test_a_verdict_is_found_behind_braces(text):
+    """Each sign is looked at a fixed number of times: to start anew at every brace would take the square of that."""
+    assert feedback.read_verdict(text, "t") is None
+    assert feedback.read_verdict(text[:19_000] + verdict("t", 9, 1), "t") == 8
+
+
 def test_what_generators_and_judge_are_asked():
     first, second, judge, asked = Stub(), Stub(), Stub(), []
     second.name = "second"
@@ -820,9 +900,11 @@ def test_what_generators_and_judge_are_asked():
         return "?" if service is judge else {7: "Eins", 8: "", 9: "Zwei", 10: "Eins"}[request.seed]
 
     item, settings = (Instruction("Di algo.", "Ya.", ""), "spa", "deu"), feedback.FeedbackSettings(seed=7)
-    instruction, answers, margins, outcomes = feedback.compare(ask, item, [first, second], judge, settings)
+    made = feedback.compare(ask, item, [first, second], judge, settings)
+    instruction = made.instruction
     assert instruction == prompts.cross_lingual("Di algo.", "deu", "spa")
-    assert answers == {"Eins": "stub", "Zwei": "stub"} and margins == {(0, 1): 0} and outcomes == {"not readable": 1}
+    assert made.answers == {"Eins": "stub", "Zwei": "stub"} and made.margins == {(0, 1): 0}
+    assert made.outcomes == {"not readable": 1} and not made.unusable
     assert [service.name for service, _ in asked[:4]] == ["stub", "second"] * 2
     assert {(request.text, request.input, request.temperature) for _, request in asked[:4]} == {(instruction, "Ya.", 1)}
     assert [service for service, _ in asked[4:]] == [judge] * 2
@@ -837,8 +919,9 @@ def test_a_winner_that_refuses_loops_or_is_off_target_is_vetoed():
     item = Instruction("Name", "", ""), "spa", "deu"
     for unfit in (french, "I'm sorry, but I can't.", "Apfel " * 9):
         def made(least, answers):
-            return feedback.pair(item, Stub(), least, filters.identifier(), "Name", dict(zip(answers, "abc")),
-                                 {(0, 1): 4.0, (0, 2): 6.0, (1, 2): 7 / 3})
+            compared = feedback.Compared("Name", dict(zip(answers, "abc")), {(0, 1): 4.0, (0, 2): 6.0, (1, 2): 7 / 3},
+                                         Counter(), Counter())
+            return feedback.Tally(Stub(), least, filters.identifier()).finish(item, compared)
 
         pair = made(1.0, (unfit, german, "Apfel"))
         assert (pair["chosen"], pair["rejected"], pair["vetoed"]) == (german, "Apfel", True)
@@ -850,32 +933,31 @@ def test_a_winner_that_refuses_loops_or_is_off_target_is_vetoed():
 
 def test_draw_is_even(tmp_path):
     settings = feedback.FeedbackSettings(data=[str(spoken(tmp_path, 70))], pairs_each=2)
-    drawn = feedback.draw(settings)
-    counts = {(code, target): (targets == target).sum() for code, (_, targets) in drawn.items() for target in range(30)}
-    assert all(
-        counts[code, target] == (0 if languages.FEEDBACK_LANGUAGES[target] == code else 2) for code, target in counts
-    )
+    codes = languages.FEEDBACK_LANGUAGES
+    drawn = feedback.draw(settings, codes)
+    counts = {(code, target): targets.count(target) for code, (_, targets) in drawn.items() for target in codes}
+    assert all(counts[code, target] == (0 if target == code else 2) for code, target in counts)
     assert all((places[1:] > places[:-1]).all() and places[-1] < 70 for places, _ in drawn.values())
-    other = feedback.draw(feedback.FeedbackSettings(data=settings.data, pairs_each=2, seed=1))
+    other = feedback.draw(feedback.FeedbackSettings(data=settings.data, pairs_each=2, seed=1), codes)
     for code, unlike in (("deu", other["deu"]), ("deu", drawn["fra"])):   # each seed and language draws its own records
         assert (drawn[code][0] != unlike[0]).any()
     built = Path(settings.data[0])
     for named, found in (("de", "deu"), ("Japanese", "jpn")):   # by tag or name as well
         (built / f"{found}.jsonl").write_text((built / f"{found}.jsonl").read_text().replace(
             f'"language": "{found}"', f'"language": "{named}"'))
-    again = feedback.draw(settings)
+    again = feedback.draw(settings, codes)
     assert all((again[code][0] == drawn[code][0]).all() for code in drawn)
     with open(built / "fra.jsonl", "a") as file:
         file.write('{"instruction": "a", "output": "b", "language": "frensh"}')
     with pytest.raises(UserError, match="fra.jsonl, line 71: unknown language 'frensh'.*did you mean french"):
-        feedback.draw(settings)
+        feedback.draw(settings, codes)
     (built / "fra.jsonl").write_text((built / "fra.jsonl").read_text().replace("frensh", "French"))
     (built / "zzz.jsonl").write_text('{"instruction": "a", "output": "b", "language": "deu", "id": "\\ud83d"}')
     with pytest.raises(UserError, match="zzz.jsonl, line 1: id holds half of a surrogate pair"):
-        feedback.draw(settings)
+        feedback.draw(settings, codes)
     (built / "zzz.jsonl").unlink()
     with pytest.raises(UserError, match="70 records in German \\(deu\\), expected 87 or more for --pairs-each 3"):
-        feedback.draw(feedback.FeedbackSettings(data=settings.data, pairs_each=3))
+        feedback.draw(feedback.FeedbackSettings(data=settings.data, pairs_each=3), codes)
 
 
 def test_a_judge_that_cannot_be_read_is_given_up(tmp_path):
@@ -1034,6 +1116,85 @@ def test_left_out_records_are_counted_with_examples(tmp_path):
     assert report["examples"]["duplicate"][0]["id"] == "1" and report["examples"]["refusal"][0]["id"] == "4"
 
 
+def replying(monkeypatch, change):
+    """The server's chats are changed: change(message, choice) of answers to instructions."""
+    def dumps(value):
+        if "choices" in value:
+            choice, = value["choices"]
+            if choice["message"]["content"].startswith("Ondoka"):
+                change(choice["message"], choice)
+        return json.dumps(value)
+
+    monkeypatch.setattr(fake_services, "json", type("Json", (), {"dumps": dumps, "loads": json.loads}))
+
+
+@pytest.mark.parametrize("reason, again", [("length", 0), ("SAFETY", 30), ("content_filter", 30)])
+def test_half_answers_are_left_out_and_counted(tmp_path, monkeypatch, reason, again):
+    """And what a service would not say is asked for again in the next run, other than what was too long."""
+    replying(monkeypatch, lambda message, choice: choice.update(finish_reason=reason))
+    with Server() as server:
+        for asked in (30, again):
+            server.asked.clear()
+            out = build(server, tmp_path, "--languages", "mri")
+            report = json.loads((out / "build/report.json").read_text())["mri"]
+            assert report["left_out"] == {f"finish reason {reason}": 30} and report["failed"] == 0
+            assert sum("Ondoka" in fake_services.chat(body) for body in server.asked if "messages" in body) - 1 == asked
+    assert f"finish reason {reason} 30" in (out / "build/report.md").read_text()
+
+
+def test_markup_is_cut_out_or_leaves_the_record_out_and_both_are_counted(tmp_path, monkeypatch, capsys):
+    def change(message, choice):
+        message["content"] = (f"<thinking>Hm.</thinking>{message['content']}<|eot_id|>" if
+                              len(message["content"]) % 2 else f"<think>{message['content']}")
+
+    replying(monkeypatch, change)
+    with Server() as server:
+        for _ in range(2):   # stored answers count as new ones do
+            out = build(server, tmp_path, "--languages", "mri")
+            report = json.loads((out / "build/report.json").read_text())["mri"]
+            assert report["markup"] == report["records"] > 3
+            assert report["left_out"] == {"thoughts without an end": 30 - report["records"]}
+            assert f"markup was cut out of {report['markup']} answers" in capsys.readouterr().out
+    assert all(record.output.startswith("Ondoka") and "<" not in record.output
+               for record in read_instructions(out / "mri.jsonl"))
+
+
+@pytest.mark.parametrize("status", ["403", "404", "400"])
+def test_a_refused_request_is_the_failure_of_its_record(tmp_path, undisturbed, status):
+    with Server(lambda number, body: status if "105th" in json.dumps(body) and flagged else None) as server:
+        flagged = True
+        with pytest.raises(SystemExit):
+            build(server, tmp_path)
+        failures = list(map(json.loads, (tmp_path / "out/build/failures.jsonl").read_text().splitlines()))
+        assert [(failure["language"], failure["id"]) for failure in failures] == [("mri", "5"), ("nya", "5")]
+        assert len((tmp_path / "out/mri.jsonl").read_text().splitlines()) == 29
+        flagged = False
+        assert contents(build(server, tmp_path)) == undisturbed[0]
+
+
+def test_a_log_gets_a_line_now_and_then(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(runner, "LINE_EVERY", 0.1)
+    with runner.Runner(runner.RunnerSettings(output=str(tmp_path), concurrency=1)) as run:
+        list(run.map(lambda ask, item: ask(Stub(), services.Prompt(str(item))) and time.sleep(0.1), range(9), 9, "slow",
+                     lambda item: {}))
+    lines = re.findall(r"slow: (\d) of 9 records after [\d.]+ s, 0 failed; asked in this run: (\d) requests",
+                       capfd.readouterr().err)
+    assert len(lines) >= 3 and lines == sorted(lines) and lines[-1][0] > "3"
+
+
+def test_characters_of_a_chat_model_that_translates_are_budgeted(tmp_path):
+    with Server() as server, pytest.raises(UserError, match="may need up to 13 characters"):
+        settings = runner.RunnerSettings(output=str(tmp_path), budget_characters=12)
+        with runner.Runner(settings) as run:
+            run._check_size({"requests": 1})
+            chat = services.service(f"chat:m@{server.url}")
+            with pytest.raises(services.Failure, match="one request may need up to 13 characters"):
+                run.ask(chat, services.Translate("Good morning.", "eng", "spa"))
+            assert run.ask(chat, services.Translate("Good day.", "eng", "spa")) == "dooG yad."
+            assert run.spent == {"requests": 1, "tokens": 50, "characters": 9}
+            run.reach(services.service(f"google@{server.url}"))
+
+
 # -- what users get wrong
 
 
@@ -1160,7 +1321,8 @@ def test_an_estimate_counts_what_is_sent_and_answered():
     assert len(first) == len(second) == 30 and first != second
     assert estimate.counts == {(chat.name, "requests"): 4, (chat.name, "tokens"): 4 * (120 + 60 + 30) // 3}
     assert estimate.ask(chat, services.Translate("d" * 30, "eng", "spa")) == "d" * 30
-    assert estimate.counts == {(chat.name, "requests"): 6, (chat.name, "tokens"): 2 * (2 * 70 + (30 + 60 + 30) // 3)}
+    assert estimate.counts == {(chat.name, "requests"): 6, (chat.name, "tokens"): 2 * (2 * 70 + (30 + 60 + 30) // 3),
+                               (chat.name, "characters"): 60}
     assert estimate.ask(chat, services.Prompt(" ")) == "" and estimate.counts[chat.name, "requests"] == 6
 
 
