@@ -1,5 +1,8 @@
 """The parsing of free answers: what a person would read in them, "cannot tell" included."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from minixllm.evaluation import answers, templates
@@ -9,7 +12,7 @@ YES, NO, UNCLEAR = 0, 1, None
 
 
 def words(code):
-    own, english = TEMPLATES["pawsx", code], TEMPLATES["pawsx", "eng"]
+    own, english = TEMPLATES.get(("pawsx", code), {"yes": [], "no": []}), TEMPLATES["pawsx", "eng"]
     return tuple(tuple([*own[k], *english[k]]) for k in ("yes", "no"))
 
 
@@ -21,7 +24,7 @@ YES_NO = [
     ("eng", "maybe", UNCLEAR),
     ("eng", "It could be yes and it could be no", UNCLEAR), ("eng", "Please only return either yes or no.", UNCLEAR),
     ("eng", "Please only return either yes or no. No", NO), ("eng", "Yesterday", UNCLEAR), ("eng", "Know", UNCLEAR),
-    ("eng", "Sentence1 paraphrases Sentence2", UNCLEAR), ("eng", "- no", NO), ("eng", "yes yes yes", YES),
+    ("eng", "Sentence1 paraphrases Sentence2", YES), ("eng", "- no", NO), ("eng", "yes yes yes", YES),
     ("eng", "No. Yes would be wrong.", NO),
     ("eng", "Ｙｅｓ", YES), ("eng", "### Response:", UNCLEAR), ("eng", "### Response: Yes", YES),
     ("eng", "No\n\n### Instruction:\nSay yes.", NO),
@@ -47,7 +50,7 @@ YES_NO = [
     ("spa", "Si la oración 1 cambia el orden, no es paráfrasis.", UNCLEAR), ("spa", "Depende: si cambia", UNCLEAR),
     ("jpn", "同じではいけない", UNCLEAR), ("jpn", "はいそうです", YES), ("jpn", "答えは「はい」です。", YES),
     ("kor", "네 문장은 다릅니다", UNCLEAR), ("kor", "네\n맞습니다", YES), ("kor", "예 하나", UNCLEAR), ("kor", "답: 네!", YES),
-    ("zho_simpl", "两个句子的意思是不一样的。", UNCLEAR), ("zho_simpl", "句子1并非是句子2的改写。", UNCLEAR),
+    ("zho_simpl", "两个句子的意思是不一样的。", UNCLEAR), ("zho_simpl", "句子1并非是句子2的改写。", NO),
     ("zho_simpl", "但是我不知道", UNCLEAR), ("zho_simpl", "是句子2的改写吗？", UNCLEAR), ("zho_simpl", "否定句", UNCLEAR),
     ("zho_simpl", "是，意思相同", YES), ("zho_simpl", "不是改写", NO), ("zho_simpl", "答案是：否。", NO),
     ("eng", "Yes and nothing differs.", YES), ("deu", "Ja und noch eine Anmerkung: gleich.", YES),
@@ -64,7 +67,8 @@ YES_NO = [
     ("eng", "No both sentences differ", NO), ("eng", "No there is a difference", NO),
     ("eng", "I would say no since they differ", NO), ("spa", "No tienen el mismo significado.", NO),
     ("spa", "No significan lo mismo", NO), ("spa", "No se trata de una paráfrasis", NO),
-    ("spa", "No las dos oraciones difieren", NO), ("fra", "Non les deux phrases", NO), ("fra", "Non c'est différent", NO),
+    ("spa", "No las dos oraciones difieren", NO), ("fra", "Non les deux phrases", NO),
+    ("fra", "Non c'est différent", NO),
     ("fra", "Non ce n'est pas le cas", NO), ("fra", "Non seulement", UNCLEAR),
     ("eng", "No or yes", UNCLEAR), ("eng", "no/yes", UNCLEAR), ("deu", "nein oder ja", UNCLEAR),
     ("fra", "non ou oui", UNCLEAR), ("eng", "_Yes_", YES), ("eng", "__No__", NO), ("eng", "### Answer: No", NO),
@@ -118,7 +122,7 @@ OPTIONS = [
     (CHINESE, "A。", A), (CHINESE, "B、它很小", B),
     (PAIR, "Help me pick the more plausible option: -A: It was fragile., -B: It was small..", UNCLEAR),
     (PAIR, "Option A is wrong.", UNCLEAR), (PAIR, "Option A is incorrect.", UNCLEAR),
-    (PAIR, "Option A is less plausible.", UNCLEAR), (PAIR, "Option A makes no sense, so B.", B),
+    (PAIR, "Option A is less plausible.", B), (PAIR, "Option A makes no sense, so B.", B),
     (PAIR, "I would not choose A. B.", B), (PAIR, "I would not choose option A", UNCLEAR),
     (PAIR, "I wouldn't pick A.", UNCLEAR), (PAIR, "Option A isn't plausible. Option B is.", B),
     (PAIR, "The answer is B because A is less likely.", B), (PAIR, "I choose A not B", A),
@@ -127,10 +131,11 @@ OPTIONS = [
     (CHINESE, "选项A不合理", UNCLEAR), (CHINESE, "不选A，选B", B), (CHINESE, "选项A比B更合理。", A), (CHINESE, "选择A或B", UNCLEAR),
     (CHINESE, "更合理的选项：-A: 它很易碎。，-B: 它很小。", UNCLEAR), (CHINESE, "选A还是B", UNCLEAR),
     (CHINESE, "更合理的选项：-A: 它很易碎。，-B: 它很小。答案是B", B), (CHINESE, "选项A是错的", UNCLEAR),
-    (PAIR, "Cevap A değildir.", UNCLEAR), (PAIR, "Seçenek A mantıklı değil", UNCLEAR), (PAIR, "Cevap: A değil, B", UNCLEAR),
-    (PAIR, "Opsyon A pa bon, B bon", UNCLEAR), (PAIR, "Chaguo A si sahihi", UNCLEAR), (PAIR, "விருப்பம் A தவறு", UNCLEAR),
-    (PAIR, "பதில் A அல்ல, B", UNCLEAR), (PAIR, "Answer: A\n\nNot much is known", A),
-    (PAIR, "Answer: A) Not sure, but it seems so", A), (PAIR, "Lựa chọn B", B), (PAIR, "Đáp án là A.", A), (PAIR, "Phương án A không hợp lý", UNCLEAR),
+    (PAIR, "Cevap A değildir.", UNCLEAR), (PAIR, "Seçenek A mantıklı değil", UNCLEAR), (PAIR, "Cevap: A değil, B", B),
+    (PAIR, "Opsyon A pa bon, B bon", B), (PAIR, "Chaguo A si sahihi", UNCLEAR), (PAIR, "விருப்பம் A தவறு", UNCLEAR),
+    (PAIR, "பதில் A அல்ல, B", B), (PAIR, "Answer: A\n\nNot much is known", A),
+    (PAIR, "Answer: A) Not sure, but it seems so", UNCLEAR), (PAIR, "Lựa chọn B", B),
+    (PAIR, "Đáp án là A.", A), (PAIR, "Phương án A không hợp lý", UNCLEAR),
     (PAIR, "Opsi B lebih masuk akal", B), (PAIR, "Jawabannya adalah A", A), (PAIR, "Opsi A kurang masuk akal", UNCLEAR),
     (PAIR, "Opsi A lebih masuk akal daripada opsi B", A), (PAIR, "ตัวเลือก B", B), (PAIR, "คำตอบคือ B", B),
     (PAIR, "ข้อ Bเป็นไปได้", B), (PAIR, "ไม่เลือก A", UNCLEAR), (PAIR, "ตัวเลือก A หรือ B", UNCLEAR),
@@ -138,7 +143,7 @@ OPTIONS = [
     (PAIR, "Chaguo A", A), (PAIR, "B seçeneği daha mantıklı", B), (PAIR, "Cevap: A", A),
     (PAIR, "Seçenek A veya B", UNCLEAR), (PAIR, "விருப்பம் B", B), (PAIR, "பதில்: A", A),
     (ITALIAN, "Opzione B", B), (ITALIAN, "La risposta è A", A),
-    (ITALIAN, "Opzione A non è plausibile", UNCLEAR), (ITALIAN, "B è più plausibile dell'opzione A", UNCLEAR),
+    (ITALIAN, "Opzione A non è plausibile", UNCLEAR), (ITALIAN, "B è più plausibile dell'opzione A", B),
     (ITALIAN, "L'opzione più plausibile è B", B), (ITALIAN, "L'opzione migliore è la B, perché", B),
     (PAIR, "Opsi yang lebih masuk akal adalah -A", A), (PAIR, "Opsyon ki pi posib la se A.", A),
     (PAIR, "Chaguo linalowezekana zaidi ni B", B), (PAIR, "ตัวเลือกที่เป็นไปได้มากกว่าคือ B", B),
@@ -146,12 +151,12 @@ OPTIONS = [
     (PAIR, "A seçeneği B seçeneğinden daha olasıdır.", A), (PAIR, "A seems more plausible.", A),
     (CHINESE, "B更合理", B), (CHINESE, "我认为A更合理，因为B不合理。", A), (CHINESE, "B比A更可能", B), (CHINESE, "选B而不是A", B),
     (PAIR, "เลือก B ไม่ใช่ A", B), (PAIR, "It is A, I think.", A), (PAIR, "A is B", UNCLEAR),
-    (PAIR, "The less plausible option is A", UNCLEAR), (ITALIAN, "L'opzione meno plausibile è A", UNCLEAR),
-    (PAIR, "Opsi yang kurang masuk akal adalah A", UNCLEAR), (CHINESE, "更不合理的是A", UNCLEAR),
-    (PAIR, "ตัวเลือกที่เป็นไปได้น้อยกว่าคือ A", UNCLEAR), (ITALIAN, "La risposta non è A", UNCLEAR),
+    (PAIR, "The less plausible option is A", B), (ITALIAN, "L'opzione meno plausibile è A", B),
+    (PAIR, "Opsi yang kurang masuk akal adalah A", UNCLEAR), (CHINESE, "更不合理的是A", B),
+    (PAIR, "ตัวเลือกที่เป็นไปได้น้อยกว่าคือ A", B), (ITALIAN, "La risposta non è A", UNCLEAR),
     (NESTED, "He ran away.", B), (NESTED, "He ran.", A), (NESTED, "He ran. He ran away.", UNCLEAR),
     (NESTED[::-1], "He ran away.", A), (NESTED[::-1], "He ran.", B), (NESTED[::-1], "He ran away. He ran.", UNCLEAR),
-    (THAI, "เขาเห็นเสื้อ", B), (THAI, "เขาเห็นเสือ", A), (PAIR, "A It was small.", B),
+    (THAI, "เขาเห็นเสื้อ", B), (THAI, "เขาเห็นเสือ", A), (PAIR, "A It was small.", UNCLEAR),
     (PAIR, "B, A", UNCLEAR), (PAIR, "B and A", UNCLEAR), (PAIR, "I think B is best", B),
     (PAIR, "So A is the best one.", A), (PAIR, "I'd go with [B] here", B), (CHINESE, "我想应该是那个A。", A),
     (("易碎！", "很小！"), "更合理的选项：-A: 易碎！，-B: 很小！。答案是B", B),
@@ -160,7 +165,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("code, raw, said", YES_NO)
 def test_yes_no(code, raw, said):
-    assert answers.yes_no(answers.clean(raw), words(code)) == said
+    assert answers.yes_no(answers.clean(raw), words(code), code) == said
 
 
 def test_words_of_a_template_may_be_capitals():
@@ -171,13 +176,57 @@ def test_words_of_a_template_may_be_capitals():
 @pytest.mark.parametrize("code", ["eng", "deu", "spa", "fra", "jpn", "kor", "zho_simpl"])
 def test_news_says_neither(data, code):
     sentences = (data / f"ntrex/{code}.txt").read_text(encoding="utf-8").splitlines()
-    read = [text for text in sentences if answers.yes_no(answers.clean(text), words(code)) is not None]
+    read = [text for text in sentences if answers.yes_no(answers.clean(text), words(code), code) is not None]
     assert len(sentences) >= 500 and len(read) <= 5, read
 
 
 @pytest.mark.parametrize("choices, raw, said", OPTIONS)
 def test_options(choices, raw, said):
-    assert answers.option(answers.clean(raw), choices) == said
+    assert answers.option(answers.clean(raw), choices) == said   # the words tell the language
+
+
+TEXTS = {"eng": ("The dog barked.", "The cat slept."), "zho_simpl": ("他关掉了电视。", "他打开了门。"),
+         "ita": ("Ha spento la televisione.", "Ha aperto la porta."), "tur": ("Televizyonu kapattı.", "Kapıyı açtı."),
+         "vie": ("Anh ấy tắt tivi.", "Anh ấy mở cửa."), "tha": ("เขาปิดโทรทัศน์", "เขาเปิดประตู"),
+         "tam": ("அவர் தொலைக்காட்சியை அணைத்தார்.", "அவர் கதவைத் திறந்தார்."),
+         "swh": ("Alizima runinga.", "Alifungua mlango."),
+         "que": ("Payqa televisionta wañuchirqan.", "Payqa punkuta kicharqan."),
+         "ind": ("Dia mematikan televisi.", "Dia membuka pintu."),
+         "hat": ("Li fèmen televizyon an.", "Li louvri pòt la."),
+         "est": ("Ta lülitas teleri välja.", "Ta avas ukse.")}
+
+
+def test_no_answer_is_misread_and_nineteen_in_twenty_of_the_clear_ones_are_read():
+    lines = Path(__file__).with_name("answers.txt").read_text(encoding="utf-8").splitlines()
+    rows = [line.split(" | ") for line in lines if line[0] != "#"]
+    wrong, unread = [], []
+    for task, code, raw, said in rows:
+        answer = answers.clean(re.sub(r"\\n(?!ot)", "\n", raw))
+        if task == "yes_no":
+            found = {None: "-", YES: "yes", NO: "no"}[answers.yes_no(answer, words(code), code)]
+        else:
+            found = {None: "-", A: "A", B: "B"}[answers.option(answer, TEXTS[code], code)]
+        if found != said:
+            (unread if found == "-" else wrong).append((code, raw, said, found))
+    assert not wrong
+    assert len(unread) <= sum(row[3] != "-" for row in rows) / 20, unread
+    assert {row[1] for row in rows} == set(answers.WORDS) == set(TEXTS) | {"deu", "spa", "fra", "jpn", "kor"}
+
+
+@pytest.mark.parametrize("text", ["A ", "-", "A,", "A or B ", "more ", "A 'A' (A) ", "\n", "the dog barked ", "是",
+                                  "no ",
+                                  "than ", "answer ", "*", "<think>", "not ", "A", " ", "A: ", "<", "{\\boxed"])
+def test_an_answer_of_one_thing_repeated_is_read_at_once(text):
+    """No rule takes time that grows faster than its text: it would not end here."""
+    for code in ("eng", "zho_simpl", "tur"):
+        answers.option(answers.clean(text * 2000), TEXTS["eng"], code)
+        answers.yes_no(answers.clean(text * 2000), words("eng"), code)
+
+
+def test_reasoning_and_markup_are_stripped():
+    for raw in ("<think>B? No, A.</think>\n\nB", "<answer>B</answer>", "```\nB\n```", "> B", r"\boxed{\text{B}}"):
+        assert answers.option(answers.clean(raw), TEXTS["eng"]) == B
+    assert answers.option(answers.clean("<think>It is A"), TEXTS["eng"]) is None
 
 
 def test_an_echoed_prompt_says_nothing():
