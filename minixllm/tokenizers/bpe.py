@@ -151,7 +151,8 @@ class JsonBPE(Tokenizer):
         ids = []
         for part in self._cut(raw, text):
             for each in self._cut(normalized, self.normalize(part)) if isinstance(part, str) else [part]:
-                ids += [i for piece in self.split(each) for i in self.merger[piece]] if isinstance(each, str) else [each]
+                words = self.split(each) if isinstance(each, str) else ()
+                ids += [i for word in words for i in self.merger[word]] if isinstance(each, str) else [each]
         return ids
 
     def _cut(self, pattern, text: str) -> list:

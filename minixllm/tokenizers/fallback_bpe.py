@@ -10,7 +10,8 @@ from minixllm.tokenizers.bpe import JsonBPE
 
 SPACE = "▁"  # U+2581
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-DECODER = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+DECODER = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"},
+           {"type": "Fuse"}]
 STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 # (normaliser, pre-tokeniser) -> whether a text gets a first space always, when it begins with none, or never
 PREFIXES = [

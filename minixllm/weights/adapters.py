@@ -117,8 +117,8 @@ def read_adapter_config(directory) -> LoraSettings:
         if value and key not in PLAIN:
             raise UserError(f"{path}: {key}: found {found(value)}, expected plain LoRA without it")
     if (init := saved.get("init_lora_weights", True)) not in INITS:
-        raise UserError(f"{path}: init_lora_weights: found {found(init)}, which changes the base model's weights; expected "
-                        f"one of {', '.join(map(str, INITS))}")
+        raise UserError(f"{path}: init_lora_weights: found {found(init)}, which changes the base model's weights; "
+                        f"expected one of {', '.join(map(str, INITS))}")
     if saved.get("bias", "none") != "none":
         raise UserError(f"{path}: bias: found {found(saved['bias'])}, expected 'none'")
     targets = saved.get("target_modules")

@@ -26,7 +26,8 @@ HEAD = "lm_head.weight"
 ROWS = 4096  # of two matrices that are compared at once
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What a model directory may hold, and a save may therefore replace; hidden files are those of a file manager.
-MODEL_FILES = re.compile(r"\..*|(config|generation_config|special_tokens_map|added_tokens|vocab|tokenizer(_config)?)\.json"
+MODEL_FILES = re.compile(r"\..*"
+                         r"|(config|generation_config|special_tokens_map|added_tokens|vocab|tokenizer(_config)?)\.json"
                          r"|tokenizer\.model|merges\.txt|chat_template\.jinja"
                          r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
@@ -73,12 +74,12 @@ def read_config(directory, adapter=None):
         found = what_kind(directory, "a file") if directory.exists() else "nothing there"
         raise UserError(f"{directory}: found {found}, expected a Hugging Face model directory on this disk, such as "
                         "`hf download NAME --local-dir DIR` makes")
-    is_adapter = (directory / "adapter_config.json").exists()
+    has_adapter = (directory / "adapter_config.json").exists()
     if not path.exists():
         if (directory / "model" / "config.json").exists():  # a run's output
             raise UserError(f"{directory}: no config.json; expected a model, such as {directory / 'model'}")
         raise UserError(f"{directory}: " + ("found a PEFT adapter, expected a model (an adapter's base, for one)"
-                                            if is_adapter else f"no config.json; {what_instead(directory)}"))
+                                            if has_adapter else f"no config.json; {what_instead(directory)}"))
     values, where = read_json(path), path
     try:
         model_class = ARCHITECTURES[expect(values.get("model_type"), str, "model_type", choices=tuple(ARCHITECTURES))]
@@ -93,7 +94,7 @@ def read_config(directory, adapter=None):
         raise UserError(str(error) if str(error).startswith(str(where)) else f"{where}: {error}") from None
 
     tensors = find_tensors(directory)
-    if is_adapter and (directory / "adapter_model.safetensors").exists():
+    if has_adapter and (directory / "adapter_model.safetensors").exists():
         raise UserError(f"{directory}: found a model and a PEFT adapter, expected one of them")
     if config.num_hidden_layers > len(tensors):  # rather than build a billion layers to find them missing
         raise UserError(f"{path}: num_hidden_layers: found {config.num_hidden_layers}, "

@@ -239,7 +239,8 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "
     (change("normalizer", {"type": "NFC", "x": 1}), "normalizer: found .*expected none or NFC$"),
     (change("pre_tokenizer", {"type": "Split", "pattern": {"Regex": ["x"]}, "behavior": "Isolated", "invert": False}),
      r"pre_tokenizer: found .*\['x'\]"),
-    (lambda c: c["added_tokens"].append({"id": 9999, "content": "a", "special": True}), "added_tokens: 'a': found 9999"),
+    (lambda c: c["added_tokens"].append({"id": 9999, "content": "a", "special": True}),
+     "added_tokens: 'a': found 9999"),
     (lambda c: c["model"]["vocab"].update(a=2**31), "model.vocab: found"),
     (lambda c: c["added_tokens"].append({"id": True, "content": "new"}), "added_tokens: found|model.vocab: found"),
     (change("pre_tokenizer", {"type": "Metaspace"}), "pre_tokenizer: found .*Metaspace"),
@@ -256,7 +257,8 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "
     (change("decoder", {"type": "WordPiece"}), "decoder: found 'WordPiece'"),
     (change("decoder", None), "decoder: found None"),
     (change("post_processor", {"type": "RobertaProcessing"}), "post_processor: found .*RobertaProcessing"),
-    *[(change("post_processor", {"type": "TemplateProcessing", "single": single}), "post_processor.single: found .*" + said)
+    *[(change("post_processor", {"type": "TemplateProcessing", "single": single}),
+       "post_processor.single: found .*" + said)
       for single, said in (([{"SpecialToken": {"id": "<nope>"}}], "<nope>"), ([{"Sequence": {"id": "B"}}], "'B'"),
                            ([{"Sequence": {"id": "A"}}] * 2, "'A'"))],
     (change("post_processor", {"type": "Sequence", "processors": None}), "post_processor.processors: found None"),

@@ -111,7 +111,8 @@ def test_llama_as_transformers_saves_it(data, tmp_path):
     ours, oracle = load_tokenizer(tmp_path / "saved"), theirs._tokenizer
     assert (ours.bos_id, ours.eos_id, ours.vocab_size, ours.prefix) == (1, 2, 32_000, [1])
     oracle.encode_special_tokens = True
-    texts = [line for file in sorted((data / "ntrex").glob("*.txt")) for line in file.read_text("utf-8").split("\n")[:40]]
+    texts = [line for file in sorted((data / "ntrex").glob("*.txt"))
+             for line in file.read_text("utf-8").split("\n")[:40]]
     check(oracle, ours, texts + HARD)
     # transformers orders merges otherwise than SentencePiece does where a text holds runs of spaces.
     assert all(ours.encode(text) == original.encode(text) for text in texts if "  " not in text)

@@ -1,4 +1,4 @@
-"""Other programs read a saved directory as this one does: `AutoTokenizer` gives our ids for every kind that is saved."""
+"""Other programs read a saved directory as this one does: `AutoTokenizer` gives our ids for every kind of tokenizer."""
 
 import json
 
@@ -15,8 +15,9 @@ from minixllm.weights import adapters, hf_directory
 from tokenizer_samples import HARD, SENTENCES, train
 
 TEMPLATE = "{{ messages[0]['content'] }}"
-TEXTS = (SENTENCES + HARD + [f"{a} {b[:20]}" for a, b in zip(SENTENCES, SENTENCES[::-1])] + [f"{t}\n\n{t}" for t in HARD]
-         + ["### Instruction:\nWrite this date in full.\n\n### Response:\n5. März 2031", "x</s>", "<pad><s>", "[INST] a"])
+TEXTS = (SENTENCES + HARD + [f"{a} {b[:20]}" for a, b in zip(SENTENCES, SENTENCES[::-1])]
+         + [f"{text}\n\n{text}" for text in HARD]
+         + ["### Instruction:\nWrite this date in full.\n\n### Response:\n5. März 2031", "x</s>", "<pad><s>", "[I] a"])
 TEXTS = list(dict.fromkeys(TEXTS + [text[i:] for text in SENTENCES for i in (3, 8)]))
 assert len(TEXTS) >= 100
 

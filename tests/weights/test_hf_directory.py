@@ -166,7 +166,8 @@ def test_files_of_a_bare_model_lack_the_prefix(theirs, directory, kind, prefix):
 BUFFERS = {
     "rotary_emb.inv_freq": torch.ones(4), "layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4).double(),
     "layers.1.self_attn.rotary_emb.cos_cached": torch.ones(1, 1, 8, 8).half(), "position_ids": torch.arange(8),
-    "layers.0.self_attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool), "layers.0.self_attn.masked_bias": torch.ones(1),
+    "layers.0.self_attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool),
+    "layers.0.self_attn.masked_bias": torch.ones(1),
 }
 
 
