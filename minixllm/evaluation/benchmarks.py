@@ -73,7 +73,19 @@ def read(path, wanted: Wanted) -> tuple[list[Item], list[str]]:
     path, notes = Path(path), []
     name = detect(path)
     reader = _Reader(name, path, wanted, read_templates(wanted.templates), notes)
-    if not (items := READERS[name](reader)):
+    items, ids = [], set()
+    left_out = {"the character NUL": 0, "the id of an earlier row": 0}
+    for item in READERS[name](reader):
+        nul, again = "\0" in item.reference + "".join(item.fields.values()), (item.column, item.group, item.id) in ids
+        ids.add((item.column, item.group, item.id))
+        if nul or again:
+            left_out["the character NUL" if nul else "the id of an earlier row"] += 1
+        else:
+            items.append(item)
+    for what, count in left_out.items():
+        if count:
+            reader.note(f"{path}: {count} rows left out, they hold {what}")
+    if not items:
         reader.note(f"nothing of {path} is left to evaluate")
     for source, asked_in in reader.used.items():
         reader.note(f"{wanted.mode} mode, instructions in {', '.join(asked_in)}: {source}")
@@ -115,18 +127,19 @@ class _Reader:
         return found
 
     def choose(self) -> dict[str, Path]:
-        """The files of the wanted languages that can be asked; languages without an instruction are noted."""
+        """The files of the wanted languages; those without an instruction in the language itself are noted."""
         chosen = {code: file for code, file in sorted(self.by_language().items())
                   if not self.asked or code in self.asked}
         if self.wanted.mode == "understanding" and self.benchmark in FIELDS:
             if without := [code for code in chosen if (self.benchmark, code) not in self.templates]:
-                self.note(f"no instruction in the language itself for {', '.join(without)}: left out")
-            chosen = {code: file for code, file in chosen.items() if code not in without}
+                self.note(f"no instruction in the language itself for {len(without)} of {len(chosen)}, asked in "
+                          f"English: {', '.join(without)}")
         return chosen
 
     def template(self, code: str) -> tuple[dict, str]:
         """The instruction for items in this language, and the language it is written in."""
-        asked_in = code if self.wanted.mode == "understanding" else "eng"
+        in_it = self.wanted.mode == "understanding" and (self.benchmark, code) in self.templates
+        asked_in = code if in_it else "eng"
         template = self.templates[self.benchmark, asked_in]
         shipped = template == read_templates().get((self.benchmark, asked_in))
         self.used.setdefault("as shipped" if shipped else str(self.wanted.templates), {})[asked_in] = None
@@ -240,13 +253,15 @@ def _translation(reader: _Reader) -> list[Item]:
     title = _translation_set(texts.values())
     items = []
     directions = translation_directions(codes, reader.wanted.directions, reader.wanted.seed, reader.note)
+    if reader.wanted.mode == "understanding":
+        sources = dict.fromkeys(source for source, _, _ in directions)
+        if without := [code for code in sources if ("translation", code) not in reader.templates]:
+            reader.note(f"no instruction in the language itself for {len(without)} of {len(sources)}, asked in "
+                        f"English: {', '.join(without)}")
     for source, target, column in directions:
         if len(lines(source)) != len(lines(target)):
             raise UserError(f"{texts[source]} has {len(lines(source))} lines, {texts[target]} {len(lines(target))}: "
                             "expected texts aligned line by line")
-        if reader.wanted.mode == "understanding" and ("translation", source) not in reader.templates:
-            reader.note(f"{source}-{target}: no instruction in {source}: left out")
-            continue
         template, asked_in = reader.template(source)
         language = source if target == "eng" else target
         pairs = [(number, *pair) for number, pair in enumerate(zip(lines(source), lines(target)), 1)

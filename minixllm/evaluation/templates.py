@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 
 from minixllm import languages
-from minixllm.errors import UserError
+from minixllm.errors import UserError, found
 
 SHIPPED = Path(__file__).with_name("instructions.toml")
 # what an item fills in, besides {language}
@@ -21,8 +21,9 @@ def read_templates(path: Path | None = None) -> dict[tuple[str, str], dict]:
     path = Path(path or SHIPPED)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: expected a TOML file of instructions: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path}: expected a TOML file of instructions: {reason}") from None
     for benchmark, by_language in table.items():
         if benchmark not in FIELDS or not isinstance(by_language, dict):
             raise UserError(f"{path}: [{benchmark}]: expected one of {', '.join(FIELDS)}")
@@ -39,10 +40,10 @@ def read_templates(path: Path | None = None) -> dict[tuple[str, str], dict]:
                 value = template.get(key)
                 texts = value if kind is list and isinstance(value, list) and value else [value]
                 if not isinstance(value, kind) or not all(isinstance(text, str) for text in texts):
-                    raise UserError(f"{where}: {key}: found {value!r}, expected "
+                    raise UserError(f"{where}: {key}: found {found(value)}, expected "
                                     + ("a list of texts" if kind is list else "text"))
             if unknown := set(template) - set(_template_keys(benchmark)):
-                raise UserError(f"{where}: unknown key {min(unknown)!r}, "
+                raise UserError(f"{where}: unknown key {found(min(unknown))}, "
                                 f"expected {', '.join(_template_keys(benchmark))}")
             for key in ("instruction", "input"):
                 _check_fields(f"{where}: {key}", template[key], FIELDS[benchmark] | {"language"})

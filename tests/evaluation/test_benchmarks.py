@@ -1,6 +1,8 @@
 """The five file formats, the paper's wording, both modes, and what is said about files that are wrong."""
 
 import json
+import string
+import unicodedata
 
 import pytest
 
@@ -170,18 +172,20 @@ def test_files_left_out_of_a_translation_directory(flores):
 def test_xlsum_and_self_instruct(tmp_path):
     article = {"id": "a1", "url": "u", "title": "t", "summary": "Short {brace}.", "text": "Long text with {braces}."}
     for name in ("chinese_simplified", "scottish_gaelic", "english", "klingon"):
-        lines(tmp_path / "xlsum" / f"{name}_test.jsonl", [article] * 260)
+        lines(tmp_path / "xlsum" / f"{name}_test.jsonl", [article | {"id": f"a{n}"} for n in range(260)])
     items, notes = read(tmp_path / "xlsum", Wanted())
     assert [i.group for i in items[::250]] == ["eng", "gla", "zho_simpl"] and len(items) == 750   # in order of codes
     assert "klingon" in notes[0]
-    lines(tmp_path / "empty" / "french_test.jsonl", [article | {"text": " "}, article, article | {"summary": ""}] * 90)
+    lines(tmp_path / "empty" / "french_test.jsonl", [article | {"id": f"a{n}"} | more for n in range(90)
+                                                  for more in ({"text": " "}, {}, {"summary": ""})])
     some, skipped = read(tmp_path / "empty", Wanted(limit=80))
     assert len(some) == 80 and "french_test.jsonl: 159 rows skipped, the article or its" in skipped[0]
     assert ("The following is an article.\nArticle: Long text with {braces}.\n"
             "Please summarize the provided article.\n") in items[0].prompt()
     assert "Article: Long\nPlease summarize the provided article." in items[0].prompt(4)   # cut from the article alone
     task = {"id": "t0", "instruction": "Schreibe {es} um.", "instances": [{"input": "Das da.", "output": "Dies."}]}
-    lines(tmp_path / "self" / "de.jsonl", [task, {**task, "instances": [{"input": "", "output": "x"}]}])
+    lines(tmp_path / "self" / "de.jsonl", [task, {**task, "id": "t1",
+                                                    "instances": [{"input": "", "output": "x"}]}])
     lines(tmp_path / "self" / "user_oriented_instructions.jsonl", [task])
     items, notes = read(tmp_path / "self", Wanted(mode="understanding"))
     assert notes == ["Self-Inst*: understanding mode, instructions as its files have them"]
@@ -200,30 +204,53 @@ def test_real_files(data):
     assert len(items) == 252
 
 
-def test_understanding_mode_is_shipped_for_pawsx_and_xcopa():
+def test_understanding_mode_is_shipped():
     shipped = templates.read_templates()
-    assert {code for name, code in shipped if name == "pawsx"} == set("deu eng spa fra jpn kor zho_simpl".split())
-    assert {code for name, code in shipped
-            if name == "xcopa"} == set("eng est hat ind ita que swh tam tha tur vie zho_simpl".split())
+    codes = {name: {code for of, code in shipped if of == name} for name, _ in shipped}
+    assert codes["pawsx"] == set("deu eng spa fra jpn kor zho_simpl".split())
+    assert codes["xcopa"] == set("eng est hat ind ita que swh tam tha tur vie zho_simpl".split())
+    assert codes["translation"] == codes["xlsum"] == {"eng", *languages.FEEDBACK_LANGUAGES}
+    for (name, code), template in shipped.items():
+        if name in ("translation", "xlsum") and code != "eng":
+            script, text = languages.find(code).script, template["instruction"]
+            letters = [c for c in text.replace("{", "}").split("}")[::2] for c in c if c.isalpha()]
+            latin = sum("LATIN" in unicodedata.name(c) for c in letters) / len(letters)
+            assert latin == (script == "Latn"), (name, code)
+            wanted = ["source", "source_language", "target_language"] if name == "translation" else ["article"]
+            assert {field for _, field, _, _ in string.Formatter().parse(text) if field} == set(wanted)
 
 
-def test_languages_without_an_instruction_are_named(flores, xcopa, tmp_path):
+def test_languages_without_an_instruction_are_asked_in_english_and_named(flores, xcopa, tmp_path):
     lines(xcopa / "test.fi.jsonl", XCOPA_ROWS)
     items, notes = read(xcopa, Wanted(mode="understanding"))
-    assert {i.group for i in items} == {"ita", "zho_simpl"}
-    assert notes[0] == "XCOPA: no instruction in the language itself for fin: left out"
-    items, notes = read(flores, Wanted(mode="understanding", directions=("fra-zh",)))
-    assert not items and notes == ["Translation: fra-zho_simpl: no instruction in fra: left out",
-                                   f"Translation: nothing of {flores} is left to evaluate"]
-    items, notes = read(flores, Wanted(mode="understanding", directions=("from-english", "to-english")))
-    assert {i.column for i in items} == {"FLORES(f)"} and any("fra-eng: no instruction in fra" in note
-                                                              for note in notes)
+    assert {i.group for i in items} == {"ita", "zho_simpl", "fin"}
+    assert notes[0] == "XCOPA: no instruction in the language itself for 1 of 3, asked in English: fin"
+    finnish = next(i for i in items if i.group == "fin")
+    assert "Here is a premise" in finnish.prompt()
+    lines(flores / "swe.devtest", [f"Ett. {i}" for i in range(205)])
+    items, notes = read(flores, Wanted(mode="understanding", directions=("swe-fra", "fra-swe")))
+    assert "Translation: no instruction in the language itself for 1 of 2, asked in English: swe" in notes
+    by_group = {item.group: item.prompt() for item in items}
+    assert "Swedish Sentence: Ett. " in by_group["swe-fra"] and "vers la langue svenska" in by_group["fra-swe"]
     mine = tmp_path / "mine.toml"
     mine.write_text('[translation.fra]\ninstruction = "Traduis du {source_language} : {source}"\n', encoding="utf-8")
     items, notes = read(flores, Wanted(mode="understanding", directions=("fra-eng", "eng-fra"), templates=mine))
     assert "Traduis du français : Un. 0" in items[0].prompt()
     assert notes == [f"Translation: understanding mode, instructions in fra: {mine}",
                      "Translation: understanding mode, instructions in eng: as shipped"]
+
+
+def test_rows_with_nul_or_the_id_of_an_earlier_row_are_left_out_and_counted(tmp_path, flores):
+    rows = [{**XCOPA_ROWS[0], "idx": 7}, {**XCOPA_ROWS[1], "idx": 7}, {**XCOPA_ROWS[1], "idx": 8, "premise": "a\0b"}]
+    lines(tmp_path / "xcopa/test.it.jsonl", rows)
+    items, notes = read(tmp_path / "xcopa", Wanted())
+    assert [item.id for item in items] == ["7"]
+    for what in ("the character NUL", "the id of an earlier row"):
+        assert f"XCOPA: {tmp_path / 'xcopa'}: 1 rows left out, they hold {what}" in notes
+    (flores / "fra.devtest").write_bytes(b"".join(b"Un. %d\r\n" % i for i in range(204)) + b"U\0n\r\n")
+    items, notes = read(flores, Wanted(directions=("eng-fra",), limit=205))
+    assert len(items) == 204 and items[5].reference == "Un. 5"
+    assert any("1 rows left out, they hold the character NUL" in note for note in notes)
 
 
 def test_a_template_that_cannot_be_filled_in_is_named(xcopa, tmp_path):
@@ -243,11 +270,17 @@ def test_a_template_that_cannot_be_filled_in_is_named(xcopa, tmp_path):
     ("[xcopa.ita]\ninstrution = 'x'", "unknown key 'instrution'"),
     ("[xcopa.italien]\ninstruction = 'x'", r"\[xcopa.italien\]: unknown language 'italien'.*did you mean italian"),
     ("[xcopa", "expected a TOML file"),
+    ("a = " + "[" * 9999, "t.toml: expected a TOML file of instructions: "),
+    ("a = " + "9" * 9999, "t.toml: expected a TOML file of instructions: Exceeds the limit"),
+    ("a = '\0'", "expected a TOML file"), ("[xcopa.ita]\ninstruction = " + "[" * 99 + "]" * 99, "instruction: found"),
+    ("[pawsx.deu]\nyes = [" + "'a'," * 999 + "5]", "yes: found .*expected a list of texts"),
+    ("[xcopa.'" + "x" * 999 + "']\ninstruction = 'x'", "xxxx"),
     ("pawsx = 3", "expected one of")])
 def test_wrong_templates(tmp_path, text, said):
     (tmp_path / "t.toml").write_text(text)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said) as error:
         templates.read_templates(tmp_path / "t.toml")
+    assert len(str(error.value)) <= 300 and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("file, rows, said", [
@@ -313,7 +346,7 @@ def test_a_directory_of_several_benchmarks(tmp_path, pawsx, xcopa, flores):
     def refused(path, said):
         with pytest.raises(UserError) as error:
             read(path, Wanted())
-        assert str(error.value) == f"{path}: holds {said}: expected each benchmark by itself"
+        assert str(error.value) == str(UserError(f"{path}: holds {said}: expected each benchmark by itself"))
 
     refused(tmp_path, f"PAWS-X in {pawsx}, XCOPA in {xcopa}, Translation in {flores}")
     for each in (pawsx, xcopa, flores):
