@@ -74,8 +74,8 @@ def detect(path) -> str:
         raise UserError(f"{path}: holds {held}: expected each benchmark by itself")
     found = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
     raise UserError(f"{path}: none of the five benchmarks: found {found}; expected */test_2k.tsv (PAWS-X), "
-                    "test.*.jsonl (XCOPA), *_test.jsonl (XL-Sum), *.jsonl with instances from its first line on "
-                    "(Self-Instruct), or texts named by language, such as fra.devtest (translation)")
+                    "test.*.jsonl (XCOPA), *_test.jsonl (XL-Sum), *.jsonl with instances (Self-Instruct), or texts such "
+                    "as fra.devtest")
 
 
 def _held(folder: Path) -> list[str]:
