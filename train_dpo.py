@@ -22,24 +22,26 @@ from minixllm.data.stream import Stream, hold_out
 from minixllm.data.token_cache import TokenCache
 from minixllm.demo import feedback
 from minixllm.errors import UserError
-from minixllm.models.lora import LoraSettings
 from minixllm.settings import STOPPED, parse, run, setting
-from minixllm.training import dpo
-from minixllm.training.loop import OUTPUT, TrainingSettings, claimed, held_out_means, train
-from minixllm.weights.adapters import open_model, save_trained
-from minixllm.weights.hf_directory import read_directory
+from minixllm.training import losses
+from minixllm.training.held_out import held_out_means
+from minixllm.training.loop import train
+from minixllm.training.model import open_model, save_trained
+from minixllm.training.run_directory import exclusive_output
+from minixllm.training.settings import OUTPUT, TrainingSettings
+from minixllm.weights.hf_directory import read_directory, read_generation_config
 
 
 @dataclass
-class Settings(LoraSettings, TrainingSettings):
+class Settings(TrainingSettings):
     training = "preference optimisation"
+    learning_rates = (5e-4, 1e-6)
+    embedded_only = ("feedback",)
 
     output: str = setting("runs/dpo", OUTPUT)
     model: str | None = setting(None, "Hugging Face directory of the instruction-tuned model to align")
     data: list[str] = setting([], "files of pairs (JSON or JSONL: instruction, input, chosen, rejected, and optionally "
                                   "language, response_language), or directories of them")
-    held_out: list[str] = setting([], "more such files, to measure on; none: some pairs of --data are kept aside for "
-                                      "that")
     held_out_per_language: int = setting(20, "pairs of answers kept aside for each pair of languages, at most a tenth "
                                              "of them", least=0)
     feedback: str = setting("cross-lingual", "the embedded default's pairs: answers in another language than the "
@@ -52,32 +54,25 @@ class Settings(LoraSettings, TrainingSettings):
                                 least=0)
     reference: str = setting("live", "live: compute the reference at every step; cached: once before training, its "
                                      "log-probabilities kept on disk", ("live", "cached"))
-    learning_rate: float | None = setting(None, "peak learning rate; by default 5e-4 for LoRA's adapters, 1e-6 where "
-                                                "every weight is trained", above=0)
     weight_decay: float = setting(0.0, "decoupled weight decay; matrices only, no biases or norms", least=0, most=1)
     batch_size: int = setting(256, "pairs a step, over all processes", least=1)
     micro_batch_size: int = setting(8, "pairs a process computes at once; more memory, fewer passes", least=1)
     max_length: int = setting(1024, "tokens of the longest pair's prompt and longer answer together",
                               least=1, most=2**24)
-    too_long: str = setting("drop", "leave out a pair longer than --max-length, or cut its prompt and answers",
-                            ("drop", "truncate"))
-    cache: str = setting("runs/cache", "where tokenised pairs, reference log-probabilities and embedded data are kept")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.learning_rate is None:
-            self.learning_rate = 5e-4 if self.lora_r else 1e-6
+        if self.loss == "ipo" and self.label_smoothing:
+            raise UserError(f"label_smoothing: found {self.label_smoothing} with --loss ipo, expected 0")
 
 
 def main(argv=None):
     settings = parse(Settings, argv, feedback.SETTINGS, description=__doc__)
-    if settings.loss == "ipo" and settings.label_smoothing:
-        raise UserError(f"label_smoothing: found {settings.label_smoothing} with --loss ipo, expected 0")
     world = distributed.setup()
     embedded = not settings.model
     if embedded:
         settings.model = feedback.sft_model()
-    with claimed(settings, world):
+    with exclusive_output(settings, world):
         status = align(settings, world, embedded)
     distributed.close()
     return status
@@ -93,6 +88,7 @@ def align(settings, world, embedded: bool):
             feedback.build(folder, settings.feedback)
         settings.data, settings.held_out = [str(folder / "train.jsonl")], [str(folder / "valid.jsonl")]
     config, tokenizer = read_directory(settings.model)
+    generation_config = read_generation_config(settings.model)
     model = open_model(config, world, settings, settings.model).eval()
 
     # The pairs, each one document of two branches.
@@ -114,29 +110,29 @@ def align(settings, world, embedded: bool):
 
     tokens = settings.micro_batch_size * settings.max_length
     if settings.reference == "cached":
-        make = functools.partial(dpo.cached, model, world, directory=settings.model, folder=settings.cache,
-                                 dtype=str(distributed.compute_dtype(settings.dtype, world.device)), tokens=tokens)
-        reference = make(data=data)
-        held_out_reference = reference if held_out_data is data else make(data=held_out_data)
+        def reference_of(pairs):
+            dtype = str(distributed.compute_dtype(settings.dtype, world.device))
+            return losses.stored_logps(model, world, pairs, settings.model, settings.cache, dtype, tokens)
+
+        reference = reference_of(data)
+        held_out_reference = reference if held_out_data is data else reference_of(held_out_data)
     elif settings.lora_r:
-        reference = held_out_reference = dpo.adapters_off
+        reference = held_out_reference = losses.policy_without_adapters
     else:
-        reference = held_out_reference = dpo.frozen(
+        reference = held_out_reference = losses.second_model(
             open_model(config, world, settings, settings.model, frozen=True))
 
     options = dict(kind=settings.loss, beta=settings.beta, label_smoothing=settings.label_smoothing,
                    nll_weight=settings.nll_weight)
-    loss = functools.partial(dpo.preference_loss, reference=reference, **options)
-
-    def evaluate():
-        measure = functools.partial(dpo.compare, model, reference=held_out_reference, **options)
-        return held_out_means(world, held_out_data, held_out, tokens, measure)
+    loss = functools.partial(losses.preference_loss, reference=reference, **options)
+    measure = functools.partial(losses.pair_measures, model, reference=held_out_reference, **options)
+    evaluate = functools.partial(held_out_means, world, held_out_data, held_out, tokens, measure)
 
     # The loop, and what comes out of it.
     before = feedback.measure(model, tokenizer, folder, world) if embedded else None
     if not train(model, world, settings, stream, loss, evaluate):
         return STOPPED
-    save_trained(model, settings, tokenizer)
+    save_trained(model, settings, tokenizer, generation_config)
     if embedded:
         feedback.report(before, feedback.measure(model, tokenizer, folder, world), settings.output, world)
 

@@ -8,6 +8,7 @@ With neither --model nor --data a small model is trained from scratch on instruc
 Plain `python train_sft.py` is a run of one process.
 """
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,48 +25,38 @@ from minixllm.demo.exact_match import describe, exact_match
 from minixllm.files import write_json
 from minixllm.generation import answer
 from minixllm.models.architectures import ARCHITECTURES
-from minixllm.models.lora import LoraSettings
 from minixllm.settings import STOPPED, parse, run, setting
 from minixllm.tokenizers import load_tokenizer
-from minixllm.training.loop import OUTPUT, TrainingSettings, claimed, held_out_loss, train
+from minixllm.training.held_out import held_out_loss
+from minixllm.training.loop import train
 from minixllm.training.losses import sft_loss
-from minixllm.weights.adapters import open_model, save_trained
-from minixllm.weights.hf_directory import read_directory
+from minixllm.training.model import open_model, save_trained
+from minixllm.training.run_directory import exclusive_output
+from minixllm.training.settings import OUTPUT, TrainingSettings
+from minixllm.weights.hf_directory import read_directory, read_generation_config
 
 
 @dataclass
-class Settings(LoraSettings, TrainingSettings):
+class Settings(TrainingSettings):
     training = "instruction tuning"
+    embedded_only = ("arch",)
 
     output: str = setting("runs/sft", OUTPUT)
     arch: str = setting("llama", "architecture of the embedded default's model", choices=sorted(ARCHITECTURES))
     data: list[str] = setting([], "files of records (JSON or JSONL: instruction, input, output, and optionally "
                                   "language), or directories of them")
-    held_out: list[str] = setting([], "more such files, to measure the loss on; none: some records of --data are kept "
-                                      "aside for that")
-    held_out_per_language: int = setting(100, "records of each language kept aside, at most a tenth of them", least=0)
-    learning_rate: float | None = setting(None, "peak learning rate; by default 1e-4 for LoRA's adapters, 2e-5 where "
-                                                "every weight is trained", above=0)
     packing: bool = setting(True, "fill each row with records up to --max-length; otherwise a row is one record")
-    too_long: str = setting("drop", "leave out a record longer than --max-length, or cut its answer",
-                            choices=("drop", "truncate"))
     lora_dropout: float = setting(0.05, "dropout before LoRA's adapters", least=0, most=1)
     train_on_prompt: bool = setting(False, "learn the prompts too, as the paper did, and not only the answers")
     temperature: float | None = setting(None, "draw languages in proportion to (number of records)^(1/temperature): "
                                               "above 1, small ones come more often; none: as they come", above=0)
     max_new_tokens: int = setting(64, "tokens of the longest answer printed at the end", least=1)
-    cache: str = setting("runs/cache", "where tokenised records and the embedded data are kept between runs")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.learning_rate is None:
-            self.learning_rate = 1e-4 if self.lora_r else 2e-5
 
 
 def main(argv=None):
     settings = parse(Settings, argv, cldr.SETTINGS, description=__doc__)
     world = distributed.setup()
-    with claimed(settings, world):
+    with exclusive_output(settings, world):
         status = fine_tune(settings, world)
     distributed.close()
     return status
@@ -75,6 +66,7 @@ def fine_tune(settings, world):
     # The model: on no device yet, then sharded, then each process fills its own slices.
     if settings.model:
         config, tokenizer = read_directory(settings.model)
+        generation_config = read_generation_config(settings.model)
         train_files, held_out_files = record_files(settings.data), record_files(settings.held_out)
     else:
         folder = cldr.folder(settings.cache)
@@ -85,6 +77,7 @@ def fine_tune(settings, world):
         tokenizer = load_tokenizer(folder)
         config = cldr.config(settings.arch, tokenizer)
         train_files, held_out_files = [folder / "train.jsonl"], [folder / "valid.jsonl"]
+        generation_config = {}
     model = open_model(config, world, settings, settings.model)
 
     # The data: records to packed rows, the loss on the answers.
@@ -104,13 +97,13 @@ def fine_tune(settings, world):
                     settings.max_length if settings.packing else None, world.rank, world.size,
                     settings.temperature, records)
 
-    def evaluate():
-        return held_out_loss(model, world, held_out_data, held_out, settings.micro_batch_size * settings.max_length)
+    evaluate = functools.partial(held_out_loss, model, world, held_out_data, held_out,
+                                 settings.micro_batch_size * settings.max_length)
 
     # The loop, and what comes out of it.
     if not train(model, world, settings, stream, sft_loss, evaluate):
         return STOPPED
-    save_trained(model, settings, tokenizer)
+    save_trained(model, settings, tokenizer, generation_config)
     if settings.model:
         some = [held_out_data.read(record) for record in held_out[::max(1, len(held_out) // 12)]]
         prompts = [prompt.tolist() for prompt, _ in some]

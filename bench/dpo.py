@@ -67,10 +67,10 @@ def run_ours(mode: str, count: int, dtype: str, size: dict) -> float:
     from minixllm import distributed
     from minixllm.data.stream import Stream, in_order
     from minixllm.models.llama import LlamaConfig
-    from minixllm.training import dpo
+    from minixllm.training import losses
     from minixllm.training.loop import train_step
     from minixllm.training.meter import Meter
-    from minixllm.weights.adapters import open_model
+    from minixllm.training.model import open_model
 
     world, data = distributed.setup(machine.DEVICE), Pairs(make_pairs(count))
     settings = SimpleNamespace(dtype=dtype, seed=0, clip=1.0, **LORA | ({} if "lora" in mode else {"lora_r": 0}))
@@ -80,17 +80,17 @@ def run_ours(mode: str, count: int, dtype: str, size: dict) -> float:
         table = torch.zeros(count, 2, device=machine.DEVICE)
         with torch.no_grad():
             for batch in in_order(data, np.arange(count), 4096):
-                table[batch.records] = dpo.pair_logps(model, batch)
+                table[batch.records] = losses.pair_logps(model, batch)
         reference = lambda model, batch: table[batch.records]
     elif "lora" in mode:
-        reference = dpo.adapters_off
+        reference = losses.policy_without_adapters
     else:
-        reference = dpo.frozen(open_model(config, world, settings, frozen=True).eval())
+        reference = losses.second_model(open_model(config, world, settings, frozen=True).eval())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     stream, meter = Stream(data, 0, BATCH, BATCH), Meter(model, world, settings)
 
     def loss(model, batch):
-        return dpo.preference_loss(model, batch, reference, kind="dpo", beta=0.1, label_smoothing=0.0, nll_weight=0.0)
+        return losses.preference_loss(model, batch, reference, kind="dpo", beta=0.1, label_smoothing=0.0, nll_weight=0.0)
 
     times = []
     for step in range(1, count // BATCH + 1):

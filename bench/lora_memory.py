@@ -25,7 +25,7 @@ from minixllm import parallel  # noqa: E402
 from minixllm.data.stream import Batch  # noqa: E402
 from minixllm.models.llama import LlamaConfig  # noqa: E402
 from minixllm.training.losses import sft_loss  # noqa: E402
-from minixllm.weights.adapters import open_model  # noqa: E402
+from minixllm.training.model import open_model  # noqa: E402
 from minixllm.weights.hf_directory import build, initialise, read_config, save_model  # noqa: E402
 
 CONFIG = LlamaConfig(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,

@@ -5,6 +5,7 @@ records exactly once. Documents are laid end to end, without padding (`attention
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,6 +118,15 @@ class Stream:
             # neighbours of one length share a call of attention
             micro_batches.append(collate(self.data, sorted(records, key=self.data.lengths.__getitem__)))
         return Step(micro_batches, self.data.count(order[bounds[first]:bounds[last]]))
+
+    def records_between(self, begin: float, end: float) -> list[int]:
+        """The records from `begin` to `end`, two places in the run counted in epochs, in the order in which they come."""
+        records = []
+        for epoch in range(int(begin), math.ceil(end)):
+            order, bounds = self._plan(epoch)
+            first, last = (bounds[round(min(max(place - epoch, 0), 1) * (len(bounds) - 1))] for place in (begin, end))
+            records += order[first:last].tolist()
+        return records
 
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(record ids of the epoch, row after row; (rows + 1,) where each row begins)."""

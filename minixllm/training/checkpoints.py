@@ -67,16 +67,21 @@ def save(folder, model, optimizer, world, step: int, facts: dict, keep: int) -> 
                         f"The last whole one is {latest(folder) or 'none'}; --resume continues from it")
 
 
-def load(path, model, optimizer, facts: dict) -> tuple[int, list[str]]:
-    """Fill model and optimizer from a checkpoint; (step, which facts differ from those saved). A collective.
+def changes(before: dict, facts: dict) -> list[str]:
+    """Which facts differ from those of before, as "name: old -> new"."""
+    return [f"{name} {before[name]} -> {value}" for name, value in facts.items()
+            if name not in ("resume", "output", "steps_per_epoch") and before.get(name, value) != value]
+
+
+def load(path, model, optimizer, facts: dict) -> tuple[int, dict]:
+    """Fill model and optimizer from a checkpoint; (step, the facts that were saved with it). A collective.
 
     Raises UserError for a checkpoint that is not whole, of another kind of training, or of a model of other sizes.
     """
     with _whole(path):
         run = json.loads((path / "run.json").read_text(encoding="utf-8"))
         step, before = run["step"], run["facts"]
-        changed = [f"{name} {before[name]} -> {value}" for name, value in facts.items()
-                   if name not in ("resume", "output") and before.get(name, value) != value]
+        changed = changes(before, facts)
         stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         found = {name: [*of.size] for name, of in stored.items()}
     if before.get("training", facts["training"]) != facts["training"]:
@@ -94,7 +99,7 @@ def load(path, model, optimizer, facts: dict) -> tuple[int, list[str]]:
                         + f"; changed since it was saved: {', '.join(changed)}" * bool(changed))
     with _whole(path):
         dcp.load(state, checkpoint_id=path)
-    return step, changed
+    return step, before
 
 
 @contextlib.contextmanager

@@ -81,6 +81,8 @@ def announce(model, world, settings, steps: int, tokens_per_step: float):
               f"{steps:,} steps of about {tokens_per_step:,.0f} tokens: {steps * tokens_per_step:,.0f} tokens\n"
               f"memory: about {gigabytes(memory)} a process ({gigabytes(available)} available); "
               f"disk: about {gigabytes(max(disk, 0))} ({gigabytes(free)} free)", flush=True)
+        for line in settings.without_effect():
+            print(line)
         positions = getattr(model.config, "max_position_embeddings", math.inf)  # BLOOM's have no end
         if settings.max_length > positions:
             print(f"max_length {settings.max_length} is beyond the {positions} positions the model was made for: it "

@@ -1,4 +1,4 @@
-"""A model to train, whole or through LoRA adapters, and the adapters on disk in PEFT's format.
+"""LoRA adapters on disk in PEFT's format, both ways.
 
 That is adapter_config.json and adapter_model.safetensors. A tensor is named `base_model.model.{layer}.lora_A.weight`,
 the layer's name being the base model's own.
@@ -26,42 +26,6 @@ PLAIN = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_n
          "eva_config", "megatron_core", "qalora_group_size"}
 # Initial weights that leave the base as it is. "pissa", "olora", "corda", "loftq" and others subtract from it.
 INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-
-
-def open_model(config, world, settings, directory=None, frozen=False):
-    """The model to train, sharded and filled: from `directory`, or with random weights where that is None.
-
-    With settings.lora_r the base is frozen and held once, in bf16 (fp32 with --dtype float32), and only adapters train.
-    frozen: nothing trains, and the weights are held in the type that is computed in, which changes no number.
-    """
-    dtype = distributed.compute_dtype(settings.dtype, world.device)
-    adapted = settings.lora_r > 0
-    held = dtype if frozen else torch.bfloat16 if adapted and settings.dtype != "float32" else torch.float32
-    model = hf_directory.build(config, held)
-    if adapted:
-        add_lora(model, settings)
-    elif not frozen and world.first and (settings.lora_targets or settings.lora_alpha != LoraSettings.lora_alpha):
-        print("every weight is trained: lora_alpha and lora_targets count only with --lora-r, a rank above 0")
-    distributed.shard(model, world, dtype)
-    if directory:
-        hf_directory.load_weights(model, directory, world.device)
-    else:
-        hf_directory.initialise(model, settings.seed, world.device)
-    if adapted:
-        lora.initialise(model, settings.seed)
-    return model
-
-
-def save_trained(model, settings, tokenizer):
-    """Write output/model and, under LoRA, output/adapter, the adapters being merged into the model. A collective."""
-    output = Path(settings.output)
-    if settings.lora_r:
-        save_adapter(model, output / "adapter", settings, settings.model)
-        lora.merge(model)
-    kept = hf_directory.read_generation_config(settings.model) if settings.model else None
-    hf_directory.save_model(model, output / "model", tokenizer, kept)
-    if distributed.is_first():
-        print(f"\nsaved {output / 'model'}" + f" and {output / 'adapter'}" * bool(settings.lora_r))
 
 
 def save_adapter(model, directory, settings: LoraSettings, base: str | None = None):

@@ -39,19 +39,13 @@ from minixllm.models.bloom import BloomConfig
 from minixllm.models.llama import LlamaConfig
 from minixllm.distributed import full_tensor
 from minixllm.settings import parse, run, setting
-from minixllm.training import checkpoints, loop
-from minixllm.training.loop import (
-    TrainingSettings,
-    claimed,
-    held_out_loss,
-    learning_rate,
-    log,
-    start_or_resume,
-    train,
-    train_step,
-)
+from minixllm.training import checkpoints, held_out, loop, run_directory
+from minixllm.training.held_out import held_out_loss
+from minixllm.training.loop import learning_rate, train, train_step
 from minixllm.training.losses import sft_loss
 from minixllm.training.meter import Meter, attending_pairs, memory_needed, peak_flops
+from minixllm.training.run_directory import exclusive_output, log, start_or_resume
+from minixllm.training.settings import TrainingSettings
 from minixllm.weights.hf_directory import build, initialise
 
 from conftest import PATIENCE, PYTHONPATH, ROOT
@@ -119,7 +113,7 @@ TIMINGS = ("seconds", "tokens_per_second", "mfu")  # the fields of metrics.jsonl
 def main(argv):
     settings = parse(Settings, argv)
     torch.set_num_threads(1)
-    with mock.patch.object(loop, "PATIENCE", loop.PATIENCE), claimed(settings, distributed.setup("cpu")):
+    with mock.patch.object(loop, "PATIENCE", loop.PATIENCE), exclusive_output(settings, distributed.setup("cpu")):
         run_of(settings)
 
 
@@ -128,7 +122,7 @@ def run_of(settings):
     stream = make_stream(settings, world)
     if settings.gradients:
         save_gradients(model, world, stream, settings.gradients)
-    held_out = Records(9, seed=1)
+    measured = Records(9, seed=1)
     calls = 0
 
     def loss_fn(model, batch):
@@ -150,7 +144,7 @@ def run_of(settings):
         return loss, {"twice": 2 * loss}
 
     finished = train(model, world, settings, stream, loss_fn,
-                     lambda: held_out_loss(model, world, held_out, np.arange(9), tokens=40))
+                     lambda stopped: held_out_loss(model, world, measured, np.arange(9), tokens=40, stopped=stopped))
     weights = {name: full_tensor(p) for name, p in model.named_parameters()}
     if world.first and finished:
         torch.save(weights, Path(settings.output) / "weights.pt")
@@ -172,7 +166,7 @@ class Grab:
     """An optimiser that keeps the gradients and changes nothing."""
 
     def __init__(self, model):
-        self.model, self.param_groups = model, [{"params": list(model.parameters())}]
+        self.model, self.param_groups = model, [{"params": list(model.parameters()), "lr": 0.0}]
 
     def step(self):
         self.gradients = {name: full_tensor(p.grad) for name, p in self.model.named_parameters()}
@@ -397,9 +391,112 @@ def test_a_long_step_is_given_up_after_a_signal(reference, tmp_path, capsys, ste
     assert metrics(tmp_path) == metrics(reference) and same(weights(tmp_path), weights(reference))
 
 
-def test_a_signal_in_the_last_step_leaves_a_finished_run(tmp_path):
-    run_here(tmp_path, "--micro-batch-size", 6, "--steps", 2, "--fault", "signal", "--fault-step", 2)
-    assert (tmp_path / "weights.pt").exists()
+def test_a_signal_in_the_last_step_leaves_only_its_measurement_to_do(reference, tmp_path, capsys):
+    run_here(tmp_path, "--micro-batch-size", 6, "--fault", "signal", "--fault-step", 12)
+    assert "step 12 is saved, --resume continues" in capsys.readouterr().out and metrics(tmp_path)[-1]["step"] == 12
+    assert "held_out" not in metrics(tmp_path)[-1]
+    run_here(tmp_path, "--micro-batch-size", 6, "--resume")
+    assert [row["step"] for row in metrics(tmp_path)][-2:] == [12, 12] and (tmp_path / "weights.pt").exists()
+    assert "nothing is left" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("step, stop_at, saved", [(8, "first batch", 8), (8, "last batch", 8), (12, "first batch", 12)])
+@pytest.mark.parametrize("how", ["signal", "kill"])
+def test_stopped_while_it_measures(reference, tmp_path, capsys, monkeypatch, step, stop_at, saved, how):
+    """The step is saved, and its measurement made on resume. Step 8 is no step at which a checkpoint is due."""
+    means, module = held_out.held_out_means, sys.modules[__name__]
+    seen = []
+
+    def stopping(model, *args, stopped, **kwargs):
+        seen.append(None)
+        if len(seen) == step // 4:
+            def measure(batch, calls=[]):
+                calls.append(None)
+                if len(calls) == (1 if stop_at == "first batch" else 4):
+                    if how == "kill":
+                        raise KeyboardInterrupt  # ends the run at once, as SIGKILL would
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return {"loss": -held_out.answer_logps(model, batch)}
+            return means(*args, measure=measure, stopped=stopped, **kwargs)
+        return held_out.held_out_loss(model, *args, stopped=stopped, **kwargs)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(module, "held_out_loss", stopping)
+        run_here(tmp_path)
+    if how == "signal":
+        assert f"stopped by a signal: step {saved} is saved" in capsys.readouterr().out
+        assert checkpoints.latest(tmp_path / "checkpoints").name == f"step-{saved:08}"
+        last = metrics(tmp_path)[-1]
+        assert last["step"] == step and ("held_out" in last) == (stop_at == "last batch")
+    else:
+        assert checkpoints.latest(tmp_path / "checkpoints").name == f"step-{step // 3 * 3:08}"
+    run_here(tmp_path, "--resume")
+    assert metrics(tmp_path) == metrics(reference) and same(weights(tmp_path), weights(reference))
+
+
+def test_a_second_signal_and_a_third_change_nothing(reference, tmp_path):
+    """One while the run stops, one before the resumed run has done a step."""
+    for step in (2, 4, 9):
+        run_here(tmp_path, "--resume", "--fault", "signal", "--fault-step", step)
+    run_here(tmp_path, "--resume")
+    assert metrics(tmp_path) == metrics(reference) and same(weights(tmp_path), weights(reference))
+
+
+@pytest.mark.parametrize("then", [3, 12])
+def test_another_batch_size_says_which_records_come_twice_or_not_at_all(tmp_path, capsys, then):
+    steps = make_stream(Settings(), distributed.setup("cpu")).steps_per_epoch
+    run_here(tmp_path, "--steps", 5)
+    capsys.readouterr()
+    run_here(tmp_path, "--resume", "--batch-size", then, "--steps", 6)
+    told = re.search(rf"an epoch now has (\d+) steps, it had {steps}: step 5 now stands at epoch (\S+), and stood at "
+                     r"(\S+): (\d+) records (come once more|are passed over): (tiny.jsonl, line .*)",
+                     capsys.readouterr().out)
+    now, before = 5 / int(told[1]), 5 / steps
+    assert (told[2], told[3]) == (f"{now:.2f}", f"{before:.2f}")
+    assert told[5] == ("come once more" if now < before else "are passed over")
+    assert int(told[4]) == pytest.approx(100 * abs(now - before), abs=8)  # a row is a few records
+
+
+def test_what_is_told_of_records_is_what_the_stream_gives():
+    """Of rows of one record, where the numbers are exact: the first 5 steps of 4, then the rest of one epoch."""
+    def stream(batch_size):
+        return Stream(Records(40), 0, batch_size, 2)
+
+    def given(stream, first, last):
+        return [record for step in range(first, last) for m in stream.batch(step).micro_batches for record in m.records]
+
+    for size, said in ((8, "20 records are passed over"), (2, "10 records come once more"), (4, None)):
+        told = run_directory.tell_repeated(stream(size), 5, {"steps_per_epoch": stream(4).steps_per_epoch})
+        assert told is None if said is None else f": {said}: " in told
+        seen = given(stream(4), 0, 5) + given(stream(size), 5, stream(size).steps_per_epoch)
+        wrong = [record for record in range(40) if seen.count(record) != 1]
+        places = sorted((5 / stream(size).steps_per_epoch, 0.5))
+        assert sorted(stream(size).records_between(*places)) == wrong, size
+    assert len(stream(4).records_between(0.25, 2.5)) == 90
+
+
+def test_a_directory_that_goes_away_is_noticed_at_once(reference, tmp_path):
+    """Its lock then holds nobody back, and its checkpoints would be written elsewhere."""
+    for go in (lambda run: run.rename(tmp_path / "moved"), lambda run: shutil.rmtree(run),
+               lambda run: (run / "metrics.jsonl").rename(run / "old")):
+        run = tmp_path / "run"
+        run.mkdir()
+        with contextlib.closing(run_directory.open_metrics(run, distributed.setup("cpu"))) as file:
+            log(file, {"step": 1})
+            go(run)
+            (tmp_path / "run").mkdir(exist_ok=True)
+            (tmp_path / "run/metrics.jsonl").touch()
+            with pytest.raises(UserError, match="metrics.jsonl: was removed or replaced while the run was writing"):
+                log(file, {"step": 2})
+        shutil.rmtree(run)
+        shutil.rmtree(tmp_path / "moved", ignore_errors=True)
+
+
+@pytest.mark.parametrize("name", ["model", "adapter", "checkpoints"])
+def test_a_file_where_the_run_would_write_a_directory_is_refused_before_it_begins(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"{name}: found a file, expected --output to name a directory"):
+        run_here(tmp_path)
 
 
 def test_the_last_few_checkpoints_are_kept(reference):
@@ -603,7 +700,7 @@ def test_one_run_at_a_time(reference, tmp_path):
     shutil.copytree(reference, tmp_path / "run")
     with locked(tmp_path / "run/.lock"), pytest.raises(UserError, match=f"another run is.*process {os.getpid()} on "):
         run_here(tmp_path / "run", "--resume", "--steps", 13)
-    with claimed(Settings(output=str(tmp_path / "new")), distributed.setup("cpu")):
+    with exclusive_output(Settings(output=str(tmp_path / "new")), distributed.setup("cpu")):
         with pytest.raises(UserError, match="another run is writing there"):
             run_here(tmp_path / "new")
     run_here(tmp_path / "run", "--resume", "--steps", 13)
@@ -612,11 +709,15 @@ def test_one_run_at_a_time(reference, tmp_path):
 
 
 def test_a_directory_that_another_machine_does_not_see_is_refused(tmp_path, monkeypatch):
-    """Its processes would write their parts of a checkpoint elsewhere, and only a resume would tell."""
-    monkeypatch.setattr(distributed.World, "gather", lambda world, value: [None, None])
+    """Its processes would write their parts of a checkpoint elsewhere, and only a resume would tell. What an earlier run
+    left there, whole and with its lock, does not make it the same directory."""
+    answers = iter([None, str(tmp_path / "elsewhere/.seen-1"), None])
+    monkeypatch.setattr(distributed.World, "gather", lambda world, value: [next(answers), value])
     second = dataclasses.replace(distributed.setup("cpu"), rank=1, size=2)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").touch()
     with pytest.raises(UserError, match="does not see what the first process made there.*all machines share"):
-        with claimed(Settings(output=str(tmp_path / "run")), second):
+        with exclusive_output(Settings(output=str(tmp_path / "run")), second):
             pass
 
 
@@ -651,8 +752,8 @@ def test_all_processes_resume_from_the_checkpoint_that_the_first_sees(reference,
     world = SimpleNamespace(first=False, gather=lambda value: [latest(tmp_path / "run/checkpoints"), value])
     monkeypatch.setattr(checkpoints, "latest", lambda folder: None)
     loaded = []
-    monkeypatch.setattr(checkpoints, "load", lambda path, *rest: loaded.append(path.name) or (12, []))
-    assert start_or_resume(tmp_path / "run", None, None, world, {}) == 12 and loaded == ["step-00000012"]
+    monkeypatch.setattr(checkpoints, "load", lambda path, *rest: loaded.append(path.name) or (12, {}))
+    assert start_or_resume(tmp_path / "run", None, None, world, {})[0] == 12 and loaded == ["step-00000012"]
 
 
 def test_resuming_nothing_says_so(tmp_path, capsys):
@@ -712,7 +813,7 @@ def test_dropout_is_off_while_held_out_records_are_measured(tmp_path, capsys, tr
     model.train(training)
     train(model, world, settings, make_stream(settings, world),
           lambda *batch: modes.append(model.training) or sft_loss(*batch),
-          lambda: modes.append(model.training) or measured)
+          lambda stopped: modes.append(model.training) or measured)
     assert modes == 2 * (3 * [training] + [False])
     assert f"step 2: held-out {told}\n" in capsys.readouterr().out
 

@@ -26,10 +26,10 @@ from minixllm.models.bloom import Bloom, BloomConfig
 from minixllm.models.llama import Llama, LlamaConfig
 from minixllm.tokenizers import load_tokenizer
 from minixllm.tokenizers.sentencepiece import train_sentencepiece
-from minixllm.training import dpo
-from minixllm.training.dpo import compare, pair_logps
+from minixllm.training import losses
+from minixllm.training.losses import pair_logps, pair_measures
 from minixllm.weights import adapters
-from minixllm.weights.adapters import open_model
+from minixllm.training.model import open_model
 from minixllm.weights.hf_directory import (
     initialise,
     load,
@@ -192,14 +192,14 @@ def test_a_frozen_reference_is_held_as_it_is_computed_in(arch, models, pairs, tm
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     assert {p.dtype for p in reference.parameters()} == {torch.bfloat16}
     batch = collate(TokenCache([pairs], tokenizer, tmp_path, Preferences(200)), range(5))
-    assert torch.equal(dpo.frozen(reference)(None, batch), pair_logps(policy, batch))
+    assert torch.equal(losses.second_model(reference)(None, batch), pair_logps(policy, batch))
 
 
 def test_a_reference_of_weights_held_in_bf16_is_another(models, pairs, tmp_path):
     model, tokenizer = load(models / "llama")
     data, world = TokenCache([pairs], tokenizer, tmp_path, Preferences(200)), distributed.setup("cpu")
     for held in (torch.float32, torch.bfloat16, torch.float32):
-        dpo.cached(model.to(held), world, data, models / "llama", tmp_path, "torch.float32", 400)
+        losses.stored_logps(model.to(held), world, data, models / "llama", tmp_path, "torch.float32", 400)
     assert len(list(tmp_path.glob("reference-*.npy"))) == 2
 
 
@@ -210,11 +210,11 @@ def test_a_cached_reference_is_read_again_and_made_anew_for_other_pairs_or_when_
     fewer.write_text("".join(pairs.read_text().splitlines(True)[::2]))
     data, other = (TokenCache([path], tokenizer, tmp_path, Preferences(200)) for path in (pairs, fewer))
     world, batch, computed = distributed.setup("cpu"), collate(data, [3, 1]), []
-    monkeypatch.setattr(dpo, "pair_logps", lambda *args: computed.append(1) or pair_logps(*args))
+    monkeypatch.setattr(losses, "pair_logps", lambda *args: computed.append(1) or pair_logps(*args))
 
     def reference(data):
         computed.clear()
-        made = dpo.cached(model, world, data, models / "llama", tmp_path, "torch.float32", 400)
+        made = losses.stored_logps(model, world, data, models / "llama", tmp_path, "torch.float32", 400)
         return made, bool(computed)
 
     first, made = reference(data)
@@ -233,12 +233,12 @@ def test_a_cached_reference_is_read_again_and_made_anew_for_other_pairs_or_when_
 def test_a_cached_reference_is_of_one_model_in_one_type(models, pairs, tmp_path, monkeypatch):
     model, tokenizer = load(models / "llama")
     data, world, computed = TokenCache([pairs], tokenizer, tmp_path, Preferences(200)), distributed.setup("cpu"), []
-    monkeypatch.setattr(dpo, "pair_logps", lambda *args: computed.append(1) or pair_logps(*args))
+    monkeypatch.setattr(losses, "pair_logps", lambda *args: computed.append(1) or pair_logps(*args))
     directory = shutil.copytree(models / "llama", tmp_path / "copy")
 
     def made(directory, dtype="torch.float32"):
         computed.clear()
-        dpo.cached(model, world, data, directory, tmp_path, dtype, 400)
+        losses.stored_logps(model, world, data, directory, tmp_path, dtype, 400)
         return bool(computed)
 
     assert made(models / "llama") and not made(directory) and made(directory, "torch.bfloat16")
@@ -296,7 +296,7 @@ def test_ipo_starts_at_its_own_loss(runs):
 def test_ipo_averages_over_each_answers_tokens(models, pairs, tmp_path):
     data = TokenCache([pairs], load_tokenizer(models / "llama"), tmp_path, Preferences(256))
     model, batch = load_model(models / "llama"), collate(data, range(8))
-    found = compare(model, batch, lambda *_: torch.zeros(8, 2), "ipo", 0.1, 0.0, 0.0)["loss"]
+    found = pair_measures(model, batch, lambda *_: torch.zeros(8, 2), "ipo", 0.1, 0.0, 0.0)["loss"]
     lengths = torch.tensor([[len(answer) for answer in data.read(i)[1:]] for i in range(8)])  # with EOS
     chosen, rejected = (pair_logps(model, batch) / lengths).unbind(1)
     torch.testing.assert_close(found, (chosen - rejected - 5) ** 2)
@@ -308,7 +308,7 @@ def test_what_is_known_of_a_pair(models, pairs, tmp_path):
     model, batch = load_model(models / "llama"), collate(data, range(8))
     logps, reference = pair_logps(model, batch), -torch.arange(16.0).view(8, 2)
     reference[0] = logps[0].detach()  # of equal rewards none is the larger
-    found = compare(model, batch, lambda *_: reference, "sigmoid", 0.1, 0.0, 0.0)
+    found = pair_measures(model, batch, lambda *_: reference, "sigmoid", 0.1, 0.0, 0.0)
     rewards = 0.1 * (logps - reference)
     expected = {"accuracy": (rewards[:, 0] > rewards[:, 1]).float(), "margin": rewards[:, 0] - rewards[:, 1],
                 "chosen_reward": rewards[:, 0], "rejected_reward": rewards[:, 1],
