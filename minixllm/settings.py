@@ -193,7 +193,7 @@ def _scalar(hint):
 
 def _nearest(name, names) -> str:
     initials = {"".join(part[0] for part in re.split("[-_]+", each.strip("-"))): each
-                for each in reversed([*names])}  # lr is learning_rate, which comes before lora_r
+                for each in sorted(names, key=len)}  # of two the longer: lr is learning_rate and not lora_r
     close = [initials[name.strip("-")]] if name.strip("-") in initials else difflib.get_close_matches(name, names, n=1)
     return f": did you mean {close[0]}?" if close else ""
 

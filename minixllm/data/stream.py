@@ -120,7 +120,7 @@ class Stream:
         return Step(micro_batches, self.data.count(order[bounds[first]:bounds[last]]))
 
     def records_between(self, begin: float, end: float) -> list[int]:
-        """The records from `begin` to `end`, two places in the run counted in epochs, in the order in which they come."""
+        """The records from `begin` to `end`, two places in the run counted in epochs, in the order they come in."""
         records = []
         for epoch in range(int(begin), math.ceil(end)):
             order, bounds = self._plan(epoch)

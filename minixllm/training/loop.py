@@ -35,10 +35,10 @@ def train(model, world: World, settings, stream, loss_fn, evaluate=None) -> bool
     loss_fn(model, micro_batch) -> (summed loss, {name: summed quantity}); both are logged divided by the count.
     evaluate(stopped) -> {name: value} is logged every `eval_every` steps and at the end; None if `stopped` came true.
 
-    Writes metrics.jsonl, curves.png (with matplotlib) and checkpoints below settings.output. After SIGTERM or Ctrl-C the
-    step under way is finished and saved; one that takes over PATIENCE more is given up, and what was before it saved. A
-    measurement is given up at once, and made when the run is resumed. Raises UserError for a loss, gradient or weight
-    that is not finite, a full disk, a lost process.
+    Writes metrics.jsonl, curves.png (with matplotlib) and checkpoints below settings.output. After SIGTERM or Ctrl-C
+    the step under way is finished and saved; one that takes over PATIENCE more is given up, and what was before it
+    saved. A measurement is given up at once, and made when the run is resumed. Raises UserError for a loss, gradient or
+    weight that is not finite, a full disk, a lost process.
     """
     output, trained = Path(settings.output), [p for p in model.parameters() if p.requires_grad]
     optimizer, meter = adamw(trained, settings), Meter(model, world, settings)
@@ -46,12 +46,11 @@ def train(model, world: World, settings, stream, loss_fn, evaluate=None) -> bool
     announce(model, world, settings, steps, stream.data.lengths[stream.records].sum() / stream.steps_per_epoch)
     facts = facts_of(settings, stream)
     first, measured, before = start_or_resume(output, model, optimizer, world, facts)
-    saved = first
+    saved = first  # the last step that is
     model.gradient_checkpointing = settings.gradient_checkpointing
 
-    def to_measure(step) -> bool:
-        due = step == steps or settings.eval_every and step % settings.eval_every == 0
-        return bool(evaluate and due and step > measured)
+    def to_measure(step):
+        return evaluate and step > measured and (step == steps or settings.eval_every and step % settings.eval_every == 0)
 
     def save(step):
         nonlocal saved
@@ -64,9 +63,8 @@ def train(model, world: World, settings, stream, loss_fn, evaluate=None) -> bool
 
     if world.first and first:
         tell_resumed(stream, first, steps, before, nothing_left=first >= steps and not to_measure(first))
-    with stop_signals() as stopped, open_metrics(output, world) as metrics, tqdm(
-            total=steps, initial=first, unit="step", disable=not world.first, mininterval=0.5,
-            dynamic_ncols=True) as bar:
+    bar = tqdm(total=steps, initial=first, unit="step", disable=not world.first, mininterval=0.5, dynamic_ncols=True)
+    with bar, stop_signals() as stopped, open_metrics(output, world) as metrics:
         for step in range(first, steps + 1):  # at step `first` only what a signal left undone: its measurement
             stop = False
             with explain_lost_peers(f"step {step}", LOST):

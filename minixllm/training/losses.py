@@ -1,7 +1,8 @@
 """The losses of both stages, the log-probabilities they are made of, and the reference model of the second.
 
 A loss function takes the model and a micro-batch and returns (the summed loss, {name: a summed quantity to log}).
-The two answers of a preference pair are two branches of one document (`attention.Packed`): their prompt is computed once.
+The two answers of a preference pair are two branches of one document (`attention.Packed`), so that their prompt is
+computed once.
 """
 
 import hashlib
@@ -91,8 +92,8 @@ def pair_measures(model, batch, reference, kind: str, beta: float, label_smoothi
     nll_weight: this many times the chosen answer's negative log-likelihood is added to its loss. It keeps that answer
     likely; DPO alone is content to make the rejected one less likely (Pang et al. 2024, arXiv 2404.19733, eq. 2, which
     divides it by the answer's length).
-    A reward is beta (log pi - log ref) (Rafailov et al. 2023, section 4); accuracy is 1 where the chosen answer's reward
-    is the larger.
+    A reward is beta (log pi - log ref) (Rafailov et al. 2023, section 4); accuracy is 1 where the chosen answer's
+    reward is the larger.
     """
     reference_logps = reference(model, batch)
     logps = pair_logps(model, batch)

@@ -109,8 +109,8 @@ def log(metrics, *rows: dict, synced: bool = False) -> None:
             metrics.close()
         raise UserError(f"{metrics.name}: cannot be written: {error.strerror}. {LOST}") from None
     if moved:
-        raise UserError(f"{metrics.name}: was removed or replaced while the run was writing it; expected --output to be "
-                        f"left alone. {LOST}")
+        raise UserError(f"{metrics.name}: was removed or replaced while the run was writing it; expected --output to "
+                        f"be left alone. {LOST}")
 
 
 def tell_repeated(stream, step: int, before: dict) -> str | None:

@@ -15,7 +15,7 @@ from minixllm import distributed
 from minixllm.errors import UserError, expect, found
 from minixllm.files import atomic_write, read_json, write_json
 from minixllm.models import lora
-from minixllm.models.lora import LoraSettings, add_lora, is_adapter
+from minixllm.models.lora import LoraSettings, is_adapter
 from minixllm.weights import hf_directory
 from minixllm.weights.safetensors_files import read_header
 

@@ -56,7 +56,7 @@ CONFIGS = {"llama": CONFIG, "bloom": BloomConfig(97, 32, 2, 4)}
 
 
 class Records:
-    """Random token ids in two languages, with the interface of TokenCache; the first half of each record is its prompt."""
+    """Random token ids in two languages, as TokenCache gives them; the first half of each record is its prompt."""
 
     language_names = ["deu", "tha"]
     key = "tiny"
@@ -709,8 +709,8 @@ def test_one_run_at_a_time(reference, tmp_path):
 
 
 def test_a_directory_that_another_machine_does_not_see_is_refused(tmp_path, monkeypatch):
-    """Its processes would write their parts of a checkpoint elsewhere, and only a resume would tell. What an earlier run
-    left there, whole and with its lock, does not make it the same directory."""
+    """Its processes would write their parts of a checkpoint elsewhere, and only a resume would tell. What an earlier
+    run left there, whole and with its lock, does not make it the same directory."""
     answers = iter([None, str(tmp_path / "elsewhere/.seen-1"), None])
     monkeypatch.setattr(distributed.World, "gather", lambda world, value: [next(answers), value])
     second = dataclasses.replace(distributed.setup("cpu"), rank=1, size=2)
