@@ -50,7 +50,8 @@ def train(model, world: World, settings, stream, loss_fn, evaluate=None) -> bool
     model.gradient_checkpointing = settings.gradient_checkpointing
 
     def to_measure(step):
-        return evaluate and step > measured and (step == steps or settings.eval_every and step % settings.eval_every == 0)
+        due = step == steps or settings.eval_every and step % settings.eval_every == 0
+        return evaluate and due and step > measured
 
     def save(step):
         nonlocal saved
@@ -66,7 +67,7 @@ def train(model, world: World, settings, stream, loss_fn, evaluate=None) -> bool
     bar = tqdm(total=steps, initial=first, unit="step", disable=not world.first, mininterval=0.5, dynamic_ncols=True)
     with bar, stop_signals() as stopped, open_metrics(output, world) as metrics:
         for step in range(first, steps + 1):  # at step `first` only what a signal left undone: its measurement
-            stop = False
+            stop, whole = False, True
             with explain_lost_peers(f"step {step}", LOST):
                 if step > first:
                     set_learning_rate(optimizer, learning_rate(step, steps, settings))
@@ -81,11 +82,9 @@ def train(model, world: World, settings, stream, loss_fn, evaluate=None) -> bool
                 if to_measure(step):
                     check_weights(trained, world, step, output)
                     whole = measure(model, evaluate, stopped, metrics, bar, step, output)
-                    stop = not whole or world.any(stopped) and step < steps
+                    stop = world.any(stopped)
                     meter.restart()
-                elif step == steps:
-                    stop = False
-                if stop:
+                if not whole or stop and step < steps:
                     save(step)
                     return tell_stopped(bar, world, step)
     return True
