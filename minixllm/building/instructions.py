@@ -16,9 +16,10 @@ from pathlib import Path
 
 from minixllm import languages
 from minixllm.building import services
+from minixllm.building.estimate import Estimate
 from minixllm.building.filters import copied, fault, identifier, spaced
 from minixllm.building.replies import Unusable
-from minixllm.building.runner import Estimate, LeftOut, Runner, RunnerSettings, Stopped
+from minixllm.building.runner import LeftOut, Runner, RunnerSettings, Stopped
 from minixllm.building.services import Prompt, Translate
 from minixllm.data.records import Instruction, place, read_instructions
 from minixllm.errors import UserError, check_text, found

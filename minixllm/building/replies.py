@@ -72,7 +72,8 @@ _CLOSING = rf"(?<!`)(?:</{_NAME}>|\[/{_CAPITALS}\]|◁/{_NAME}▷|<\|(?:/|(?i:en
 OPENING, CLOSING = re.compile(_OPENING), re.compile(_CLOSING)
 # gpt-oss speaks on channels; some servers drop the control tokens around their names and leave the names.
 FINAL = re.compile(r"<\|channel\|>final[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>(.*?)"
-                   r"(?=<\|(?:end|return|start|channel)\|>|\Z)|\A(?:analysis|commentary)(?=\W|[A-Z]).*?assistantfinal(.*)", re.DOTALL)
+                   r"(?=<\|(?:end|return|start|channel)\|>|\Z)"
+                   r"|\A(?:analysis|commentary)(?=\W|[A-Z]).*?assistantfinal(.*)", re.DOTALL)
 CHANNELS = re.compile(r"<\|channel\|>|\A(?:analysis|commentary)(?=[A-Z])|assistantfinal")
 # The control tokens of chat templates: <|eot_id|>, <|im_end|>, <end_of_turn>, </s>, [/INST] and their like.
 CONTROL = re.compile(r"<[|｜][^<>|｜\s]{1,40}[|｜]>|</?s>|<(?:start|end)_of_turn>|<[be]os>|\[/?INST\]|<</?SYS>>")

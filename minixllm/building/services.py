@@ -14,33 +14,24 @@ whole. "markup" among the costs says that markup was cut out of the answer. Aski
 the runner's task. Keys come from the environment, go into a header, and are cut out of whatever a server sends back.
 """
 
-import contextlib
-import email.utils
-import functools
 import hashlib
-import html.entities
 import itertools
-import json
 import operator
-import os
 import queue
 import re
-import ssl
 import sys
 import threading
 import time
-import urllib.parse
-import urllib.request
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 from minixllm import languages
 from minixllm.building import replies
+from minixllm.building.endpoint import Endpoint, address
 from minixllm.building.replies import Failure
 from minixllm.errors import UserError
 
-LARGEST = 4 * 2**20   # bytes of an answer; a larger one is no answer to an instruction
 GATHERING = 0.02      # seconds that a local model waits for requests: who just got an answer soon asks the next thing
 LONGEST_TRANSLATION = 2**14  # tokens that a chat model is asked for at most: gpt-4o-mini refuses more
 
@@ -83,143 +74,7 @@ def service(word: str, timeout: float = 120.0):
                     "as chat:gpt-4o-mini@https://api.openai.com/v1")
 
 
-# -- over HTTP ------------------------------------------------------------------------------------------------------
-
-
-class _Endpoint:
-    """JSON over HTTP. urllib3's pool keeps connections open, and sees when the server has closed one."""
-
-    def __init__(self, url: str, header: str, variable: str | None, timeout: float):
-        self.parts, self.timeout = _address(url), timeout
-        self.host, self.path = self.parts.netloc, self.parts.path.rstrip("/")
-        self.query = f"?{self.parts.query}" if self.parts.query else ""
-        self.variable, self.key = variable, os.environ.get(variable, "").strip() if variable else ""
-        self._spellings = _spellings(self.key) if self.key else None
-        self.headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "minixllm"}
-        if self.key:
-            self.headers[header] = f"Bearer {self.key}" if header == "Authorization" else self.key
-
-    @functools.cached_property
-    def _pool(self):
-        return _pool(self.parts, self.timeout)
-
-    def post(self, path: str, body: dict) -> dict:
-        """The JSON object that answers `body`. Raises Failure; UserError for what no other request would escape."""
-        if self.variable and not re.fullmatch("[!-~]{8,}", self.key):
-            # the name that was given may be a key by mistake
-            name = self.variable if self.variable in ("GOOGLE_API_KEY", "OPENAI_API_KEY") else "that '#' names"
-            raise UserError(f"{self.host} needs a key in the environment variable {name}: found "
-                            f"{'something that cannot be one' if self.key else 'none'}")
-        pool = self._pool
-        from urllib3 import exceptions
-        try:
-            response = pool.urlopen("POST", f"{self.path}{path}{self.query}" or "/", json.dumps(body).encode(),
-                                    self.headers, retries=False, redirect=False, preload_content=False)
-            raw = response.read(LARGEST + 1)
-        except (exceptions.HTTPError, OSError) as error:
-            if isinstance(certificate := (error.args or [None])[0], ssl.SSLCertVerificationError):
-                raise UserError(f"{self.host}: its certificate is not valid: {certificate.verify_message}") from None
-            late = isinstance(error, exceptions.TimeoutError) and not isinstance(error, exceptions.NewConnectionError)
-            why = "no answer in time" if late else str(error.__cause__ or error) or type(error).__name__
-            unsent = isinstance(error, (exceptions.ConnectTimeoutError, exceptions.NewConnectionError,
-                                        exceptions.ProxyError, exceptions.SSLError))
-            raise Failure(f"{self.host}: {self.excerpt(why)}", charged=not unsent) from None
-        if len(raw) > LARGEST:
-            response.close()
-            raise Failure(f"{self.host}: an answer of more than {LARGEST:,} bytes")
-        said = raw.decode("utf-8", "replace")
-        if response.status == 200:
-            with contextlib.suppress(ValueError, RecursionError):
-                if isinstance(answer := json.loads(raw), dict):
-                    return answer
-            raise self.misshapen(said)
-        reason = f"{self.host}: " + self.excerpt(f"{response.status} {response.reason}: {said}")
-        if response.status == 401:
-            raise UserError(reason)
-        limited = response.status == 403 and b"imit" in raw  # Google's way to say 429
-        again = limited or response.status in (408, 429) or response.status >= 500
-        raise Failure(reason, again, _seconds(response.headers.get("Retry-After", "")), charged=False)
-
-    def misshapen(self, answer) -> Failure:
-        said = answer if isinstance(answer, str) else json.dumps(answer)
-        return Failure(f"{self.host}: not the JSON that was expected: {self.excerpt(said)}")
-
-    def excerpt(self, text: str) -> str:
-        return " ".join(self.clean(text)[:1000].split())[:200]
-
-    def clean(self, text: str) -> str:
-        """The text without the key, should the server have repeated it, and without halves of surrogate pairs."""
-        text = text.encode("utf-8", "replace").decode()
-        if not self._spellings:
-            return text
-        text = text.replace(self.key, "***")
-        return self._spellings.sub("***", text) if re.search(r"[\\%&]", text) else text  # what every escape begins with
-
-
-def _address(url: str):
-    """The parts of a service's address. Raises UserError."""
-    # neither query, but for the version of the interface that Azure wants, nor fragment: keys are written there
-    form = r"https?://(\[[\da-fA-F:.]+\]|[\w.-]+)(:\d+)?(/[!-\"$->@-~]*)?(\?api-version=[\w.-]+)?"
-    try:
-        parts = urllib.parse.urlsplit(url)
-        if re.fullmatch(form, url) and parts.hostname.encode("idna") and parts.port != 0:
-            return parts
-    except ValueError:  # of brackets, of a port, of a host's parts
-        pass
-    host = re.sub(r"(?s)^\w+://|.*@|[/?#].*", "", url)  # what is beside it may be secret
-    raise UserError(f"{host[:80]!r}: expected the address of a service, http(s)://HOST[:PORT]/PATH in ASCII; keys and "
-                    "passwords belong in the environment, not in it")
-
-
-def _spellings(key: str) -> re.Pattern:
-    """The key as a server may repeat it: each sign as it is, or escaped for JSON, an address, HTML or a log."""
-    def sign(c: str) -> str:
-        code = f"{ord(c):02x}"
-        names = "|".join(sorted(name.rstrip(";") for name, meant in html.entities.html5.items() if meant == c))
-        return (rf"(?:\\{{0,4}}{re.escape(c)}|(?i:\\{{1,4}}(?:u00|x){code}|%(?:25){{0,2}}{code}"
-                rf"|&(?:amp;)*(?:#x0*{code}|#0*{ord(c)}{f'|{names}' if names else ''});?))")
-
-    return re.compile("".join(map(sign, key)))
-
-
-def _pool(parts, timeout: float):
-    """urllib3's connections to one server. https goes through the proxy, HTTP or SOCKS, that HTTPS_PROXY (and NO_PROXY)
-    or the system's settings name."""
-    try:
-        import urllib3
-        from urllib3.contrib.socks import SOCKSProxyManager
-    except ImportError:
-        raise UserError("services over HTTP need the package urllib3: pip install 'minixllm[build]'") from None
-    options = {"maxsize": 1000, "timeout": timeout}
-    proxy = urllib.request.getproxies().get("https")
-    if parts.scheme == "http" or not proxy or urllib.request.proxy_bypass(parts.hostname):
-        manager = urllib3.PoolManager(**options)
-    else:
-        try:
-            found = urllib3.util.parse_url(proxy if "://" in proxy else f"http://{proxy}")
-            auth = urllib.parse.unquote(found.auth or "")
-            address = f"{found.scheme}://{found.host}:{found.port or (1080 if found.scheme[0] == 's' else 80)}"
-            if found.host and found.scheme in ("http", "https"):
-                headers = urllib3.make_headers(proxy_basic_auth=auth) if auth else None
-                manager = urllib3.ProxyManager(address, proxy_headers=headers, **options)
-            elif found.host:
-                user, _, password = auth.partition(":")
-                manager = SOCKSProxyManager(address, user or None, password or None, **options)
-            else:
-                raise ValueError
-        except (ValueError, urllib3.exceptions.HTTPError):
-            raise UserError("HTTPS_PROXY: expected http://HOST:PORT, found something else") from None  # may be secret
-    return manager.connection_from_host(parts.hostname, parts.port, parts.scheme)
-
-
-def _seconds(retry_after: str) -> float | None:
-    """Retry-After is a number of seconds or a date (RFC 9110, section 10.2.3)."""
-    try:
-        seconds = (float(retry_after) if retry_after.strip().isdecimal()
-                   else email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except (ValueError, OverflowError):  # no date, or one beyond all calendars
-        return None
-    return seconds if seconds > 0 else None
+# -- over HTTP -------------------------------------------------------------------------------------------------------
 
 
 class Google:
@@ -229,7 +84,7 @@ class Google:
 
     def __init__(self, url: str, timeout: float):
         # the key is in a header, not in the address, for addresses get logged
-        self.endpoint = _Endpoint(url, "X-goog-api-key", "GOOGLE_API_KEY", timeout)
+        self.endpoint = Endpoint(url, "X-goog-api-key", "GOOGLE_API_KEY", timeout)
         at = f"{self.endpoint.host}{self.endpoint.path}"
         self.name = "google" if at == self.URL.removeprefix("https://") else f"google@{at}"
 
@@ -272,10 +127,10 @@ class Chat:
 
     def __init__(self, model: str, url: str, timeout: float):
         url, _, variable = url.partition("#")
-        openai = _address(url).hostname == "api.openai.com"
+        openai = address(url).hostname == "api.openai.com"
         own = "OPENAI_API_KEY" if openai and url.startswith("https") else None  # unencrypted only where '#' asks for it
         header = "api-key" if "?api-version=" in url else "Authorization"  # the first is Azure's
-        self.endpoint = _Endpoint(url, header, variable or own, timeout)
+        self.endpoint = Endpoint(url, header, variable or own, timeout)
         self.model, self.name = model, f"chat:{model}@{self.endpoint.host}{self.endpoint.path}"
         self.limit = "max_completion_tokens" if openai else "max_tokens"  # OpenAI's newer models refuse the old name
         self._refused = {1.0}  # temperatures that are not sent: the default, and what this model will not have

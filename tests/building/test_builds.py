@@ -20,7 +20,8 @@ import pytest
 
 from minixllm import languages
 from minixllm.building import __main__ as command
-from minixllm.building import feedback, filters, instructions, runner, services
+from minixllm.building import endpoint, feedback, filters, instructions, runner, services
+from minixllm.building.estimate import Estimate
 from minixllm.building.replies import Unusable
 from minixllm.data import prompts
 from minixllm.data.records import Instruction, read_instructions, read_preferences
@@ -125,7 +126,7 @@ FAULTS = ["429", "500", "silence", "cut", "text", "shape", "huge", "503", "close
 
 
 def test_no_fault_loses_or_doubles_a_record(tmp_path, undisturbed, monkeypatch):
-    monkeypatch.setattr(services, "_seconds", lambda header: 0.01 if header else None)
+    monkeypatch.setattr(endpoint, "_seconds", lambda header: 0.01 if header else None)
     monkeypatch.setattr(runner, "ATTEMPTS", 12)   # every third request fails: by chance, six of one in a row
     with Server(lambda number, body: FAULTS[number // 3 % 9] if number % 3 == 0 and number < 150 else None) as server:
         out = build(server, tmp_path, "--timeout", "1")
@@ -416,15 +417,15 @@ def test_retry_after(tmp_path):
         build(server, tmp_path, "--concurrency", "1")
     assert 1.0 <= times[4] - times[3] < 2.0   # a second, and some jitter
     stamp = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=30)
-    assert 27 < services._seconds(stamp.strftime("%a, %d %b %Y %H:%M:%S GMT")) <= 30
-    assert services._seconds("7") == 7
-    assert all(services._seconds(nothing) is None for nothing in (
+    assert 27 < endpoint._seconds(stamp.strftime("%a, %d %b %Y %H:%M:%S GMT")) <= 30
+    assert endpoint._seconds("7") == 7
+    assert all(endpoint._seconds(nothing) is None for nothing in (
         "0", "soon", "", "Sun, 06 Nov 1994 08:49:37 GMT", "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"))
 
 
 def test_an_endpoint_that_admits_few_requests_a_second(tmp_path, monkeypatch):
     """To be told to wait is no failed attempt, however often; and who waits does not ask meanwhile."""
-    monkeypatch.setattr(services, "_seconds", lambda header: 0.2 if header else None)
+    monkeypatch.setattr(endpoint, "_seconds", lambda header: 0.2 if header else None)
     opened, admitted = 0.0, 0
 
     def fault(number, body):
@@ -844,7 +845,8 @@ def test_feedback_for_languages_of_ones_own(tmp_path, monkeypatch):
     (name, counts), = report["generators"].items()
     assert counts["chosen"] == counts["rejected"] == len(pairs) and name.startswith("chat:model@127.0.0.1")
     for part in (f"{len(pairs)} pairs out of 12 instructions", "in 0.0% of the readable ones the judge's two orders",
-                 f"| {name} | {counts['answers']} | {len(pairs)} | {len(pairs)} |", "| German (deu) |", "| Wolof (wol) |",
+                 f"| {name} | {counts['answers']} | {len(pairs)} | {len(pairs)} |", "| German (deu) |",
+                 "| Wolof (wol) |",
                  f"| 6 to 7 | {len(pairs)} |", "| temperature | 0.5 |", "All stored answers: "):
         assert part in table, part
     assert report["cost of all stored answers"]["requests"] == report["cost of all stored answers"]["tokens"] / 50
@@ -876,7 +878,8 @@ def test_an_answer_that_is_cut_off_is_no_candidate():
 def test_many_verdicts_that_cannot_be_read_are_warned_about(capsys):
     tally, item = feedback.Tally(Stub(), 1, lambda *_: None), (Instruction("x", "", ""), "deu", "deu")
     for number in range(50):
-        made = feedback.Compared("x", dict(a="g", b="g"), {(0, 1): 0}, Counter({"tie": 1, "not readable": 1}), Counter())
+        outcomes = Counter({"tie": 1, "not readable": 1})
+        made = feedback.Compared("x", dict(a="g", b="g"), {(0, 1): 0}, outcomes, Counter())
         with pytest.raises(runner.LeftOut):
             tally.finish(item, made)
     said = capsys.readouterr().err.splitlines()
@@ -1316,7 +1319,7 @@ def test_a_full_disk(tmp_path):
 
 def test_an_estimate_counts_what_is_sent_and_answered():
     chat = services.service("chat:m@http://h/v1")
-    estimate = runner.Estimate(30, times=2)
+    estimate = Estimate(30, times=2)
     first, second = (estimate.ask(chat, services.Prompt("a" * 60, "b" * 30, "c" * 30)) for _ in range(2))
     assert len(first) == len(second) == 30 and first != second
     assert estimate.counts == {(chat.name, "requests"): 4, (chat.name, "tokens"): 4 * (120 + 60 + 30) // 3}

@@ -206,7 +206,8 @@ def test_content_in_another_shape(monkeypatch, content):
     "<|START_THINKING|>x<|END_THINKING|><|START_RESPONSE|>{}<|END_RESPONSE|>",
     "<|channel|>analysis<|message|>x<|end|><|start|>assistant<|channel|>final<|message|>{}<|return|>",
     "<|channel|>final <|constrain|>x<|message|>{}", "analysisThe user asks.assistantfinal{}",
-    "{}<|eot_id|>", "{}<|im_end|>\n", "{}</s>", "{} </s></s>", "{}<end_of_turn>", "{}<｜end▁of▁sentence｜>", "<s> {}</s>",
+    "{}<|eot_id|>", "{}<|im_end|>\n", "{}</s>", "{} </s></s>", "{}<end_of_turn>", "{}<｜end▁of▁sentence｜>",
+    "<s> {}</s>",
     "<|start_header_id|>assistant<|end_header_id|>\n\n{}<|eot_id|>", "<|im_start|>assistant\n{}", "[/INST] {}"])
 def test_whole_markup_is_cut_out(monkeypatch, content):
     assert answered(monkeypatch, message={"content": content.format("Short.")}) == ("Short.", True)
@@ -230,7 +231,8 @@ def test_what_only_looks_like_markup_stays(monkeypatch, prompt, content):
 
 
 def test_a_leading_thought_is_no_answer_whatever_was_asked(monkeypatch):
-    assert answered(monkeypatch, "What is <think>?", message={"content": "<think>Hm.</think>A tag."}) == ("A tag.", True)
+    message = {"content": "<think>Hm.</think>A tag."}
+    assert answered(monkeypatch, "What is <think>?", message=message) == ("A tag.", True)
 
 
 def test_half_a_surrogate_pair_is_replaced():
@@ -322,7 +324,8 @@ def test_a_key_is_cut_out_in_every_spelling(monkeypatch):
     quoted = urllib.parse.quote(key, safe="")
     for form in (key, key.replace("/", "\\/"), json.dumps(json.dumps(key.replace("/", "\\/"))), quoted, quoted.lower(),
                  urllib.parse.quote(quoted), key.replace("+", "\\u002b"), key.replace("+", "\\u002B"),
-                 key.replace("/", "&#x2F;"), "".join(f"&#{ord(c)};" for c in key), "".join(f"&#x{ord(c):x};" for c in key),
+                 key.replace("/", "&#x2F;"), "".join(f"&#{ord(c)};" for c in key),
+                 "".join(f"&#x{ord(c):x};" for c in key),
                  "".join(f"&#{ord(c):05}" for c in key), "".join(f"&amp;#{ord(c)};" for c in key),
                  "".join(f"\\u{ord(c):04x}" for c in key), "".join(f"\\x{ord(c):02x}" for c in key),
                  "".join(f"%{ord(c):02x}" for c in key), "".join(f"%25{ord(c):02X}" for c in key),
