@@ -11,6 +11,7 @@ from minixllm import distributed
 from minixllm.errors import UserError
 from minixllm.models import lora
 from minixllm.models.llama import Llama, LlamaConfig
+from minixllm.training.model import open_model
 from minixllm.models.lora import LoraLinear, LoraSettings, add_lora
 from minixllm.weights import adapters, hf_directory
 from minixllm.weights.adapters import base_directory, load, merge_adapter, read_adapter_config, save_adapter
@@ -278,13 +279,13 @@ def test_adapter_tensors_that_do_not_fit_are_named(base, arch, tmp_path):
 def test_the_base_is_held_once_and_adapters_in_fp32(base, dtype, held):
     config = hf_directory.read_config(base)
     settings = SimpleNamespace(dtype=dtype, lora_r=4, lora_alpha=8.0, lora_dropout=0.3, lora_targets=[], seed=0)
-    model = adapters.open_model(config, distributed.setup("cpu"), settings, base)
+    model = open_model(config, distributed.setup("cpu"), settings, base)
     assert {layer.dropout.p for layer in lora.lora_layers(model).values()} == {0.3}
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.float32 if lora.is_adapter(name) else held), name
         assert parameter.requires_grad == lora.is_adapter(name)
     settings.lora_r = 0
-    whole = adapters.open_model(config, distributed.setup("cpu"), settings, base)
+    whole = open_model(config, distributed.setup("cpu"), settings, base)
     assert {(p.dtype, p.requires_grad) for p in whole.parameters()} == {(torch.float32, True)}
 
 
@@ -293,7 +294,7 @@ def test_what_is_random_follows_the_seed(base):
     for seed in (0, 5, 5):
         settings = SimpleNamespace(dtype="float32", lora_r=4, lora_alpha=8.0, lora_dropout=0.0, lora_targets=[],
                                    seed=seed)
-        model = adapters.open_model(hf_directory.read_config(base), distributed.setup("cpu"), settings)
+        model = open_model(hf_directory.read_config(base), distributed.setup("cpu"), settings)
         drawn.append([model.embedding.weight, *(layer.lora_A.weight for layer in lora.lora_layers(model).values())])
     for first, other, again in zip(*drawn):
         assert torch.equal(other, again) and not torch.equal(first, other)
