@@ -4,12 +4,13 @@
     torchrun --nproc-per-node 8 eval.py --model meta-llama/ runs/sft/model runs/dpo/model --names base SFT SFT+DPO \\
         --benchmarks PAWS-X/x-final xcopa/data flores101/devtest XLSum self_instruct --output runs/eval
 
-Each benchmark is a directory of its published files (minixllm/benchmarks.py says which), from which it is recognised.
-A run killed at any moment goes on where it was. It leaves report.md, results.json, {model}/predictions.jsonl and, with
-matplotlib, scores.png in --output.
+Each benchmark is a directory of its published files (minixllm/evaluation/benchmarks.py says which), from which it is
+recognised. A run stopped at any moment goes on where it was. It leaves report.md, results.json,
+{model}/predictions.jsonl and, with matplotlib, scores.png in --output, where other benchmarks' results join them.
 """
 
 import dataclasses
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,11 @@ class Settings:
     seed: int = setting(0, "of the draw of those 15 pairs", least=0, most=2**32 - 1)
     max_new_tokens: int = setting(512, "longest answer, in tokens; XL-Sum's is 128 at most; half of the model's "
                                        "positions at most, unless --max-length is given", least=1)
+    choices: str = setting("both", "how choice tasks are asked: by the likelihood of their choices (fast: nothing is "
+                           "generated), by free answers, as in the paper, or both",
+                           choices=("likelihood", "answers", "both"))
+    choice_tokens: int = setting(predict.CHOICE_TOKENS, "longest free answer to a choice task, in tokens; the paper's "
+                                 "is 512", least=1)
     max_length: int | None = setting(None, "tokens of prompt and answer together; longer prompts lose the end of their "
                                      "article, input or sentence; by default the model's max_position_embeddings, or "
                                      "2048 where its config names none (BLOOM)", least=1, most=2**24)
@@ -60,53 +66,70 @@ def main(argv=None) -> None:
     if settings.max_length and settings.max_length <= settings.max_new_tokens:
         raise UserError(f"--max-length is {settings.max_length}, expected more than --max-new-tokens, "
                         f"{settings.max_new_tokens}: a prompt needs room too")
-    world = distributed.setup()
-    start = time.perf_counter()
+    world, start = distributed.setup(), time.perf_counter()
     models = name_models(settings.model or default_models(), settings.names)
-    notes = []
+    notes = Notes(world.first)
     if not settings.model:
         notes += [f"{directory} is not there" for directory in DEFAULT_MODELS if directory not in models.values()]
     items = read_items(settings, world, notes)
-    report.check_output(settings.output, models, items, dataclasses.asdict(settings))
+    output, given = Path(settings.output), dataclasses.asdict(settings)
+    report.check_output(output, models, items, given)
+    scoring = check_scoring(settings, items, notes)
     if world.first:
         print(f"{len(items)} items of {', '.join(dict.fromkeys(item.column for item in items))}, {settings.mode} mode")
-        print("\n".join(f"  {note}" for note in notes))
-    if settings.bleu_tokenizer:                        # what scoring lacks is told before anything is computed
-        scorers.bleu_tokenizer(settings.bleu_tokenizer)
-    if settings.segment:
-        for item in items:
-            if report.MAIN[item.benchmark] == "rouge1":
-                report.word_segmenter(item.target)
-    predictions, tables = {}, {}
-    identifier = language_id.identifier() if settings.benchmarks else None
-    if identifier is None and settings.benchmarks:
-        notes.append("off-target rates need a language identifier: pip install 'minixllm[lid]'")
-    elif identifier:
-        notes += identifier.notes({item.target for item in items if not item.choices})
-    for name, directory in models.items():
-        dtype = distributed.compute_dtype(settings.dtype, world.device)
-        model, tokenizer = adapters.load(directory, dtype, world.device)
-        longest, room = predict.limits(model.config, settings.max_new_tokens, settings.max_length)
-        if longest < settings.max_new_tokens:
-            notes.append(f"{name}: answers of {longest} tokens at most, half of the {room} it is asked with")
-        with distributed.explain_lost_peers(f"evaluating {name}", "The same command goes on from there"):
-            predictions[name] = predict.predict(model, tokenizer, items, world, Path(settings.output) / name,
-                                                   settings.batch_tokens, settings.max_new_tokens, settings.max_length)
-        del model
-        if world.first:
-            before = next(reversed(tables.values()), None)
-            tables[name] = report.results(predictions[name], before, bleu_tokenizer=settings.bleu_tokenizer or None,
-                                          segment=settings.segment, identifier=identifier)
+    predictions = {name: answer(name, directory, items, settings, world, notes) for name, directory in models.items()}
     if world.first:
-        print(report.write(settings.output, tables, predictions, dataclasses.asdict(settings), notes))
+        print(report.write(output, report.results(predictions, **scoring), predictions, given, notes))
         for name in models:
-            predict.forget(Path(settings.output) / name)
-        print(f"every language: {settings.output}/report.md; results.json and predictions.jsonl are beside it; "
+            predict.forget(output / name)
+        print(f"every language: {output}/report.md; results.json and predictions.jsonl are beside it; "
               f"{time.perf_counter() - start:.0f} s")
     distributed.close()
 
 
-def read_items(settings, world, notes: list[str]) -> list[benchmarks.Item]:
+class Notes(list):
+    """What there is to say of a run: printed at once by the first process, and kept for the report."""
+
+    def __init__(self, printed: bool):
+        self.printed = printed
+
+    def __iadd__(self, more):
+        for note in (note for note in more if self.printed):
+            print(f"  {note}", flush=True)
+        return super().__iadd__(more)
+
+
+def check_scoring(settings, items, notes: Notes) -> dict:
+    """How answers are scored, as `report.score` takes it. Raises UserError for what is missing before any is asked."""
+    if settings.bleu_tokenizer:
+        scorers.bleu_tokenizer(settings.bleu_tokenizer)
+    for item in items if settings.segment else ():
+        if report.MAIN[item.benchmark] == "rouge1":
+            report.word_segmenter(item.target)
+    if settings.choices != "likelihood" and settings.choice_tokens < 512 and any(item.choices for item in items):
+        notes += [f"free answers to choices have {settings.choice_tokens} tokens at most, the paper's 512"]
+    identifier = language_id.identifier() if settings.benchmarks else None
+    if identifier:
+        notes += identifier.notes({item.target for item in items if not item.choices})
+    elif settings.benchmarks:
+        notes += ["off-target rates need a language identifier: pip install 'minixllm[lid]'"]
+    return {"choices": settings.choices, "bleu_tokenizer": settings.bleu_tokenizer or None,
+            "segment": settings.segment, "identifier": identifier}
+
+
+def answer(name: str, directory: str, items, settings, world, notes: Notes) -> list[predict.Prediction]:
+    """The predictions of one model, which is loaded for them, whole on every process."""
+    how = predict.How(settings.choices, settings.max_new_tokens, settings.choice_tokens, settings.max_length,
+                      settings.batch_tokens)
+    model, tokenizer = adapters.load(directory, distributed.compute_dtype(settings.dtype, world.device), world.device)
+    longest, room = predict.limits(model.config, settings.max_new_tokens, settings.max_length)
+    if longest < settings.max_new_tokens:
+        notes += [f"{name}: answers of {longest} tokens at most, half of the {room} it is asked with"]
+    with distributed.explain_lost_peers(f"evaluating {name}", "The same command goes on from there"):
+        return predict.predict(model, tokenizer, items, world, Path(settings.output) / name, how)
+
+
+def read_items(settings, world, notes: Notes) -> list[benchmarks.Item]:
     """The items of the benchmarks, or of stand-ins where none are given; what there is to say of them joins `notes`."""
     folders = settings.benchmarks
     if not folders:
@@ -114,8 +137,8 @@ def read_items(settings, world, notes: list[str]) -> list[benchmarks.Item]:
         with world.one_by_one():
             folders, templates = stand_ins.build(Path(settings.output) / "stand-in")
         settings.templates = settings.templates or str(templates)
-        notes.append("these are stand-ins made from held-out CLDR items, not the published benchmarks; a language "
-                     "identifier cannot tell the language of texts so short: no off-target rates")
+        notes += ["these are stand-ins made from held-out CLDR items, not the published benchmarks; a language "
+                  "identifier cannot tell the language of texts so short: no off-target rates"]
     wanted = benchmarks.Wanted(settings.mode, tuple(settings.languages), tuple(settings.directions), settings.limit,
                                settings.seed, Path(settings.templates) if settings.templates else None)
     items, read = [], {}
@@ -161,4 +184,5 @@ def name_models(directories: list[str], names: list[str]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is kept is said
     run(main)

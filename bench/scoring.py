@@ -35,7 +35,7 @@ def main() -> None:
         return 100 * sum(xlsum.score(r, h)["rouge1"].fmeasure for h, r in zip(hypotheses, references)) / len(hypotheses)
 
     def half_width(hypotheses, references):
-        low, high = scorers.bleu(hypotheses, references).interval()
+        low, high = scorers.bleu(hypotheses, references).interval
         return (high - low) / 2
 
     def their_half_width(hypotheses, references):

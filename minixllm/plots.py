@@ -1,6 +1,7 @@
 """Pictures of a training run and of an evaluation, with matplotlib (the extra `plots`); without it, none."""
 
 import contextlib
+import itertools
 import json
 from pathlib import Path
 
@@ -33,25 +34,82 @@ def curves(folder) -> None:
         _save(figure, folder / "curves.png")
 
 
-def scores(path: Path, models: dict[str, dict]) -> None:
-    """Draw score by language, a panel a benchmark. models: {name: what `report.results` gave}."""
-    if (figure := _figure()) is None:
+TIERS, INKS = ("low", "mid", "high"), ("#2a7ab9", "#d9741a", "#3d9a50", "#b04a8f", "#7a7a7a", "#a8942a")
+
+
+def scores(path: Path, table: dict) -> None:
+    """Draw every benchmark of `table` (see `report.results`) as a row: scores by language, off-target, democratization.
+
+    Languages are sorted by the first model's score within low, mid and high, in this order. Models stand side by side
+    as points with their 95 % intervals. path: of the light picture; the dark one beside it is called {name}-dark.
+    """
+    try:
+        from matplotlib import style
+    except ImportError:
         return
-    columns = list(next(iter(models.values())))
-    figure.set_size_inches(14, 2.6 * len(columns))
-    for column, axes in zip(columns, np.atleast_1d(figure.subplots(len(columns)))):
-        groups = list(next(iter(models.values()))[column]["groups"])
-        for i, (name, table) in enumerate(models.items()):
-            metric = table[column]["main"]
-            values = [table[column]["groups"][group]["scores"][metric] for group in groups]
-            heights = [value["value"] for value in values]
-            errors = [[max(v["value"] - v["low"], 0) for v in values], [max(v["high"] - v["value"], 0) for v in values]]
-            axes.bar(np.arange(len(groups)) + 0.8 * i / len(models), heights, 0.8 / len(models), yerr=errors,
-                     label=name, error_kw={"linewidth": 0.6})
-        axes.set(ylabel=metric, title=column, xlim=(-0.6, len(groups)))
-        axes.set_xticks(np.arange(len(groups)) + 0.4 - 0.4 / len(models), groups, rotation=90, fontsize=6)
-    figure.axes[0].legend()
-    _save(figure, path)
+    for look, file in (("default", path), ("dark_background", path.with_stem(f"{path.stem}-dark"))):
+        with style.context(look):
+            _save(_draw_scores(table), file)
+
+
+def _draw_scores(table: dict):
+    figure = _figure()
+    longest = max(len(_sorted_groups(entry)) for entry in table.values())
+    figure.set_size_inches(min(8 + 0.16 * longest, 26), 3.2 * len(table) + 0.6)
+    panels = figure.subplots(len(table), 3, squeeze=False, width_ratios=[max(0.16 * longest, 3), 2.6, 1.6])
+    names = list(dict.fromkeys(name for entry in table.values() for name in entry["models"]))
+    ink = dict(zip(names, itertools.cycle(INKS)))
+    for (column, entry), (by_language, off_target, democratization) in zip(table.items(), panels):
+        _by_language(by_language, column, entry, ink)
+        _off_target(off_target, entry, ink)
+        values = {name: of["democratization"] for name, of in entry["models"].items()}
+        bars = democratization.bar(range(len(values)), values.values(), color=[ink[name] for name in values])
+        democratization.bar_label(bars, fmt="%.0f", fontsize=8)
+        democratization.set(title="democratization, %", ylim=(0, 112), xticks=[])
+    handles = [panels[0][0].plot([], [], "o", color=ink[name], label=name)[0] for name in names]
+    figure.legend(handles=handles, loc="outside upper left", ncols=6, frameon=False)
+    return figure
+
+
+def _sorted_groups(entry: dict) -> list[str]:
+    first = next(iter(entry["models"].values()))["groups"]
+    return sorted(first, key=lambda group: (TIERS.index(first[group]["tier"]),
+                                            first[group]["scores"][entry["main"]]["value"], group))
+
+
+def _by_language(axes, column: str, entry: dict, ink: dict) -> None:
+    groups, models = _sorted_groups(entry), entry["models"]
+    spread = min(0.7, 0.1 + 0.02 * len(groups))            # few languages lie far apart: their models stay together
+    tier = [next(iter(models.values()))["groups"][group]["tier"] for group in groups]
+    for i, (name, of) in enumerate(models.items()):
+        cells = [of["groups"][group]["scores"][entry["main"]] for group in groups]
+        value, low, high = (np.array([cell[key] for cell in cells]) for key in ("value", "low", "high"))
+        places = np.arange(len(groups)) + (i - (len(models) - 1) / 2) * spread / len(models)
+        axes.errorbar(places, value, [np.maximum(value - low, 0), np.maximum(high - value, 0)], fmt="o", markersize=3.5,
+                      elinewidth=1, color=ink[name])
+    for name in dict.fromkeys(tier):
+        start = tier.index(name)
+        if start:
+            axes.axvline(start - 0.5, color="#808080", linewidth=0.8)
+        axes.text(start - 0.4, 0.93, name, transform=axes.get_xaxis_transform(), fontsize=9, color="#808080")
+    axes.set(title=column, ylabel=entry["main"], xlim=(-0.6, len(groups) - 0.4))
+    axes.set_ylim(0, 1.15 * max(axes.get_ylim()[1], 1))
+    axes.set_xticks(range(len(groups)), groups, rotation=90, fontsize=8)
+    axes.grid(axis="y", alpha=0.3)
+
+
+def _off_target(axes, entry: dict, ink: dict) -> None:
+    """Means by tier with their intervals, or nothing where no answers are free texts."""
+    tiers = {name: of["tiers"].get("off_target") for name, of in entry["models"].items()}
+    if not all(tiers.values()):
+        return axes.set_axis_off()
+    shown = [tier for tier in (*TIERS, "all") if tier in next(iter(tiers.values()))]
+    for i, (name, of) in enumerate(tiers.items()):
+        value, low, high = (np.array([of[tier][key] for tier in shown]) for key in ("value", "low", "high"))
+        axes.bar(np.arange(len(shown)) + 0.8 * (i + 0.5) / len(tiers) - 0.4, value, 0.8 / len(tiers), color=ink[name],
+                 yerr=[value - low, high - value], error_kw={"linewidth": 1, "ecolor": "#808080"})
+    axes.set(title="off-target, % (less is better)", xticks=range(len(shown)), xticklabels=shown)
+    axes.set_ylim(bottom=0)
 
 
 def _figure():

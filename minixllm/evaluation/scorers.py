@@ -273,13 +273,13 @@ def rouge(hypotheses: list[str], references: list[str], segment=None, segment_na
 def accuracy(answers: list, labels: list) -> Score:
     """Share of answers equal to their labels; None, an answer that could not be read, is wrong."""
     return mean([answer is not None and answer == label for answer, label in zip(answers, labels, strict=True)],
-                signed("accuracy", unparsed="wrong"))
+                signed("accuracy", unparsed="wrong"), is_share=True)
 
 
 def exact_match(hypotheses: list[str], references: list[str]) -> Score:
     """Share of hypotheses equal to their reference, white space at the ends aside."""
     return mean([h.strip() == r.strip() for h, r in zip(hypotheses, references, strict=True)],
-                signed("exact_match", case="mixed", strip="ends"))
+                signed("exact_match", case="mixed", strip="ends"), is_share=True)
 
 
 def off_target(outputs: list[str], language: str, is_in, identifier: str) -> Score:
@@ -288,4 +288,4 @@ def off_target(outputs: list[str], language: str, is_in, identifier: str) -> Sco
     is_in(text, language): what an identifier of languages says; identifier: its name, for the signature.
     """
     return mean([not (output.strip() and is_in(output, language)) for output in outputs],
-                signed("off_target", lid=identifier))
+                signed("off_target", lid=identifier), is_share=True)

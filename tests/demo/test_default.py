@@ -71,6 +71,7 @@ def test_three_commands(arch, tmp_path, monkeypatch, capsys):
     assert all(f"{name} stand-in all" in table for name in ("XCOPA", "FLORES(f)", "FLORES(t)", "XL-Sum", "Self-Inst*"))
     assert "| PAWS-X stand-in high" in table and " sft |" in table and " dpo |" in table and "stand-ins" in said
     results = json.loads((tmp_path / "runs/eval/results.json").read_text("utf-8"))
+    results = results["benchmarks"]["XL-Sum stand-in"]
     assert results["settings"]["templates"] == "runs/eval/stand-in/instructions.toml"
     for name, source in (("XL-Sum", results["settings"]["templates"]), ("PAWS-X", "as shipped")):
         note = f"{name}: generating mode, instructions in eng: {source}"

@@ -18,6 +18,8 @@ from minixllm import languages
 from minixllm.demo import benchmarks as stand_ins
 from minixllm.errors import UserError
 from minixllm.evaluation import benchmark_files, benchmarks, language_id, predict, report, scorers, templates
+from minixllm.evaluation.benchmarks import Item
+from minixllm.evaluation.predict import Prediction
 from minixllm.evaluation.significance import democratization
 from minixllm.tokenizers.sentencepiece import train_sentencepiece
 from tests.evaluation.test_benchmarks import PAWSX_ROWS, XCOPA_ROWS, lines
@@ -87,14 +89,14 @@ def test_answers_and_likelihoods_are_those_of_each_item_alone(five, tmp_path, ar
     model, tokenizer = hf_directory.load(directory)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     items = items_of(five)
-    predictions = predict.predict(model, tokenizer, items, ALONE, tmp_path / "out", batch_tokens=1000,
-                                     max_new_tokens=12)
-    assert len({p["answer"] for p in predictions}) > 5 and [p["id"] for p in predictions] == [i.id for i in items]
+    predictions = predict.predict(model, tokenizer, items, ALONE, tmp_path / "out",
+                                  predict.How(batch_tokens=1000, max_new_tokens=12))
+    assert len({p.answer for p in predictions}) > 5 and [p.item for p in predictions] == items
     for number, (item, prediction) in enumerate(zip(items, predictions)):
-        assert prediction["prompt"] == item.prompt() and prediction["cut"] == 0
+        assert prediction.prompt == item.prompt() and prediction.cut == 0
         ids = torch.tensor([tokenizer.encode_prompt(item.prompt())])
         with torch.no_grad():
-            for choice, logp in zip(item.choices, prediction.get("logps", [])):
+            for choice, logp in zip(item.choices, prediction.logps or []):
                 tokens = tokenizer.encode(choice)
                 logits = theirs(torch.cat([ids, torch.tensor([tokens])], 1)).logits[0, ids.shape[1] - 1:-1]
                 expected = logits.double().log_softmax(-1)[range(len(tokens)), tokens].sum().item()
@@ -104,7 +106,7 @@ def test_answers_and_likelihoods_are_those_of_each_item_alone(five, tmp_path, ar
             new = theirs.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=tokenizer.eos_id,
                                   pad_token_id=0,
                                   attention_mask=torch.ones_like(ids))[0, ids.shape[1]:].tolist()
-            assert prediction["answer"] == tokenizer.decode(new[:new.index(tokenizer.eos_id)]
+            assert prediction.answer == tokenizer.decode(new[:new.index(tokenizer.eos_id)]
                                                             if tokenizer.eos_id in new else new)
 
 
@@ -132,10 +134,10 @@ def test_a_prompt_too_long_is_cut_from_the_article_alone(tmp_path, five, archite
     pawsx = items_of(five[:1])[0]
     assert predict.fit(tokenizer, pawsx, 10)[2] is None                # nothing there may be cut
     new = 201 - len(tokenizer.encode_prompt(pawsx.prompt()))           # one token too many
-    short, long = predict.predict(model, tokenizer, [article, pawsx], ALONE, tmp_path / "out", max_new_tokens=new,
-                                     max_length=max_length)
-    assert short["cut"] > 0 and long["cut"] is None and long["answer"] == "" and long["parsed"] is None
-    assert long["logps"] is None
+    how = predict.How(max_new_tokens=new, choice_tokens=new, max_length=max_length)
+    short, long = predict.predict(model, tokenizer, [article, pawsx], ALONE, tmp_path / "out", how)
+    assert short.cut > 0 and long.cut is None and long.answer == "" and long.parsed is None
+    assert long.logps is None
     scores = report.score([long])
     assert scores["accuracy"].value == scores["acc"].value == 0
 
@@ -144,31 +146,63 @@ def test_every_benchmark_has_a_main_score():
     assert report.MAIN.keys() == benchmark_files.TITLES.keys()
 
 
+def item(benchmark="xcopa", column="XCOPA", group="ita", target="ita", reference="a", choices=()):
+    return Item(benchmark, column, group, target, target, "1", "", "", {}, reference, choices)
+
+
+def chosen(parsed, cut=0, logps=(-1.0, -2.0), **where):
+    """A prediction of a choice task whose right answer is "a"."""
+    return Prediction(item(choices=("a", "b"), **where), "", cut, "raw", parsed, logps and list(logps))
+
+
 def test_the_report_says_what_was_unread_cut_and_too_long():
-    base = {"benchmark": "xcopa", "column": "XCOPA", "group": "ita", "language": "ita", "target": "ita", "cut": 0,
-            "choices": ["a", "b"], "logps": [-1.0, -2.0], "parsed": "a", "reference": "a"}
-    changes = [{}, {"parsed": None}, {"parsed": None, "cut": None, "logps": None}, {"cut": 3}, {"cut": 9}]
-    table = report.results([base | change for change in changes])
-    entry = table["XCOPA"]["groups"]["ita"]
+    predictions = [chosen("a"), chosen(None), chosen(None, None, None), chosen("a", 3), chosen("a", 9)]
+    table = report.results({"m": predictions})
+    entry = table["XCOPA"]["models"]["m"]["groups"]["ita"]
     assert (entry["unparsed"], entry["cut"], entry["too_long"], entry["items"]) == (2, 2, 1, 5)
-    assert entry["scores"]["accuracy"]["value"] == 60 and entry["scores"]["acc"]["value"] == 80
-    row = report.details({"m": table}).split("| ita (high, 5) ")[1].split("|")[1]
     result = entry["scores"]["accuracy"]
-    assert row.strip().startswith(f"60.00 ± {(result['high'] - result['low']) / 2:.2f}, ")
-    assert row.endswith(", 40 % unread, 40 % cut, 20 % too long ")
-    assert "- ±: half of the 95 % interval" in report.details({"m": table})
-    assert "%" not in report.details({"m": report.results([base])}).split("| ita (high, 1) ")[1].split("|")[1]
+    assert result["value"] == 60 and entry["scores"]["acc"]["value"] == 80
+    row = report.details(table).split("| ita (high, 5) ")[1].split("|")[1]
+    assert row.strip() == f"60.00 ({result['low']:.1f}-{result['high']:.1f}), 40 % unread, 40 % cut, 20 % too long"
+    assert "- in brackets the 95 % interval" in report.details(table)
+    assert "%" not in report.details(report.results({"m": predictions[:1]})).split("| ita (high, 1) ")[1].split("|")[1]
 
 
 def test_a_model_is_tested_against_the_one_before_it():
-    base = {"benchmark": "xcopa", "column": "XCOPA", "group": "ita", "language": "ita", "target": "ita", "cut": 0,
-            "choices": ["a", "b"], "logps": [-1.0, -2.0], "reference": "a"}
-    wrong, right = [base | {"parsed": "b"}] * 40, [base | {"parsed": "a"}] * 40
-    before = report.results(wrong)
-    for after, p in ((wrong, 1), (right, 1 / 1001)):
-        table = report.results(after, before)
-        assert table["XCOPA"]["groups"]["ita"]["scores"]["accuracy"]["p"] == pytest.approx(p)
-        assert f" ± 0.00, p {p:.3f} |" in report.details({"one": before, "two": table})
+    wrong, right = [chosen("b")] * 40, [chosen("a")] * 40
+    for after, p in ((wrong, 1), (right, 2 / 2**40)):
+        table = report.results({"one": wrong, "two": after})
+        models = table["XCOPA"]["models"]
+        assert models["two"]["groups"]["ita"]["scores"]["accuracy"]["p"] == pytest.approx(p)
+        assert "p" not in models["one"]["groups"]["ita"]["scores"]["accuracy"] and models["two"]["against"] == "one"
+        assert f", p {p:.3f} |" in report.details(table) and "- p: two against one" in report.details(table)
+        assert models["two"]["tiers"]["accuracy"]["high"]["p"] == pytest.approx(p)   # of one language
+
+
+def test_p_values_are_corrected_for_all_comparisons_of_their_table():
+    """60 right against 45 to 49 of 60, by the same items: each alone would count."""
+    codes = ["ita", "vie", "tur", "ind", "est"]
+    before = [chosen("b" if i < 11 + n else "a", group=code, target=code)
+              for n, code in enumerate(codes) for i in range(60)]
+    after = [chosen("a", group=code, target=code) for code in codes for _ in range(60)]
+    table = report.results({"one": before, "two": after})
+    written = report.details(table)
+    groups = table["XCOPA"]["models"]["two"]["groups"]
+    for n, code in enumerate(codes):
+        cell = groups[code]["scores"]["accuracy"]
+        assert cell["p"] == pytest.approx(2 / 2 ** (11 + n)) and cell["p_holm"] == pytest.approx(
+            max((1 + k) * 2 / 2 ** (11 + k) for k in range(n, 5)))
+        assert f", p {cell['p_holm']:.3f} |" in written
+    mean = table["XCOPA"]["models"]["two"]["tiers"]["accuracy"]["all"]
+    assert mean["value"] == 100 and mean["languages"] == mean["of"] == 5 and mean["low"] < 100 and mean["p"] < 0.01
+
+
+def test_choices_are_asked_by_likelihood_by_answers_or_both():
+    predictions = {"m": [chosen("a", logps=(-2.0, -1.0))]}
+    assert list(report.score(predictions["m"])) == ["accuracy", "acc", "acc_char", "acc_byte"]
+    assert list(report.score(predictions["m"], choices="answers")) == ["accuracy"]
+    table = report.results(predictions, choices="likelihood")
+    assert table["XCOPA"]["main"] == "acc" and table["XCOPA"]["models"]["m"]["democratization"] == 0
 
 
 def test_answers_leave_room_for_prompts(tmp_path, five, capsys):
@@ -187,32 +221,33 @@ def test_a_model_without_positions_is_asked_2048_tokens(tmp_path):
     """BLOOM's ALiBi has no last position, but memory has an end."""
     model, tokenizer = hf_directory.load(make_model(tmp_path, "bloom"))
     lines(tmp_path / "yoruba_test.jsonl", [{"id": "1", "summary": "dog", "text": " ".join(WORDS * 200)}])
-    [prediction] = predict.predict(model, tokenizer, items_of([tmp_path]), ALONE, tmp_path / "out", max_new_tokens=8)
-    assert prediction["cut"] > 0
-    assert 2030 < len(tokenizer.encode_prompt(prediction["prompt"])) <= 2040
+    [prediction] = predict.predict(model, tokenizer, items_of([tmp_path]), ALONE, tmp_path / "out",
+                                   predict.How(max_new_tokens=8))
+    assert prediction.cut > 0
+    assert 2030 < len(tokenizer.encode_prompt(prediction.prompt)) <= 2040
 
 
-def test_a_choice_without_tokens_is_refused(five, tmp_path):
+def test_a_choice_without_tokens_is_refused(model_directory, five, tmp_path, monkeypatch):
     """It would have probability 1 and win every time."""
-    tokenizer = SimpleNamespace(encode=lambda text, **_: [], eos_id=None)
+    model, tokenizer = hf_directory.load(model_directory)
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **_: [])
     item = benchmarks.read(five[1], benchmarks.Wanted(limit=1))[0][0]
     with pytest.raises(UserError, match=f"XCOPA {item.group} {item.id}: a choice gives no token"):
-        predict._answer(None, tokenizer, [item], 1, 8, 2048, None)
+        predict.predict(model, tokenizer, [item], ALONE, tmp_path)
 
 
 def test_likelihood_metrics_divide_by_what_they_say():
-    predictions = [{"logps": [-4.0, -5.0], "choices": ["abc", "abcdef"], "reference": "abcdef"},
-                   # by length the second
-                   {"logps": [-4.0, -3.9], "choices": ["яяя", "abcd"], "reference": "яяя"},
-                   # by bytes, not characters, the first
-                   {"logps": [-2.0, -2.0], "choices": ["aa", "bb"],
-                    "reference": "aa"}]                    # a tie goes to the first
+    predictions = [Prediction(item(choices=choices, reference=reference), "", 0, None, None, logps)
+                   for logps, choices, reference in (
+                       ([-4.0, -5.0], ("abc", "abcdef"), "abcdef"),     # by length the second
+                       ([-4.0, -3.9], ("яяя", "abcd"), "яяя"),          # by bytes, not characters, the first
+                       ([-2.0, -2.0], ("aa", "bb"), "aa"))]             # a tie goes to the first
     assert {name: score.value for name, score in report.likelihood(predictions).items()} == pytest.approx(
         {"acc": 100 / 3, "acc_char": 200 / 3, "acc_byte": 100})
 
 
-def prediction(benchmark, target, parsed, reference):
-    return {"benchmark": benchmark, "target": target, "parsed": parsed, "reference": reference}
+def prediction(benchmark, target, parsed, reference, column="", group=""):
+    return Prediction(item(benchmark, column, group, target, reference), "", 0, parsed, parsed)
 
 
 def test_translations_are_scored_in_the_tokens_of_their_language():
@@ -239,19 +274,22 @@ def test_free_texts_are_scored_by_rouge_and_exact_match(monkeypatch):
 
 def test_off_target_rates_are_reported_where_the_identifier_knows_the_language():
     said = [("a", "fra"), ("b", "deu"), ("", "deu"), ("c", "deu")]
-    base = {"benchmark": "translation", "column": "FLORES(f)", "cut": 0, "reference": "x"}
-    lines = [base | {"group": f"eng-{code}", "language": code, "target": code, "parsed": text}
+    lines = [prediction("translation", code, text, "x", "FLORES(f)", f"eng-{code}")
              for code in ("deu", "kam") for text, _ in said]
     fake = language_id.Identifier("fake-1", frozenset({"deu", "fra"}), dict(said).get)
-    table = report.results(lines, identifier=fake)
-    german = table["FLORES(f)"]["groups"]["eng-deu"]["scores"]["off_target"]
+    table = report.results({"m": lines}, identifier=fake)
+    entry = table["FLORES(f)"]["models"]["m"]
+    german = entry["groups"]["eng-deu"]["scores"]["off_target"]
     assert german["value"] == 50 and german["signature"].startswith("off_target|lid:fake-1|")
-    assert "off_target" not in table["FLORES(f)"]["groups"]["eng-kam"]["scores"]
-    assert table["FLORES(f)"]["groups"]["eng-deu"]["unparsed"] == 0   # though one is empty
-    assert table["FLORES(f)"]["tiers"]["off_target"] == {"high": 50, "all": 50}
-    assert "| FLORES(f) all " in report.overview({"m": table}, [])   # of two tiers
-    written = report.overview({"m": table}, []).partition("## Off-target rate (%, less is better)\n\n")[2]
-    assert written.startswith("|                |     m |\n| -------------- | ----: |\n| FLORES(f) high | 50.00 |\n\n#")
+    assert "off_target" not in entry["groups"]["eng-kam"]["scores"]
+    assert entry["groups"]["eng-deu"]["unparsed"] == 0   # though one is empty
+    tiers = entry["tiers"]["off_target"]
+    assert {tier: (of["value"], of["languages"], of["of"]) for tier, of in tiers.items()} == {
+        "high": (50, 1, 1), "all": (50, 1, 2)}
+    assert "| FLORES(f) all (2) " in report.overview(table)   # of two tiers
+    written = report.overview(table).partition("## Off-target rate (%, less is better)\n\n")[2]
+    assert written.splitlines()[2].startswith("| FLORES(f) high (1) | 50.00 (15.0-85.0) |")
+    assert "Not in the means of FLORES(f), for no identifier knows them: eng-kam" in written
 
 
 @pytest.mark.parametrize("code, module, text, words", [
@@ -276,7 +314,7 @@ def test_tables_of_five_benchmarks_and_two_models(model_directory, five, tmp_pat
     assert "| XCOPA low " in said and "| FLORES(f) high " in said and "stand-ins" not in said
     assert max(len(line) for line in said.splitlines() if line.startswith("|")) <= 80
     results = json.loads((tmp_path / "out/results.json").read_text())
-    table = results["models"]["SFT"]
+    table = {column: of["models"]["SFT"] for column, of in results["benchmarks"].items()}
     assert set(table) == {"PAWS-X", "XCOPA", "FLORES(f)", "FLORES(t)", "XL-Sum", "Self-Inst*"}
     swahili = table["XCOPA"]["groups"]["swh"]
     assert swahili["items"] == 30 and swahili["tier"] == "low" and {"accuracy", "acc", "acc_char",
@@ -286,18 +324,21 @@ def test_tables_of_five_benchmarks_and_two_models(model_directory, five, tmp_pat
     assert swahili["scores"]["accuracy"]["p"] == 1        # the same model twice
     values = {group: entry["scores"]["rouge1"]["value"] for group, entry in table["XL-Sum"]["groups"].items()}
     assert table["XL-Sum"]["democratization"] == pytest.approx(democratization(values))
-    assert table["XL-Sum"]["tiers"]["rouge1"] == pytest.approx({"high": values["fra"], "low": values["yor"],
-                                                                "all": sum(values.values()) / 2})
+    tiers = {tier: of["value"] for tier, of in table["XL-Sum"]["tiers"]["rouge1"].items()}
+    assert tiers == pytest.approx({"high": values["fra"], "low": values["yor"], "all": sum(values.values()) / 2})
     predictions = [json.loads(line)
                    for line in (tmp_path / "out/base/predictions.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(predictions) == 4 + 60 + 48 + 8 + 3 and {"prompt", "answer", "parsed", "reference",
                                                         "language"} <= set(predictions[0])
     assert (tmp_path / "out/scores.png").stat().st_size > 1000
     written = (tmp_path / "out/report.md").read_text(encoding="utf-8")
-    assert written.partition("\n## PAWS-X")[0] in said and "## PAWS-X" not in said and "## PAWS-X: accuracy" in written
+    tables = written[written.index("## Scores"):].partition("\n## PAWS-X")[0]
+    assert tables in said and "## PAWS-X" not in said and "## PAWS-X: accuracy" in written
     assert "- XCOPA: generating mode, instructions in eng: as shipped" in written
-    assert "XCOPA: generating mode, instructions in eng: as shipped" in results["notes"]
-    assert any(note.endswith("cannot tell kam: no off-target rates there") for note in results["notes"])
+    note = "XCOPA: generating mode, instructions in eng: as shipped"
+    assert note in results["benchmarks"]["XCOPA"]["notes"] and said.count(note) == 1
+    assert any(note.endswith("cannot tell kam: no off-target rates there")
+               for note in results["benchmarks"]["FLORES(f)"]["notes"])
     assert written.split("## Off-target rate")[1].split("\n")[2].split() == ["|", "|", "base", "|", "SFT", "|"]
     assert not list((tmp_path / "out").glob("*/.partial*"))
 
@@ -306,37 +347,59 @@ def test_a_report_is_not_replaced_by_one_of_other_models_or_benchmarks(model_dir
     def evaluate(*names, benchmarks=five[:1], more=()):
         script.main(["--model", *[str(model_directory)] * len(names), "--names", *names, "--benchmarks", *benchmarks,
                      "--max-new-tokens", "2", "--output", str(tmp_path), *more])
-        return set(json.loads((tmp_path / "results.json").read_text())["models"])
+        found = json.loads((tmp_path / "results.json").read_text())["benchmarks"]
+        return {name for of in found.values() for name in of["models"]}
 
     assert evaluate("base") == {"base"}
     written = (tmp_path / "report.md").read_text()
-    with pytest.raises(UserError, match="found results of base, which would be lost; expected another --output"):
+    with pytest.raises(UserError, match="found results of base on PAWS-X, which would be lost; expected another --out"):
         evaluate("SFT")
-    with pytest.raises(UserError, match="found results of PAWS-X, which would be lost; expected another --output"):
-        evaluate("base", benchmarks=five[3:])
     with pytest.raises(UserError, match=r"found results of 2 items of PAWS-X deu \(now 0\), which would be lost"):
         evaluate("base", more=["--languages", "zh"])
     with pytest.raises(UserError, match=r"of 2 items of PAWS-X deu \(now 1\), 2 items of PAWS-X zho_simpl \(now 1\),"):
         evaluate("base", more=["--limit", "1"])
     (tmp_path / "mine.toml").write_text("")
-    with pytest.raises(UserError, match="found results of --mode 'generating', --templates '', which would be lost"):
+    with pytest.raises(UserError, match="found results of PAWS-X with --mode 'generating', PAWS-X with --templates '', "):
         evaluate("base", more=["--mode", "understanding", "--templates", str(tmp_path / "mine.toml")])
+    with pytest.raises(UserError, match="found results of PAWS-X with --choices 'both', which would be lost"):
+        evaluate("base", more=["--choices", "likelihood"])
     assert (tmp_path / "report.md").read_text() == written
     assert evaluate("base", "SFT") == evaluate("SFT", "base", benchmarks=[five[0], five[4]]) == {"base", "SFT"}
 
 
-@pytest.mark.parametrize("found", [{"models": []}, {"models": None}, {"models": ["m1"]}, {"models": {"m": []}},
-                                   {"a": 1}, {"models": {"m": {"XCOPA": {"groups": {"ita": {"items": "x"}}}}}, "settings": {}}])
+def test_other_benchmarks_join_the_report(model_directory, five, tmp_path):
+    def evaluate(benchmark, name):
+        script.main(["--model", str(model_directory), "--names", name, "--benchmarks", benchmark, "--max-new-tokens",
+                     "2", "--limit", "2", "--output", str(tmp_path)])
+
+    evaluate(five[0], "base")
+    alone = json.loads((tmp_path / "results.json").read_text())["benchmarks"]["PAWS-X"]
+    evaluate(five[4], "base")
+    evaluate(five[1], "SFT")
+    found = json.loads((tmp_path / "results.json").read_text())["benchmarks"]
+    assert list(found) == ["PAWS-X", "Self-Inst*", "XCOPA"] and found["PAWS-X"] == alone
+    assert list(found["XCOPA"]["models"]) == ["SFT"]
+    written = (tmp_path / "report.md").read_text()
+    assert "## PAWS-X: accuracy" in written and "| XCOPA all (2) " in written
+    lines = [json.loads(line) for line in (tmp_path / "base/predictions.jsonl").read_text("utf-8").splitlines()]
+    assert [line["column"] for line in lines] == ["PAWS-X"] * 4 + ["Self-Inst*"] * 2
+    evaluate(five[4], "base")                             # again: its lines are not written twice
+    assert len((tmp_path / "base/predictions.jsonl").read_text("utf-8").splitlines()) == 6
+
+
+@pytest.mark.parametrize("found", [
+    {"benchmarks": []}, {"benchmarks": None}, {"benchmarks": ["m1"]}, {"benchmarks": {"XCOPA": []}}, {"a": 1},
+    {"benchmarks": {"XCOPA": {"models": {"m": {"groups": {"ita": {"items": "x"}}}}, "settings": {}}}}])
 def test_results_of_something_else_are_not_replaced(five, tmp_path, found):
     (tmp_path / "results.json").write_text(json.dumps(found))
     with pytest.raises(UserError, match="results.json: found no results of eval.py in it, expected another --output"):
-        report.check_output(tmp_path, {"m": ""}, items_of(five[1:2]), {"mode": "generating", "templates": ""})
+        report.check_output(tmp_path, {"m": ""}, items_of(five[1:2]), {"mode": "generating", "templates": "", "choices": "both"})
 
 
 def test_stand_ins_may_go(five, tmp_path):
-    entry = {"m": {"PAWS-X stand-in": {"groups": {"deu": {"items": 20}}}}}
-    (tmp_path / "results.json").write_text(json.dumps({"models": entry, "settings": {"mode": "x", "templates": "t"}}))
-    report.check_output(tmp_path, {"m": ""}, items_of(five[1:2]), {"mode": "generating", "templates": ""})
+    entry = {"models": {"m": {"groups": {"deu": {"items": 20}}}}, "settings": {"mode": "x", "templates": "t"}}
+    (tmp_path / "results.json").write_text(json.dumps({"benchmarks": {"PAWS-X stand-in": entry}}))
+    report.check_output(tmp_path, {"m": ""}, items_of(five[1:2]), {"mode": "generating", "templates": "", "choices": "both"})
 
 
 def test_a_benchmark_with_nothing_left_is_named_and_the_rest_run(model_directory, five, tmp_path, capsys):
@@ -391,14 +454,81 @@ def test_killed_and_run_again(model_directory, many, undisturbed, tmp_path):
     running.wait()
     assert not (tmp_path / "m/predictions.jsonl").exists()
     [partial] = tmp_path.glob("m/.partial*")
+    kept = len(partial.read_bytes().splitlines())
     with open(partial, "ab") as file:                     # a kill in the middle of a line
-        file.write(b'{"5": {"benchm')
-    assert len(predict._read_partial(tmp_path / "m", partial.name.split("-")[1])) % predict.CHUNK == 0
-    assert partial.read_bytes().endswith(b"\n")           # or the next chunk would be glued to the torn one
+        file.write(b'{"key": "5')
+    assert len(predict._whole_lines(partial)) == kept
+    assert partial.read_bytes().endswith(b"\n")           # or the next line would be glued to the torn one
     again = command(argv)
     out = again.communicate(timeout=PATIENCE)[0].decode()
     assert again.returncode == 0, out
     assert (tmp_path / "m/predictions.jsonl").read_bytes() == undisturbed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_says_how_many_items_are_kept(model_directory, many, undisturbed, tmp_path, number):
+    running = command(arguments(model_directory, many, tmp_path))
+    while running.poll() is None and not any(file.read_bytes() for file in tmp_path.glob("m/.partial*")):
+        time.sleep(0.005)
+    running.send_signal(number)
+    said = running.communicate(timeout=PATIENCE)[0].decode()
+    assert running.returncode == 130, said
+    [partial] = tmp_path.glob("m/.partial*")
+    kept = len({line["key"] for line in predict._whole_lines(partial)})
+    assert f"stopped: {kept} items of m are kept, the same command goes on from there" in said and 0 < kept <= 300
+
+
+def test_finished_items_are_kept_one_by_one_and_asked_no_more(model_directory, five, tmp_path, monkeypatch):
+    """Also with other batches and other benchmarks beside them: the key is what changes an answer."""
+    model, tokenizer = hf_directory.load(model_directory)
+    items, how = items_of(five[3:]), predict.How(max_new_tokens=6)
+    whole = predict.predict(model, tokenizer, items, ALONE, tmp_path / "whole", how)
+    generate, asked = predict.generation.generate, []
+
+    def interrupted(model, tokenizer, prompts, new, finished, **options):
+        def one(i, ids):
+            finished(i, ids)
+            asked.append(prompts[i])
+            if len(asked) == 3:
+                raise KeyboardInterrupt
+        return generate(model, tokenizer, prompts, new, finished=one, **options)
+
+    monkeypatch.setattr(predict.generation, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        predict.predict(model, tokenizer, items, ALONE, tmp_path / "half", how)
+    other, more = predict.How(max_new_tokens=6, batch_tokens=700), items_of(five[1:2])
+    assert predict.predict(model, tokenizer, more + items, ALONE, tmp_path / "half", other)[len(more):] == whole
+    prompts = {tuple(prompt) for prompt in asked}
+    assert len(asked) == len(prompts)                                  # no prompt twice, the interrupted ones included
+
+
+def test_an_answer_ends_where_its_reading_cannot_change(model_directory, five, tmp_path, monkeypatch):
+    """A base model goes on with a further turn, which is not read."""
+    model, tokenizer = hf_directory.load(model_directory)
+    ends = {}
+
+    def generate(model, tokenizer, prompts, new, finished, until, **options):
+        for i in range(len(prompts)):
+            text = "Yes.\n\n### Instruction:\nNo."
+            ids = tokenizer.encode(text)
+            ends[new] = next(([*ids[:n]] for n in range(1, len(ids) + 1) if until(i, ids[:n])), ids)
+            finished(i, ends[new])
+
+    monkeypatch.setattr(predict.generation, "generate", generate)
+    for name, items in (("choices", items_of(five[:1])), ("text", items_of(five[4:]))):
+        for prediction in predict.predict(model, tokenizer, items, ALONE, tmp_path / name, predict.How("answers")):
+            cut = prediction.answer.endswith("### Instruction:")
+            assert cut == bool(prediction.item.choices) and "No." not in prediction.answer * cut
+            assert prediction.logps is None
+
+
+def test_likelihood_alone_generates_nothing_for_choices(model_directory, five, tmp_path, monkeypatch):
+    model, tokenizer = hf_directory.load(model_directory)
+    items = items_of(five[:2])
+    both = predict.predict(model, tokenizer, items, ALONE, tmp_path / "both", predict.How(max_new_tokens=2))
+    monkeypatch.setattr(predict.generation, "generate", None)
+    alone = predict.predict(model, tokenizer, items, ALONE, tmp_path / "alone", predict.How("likelihood"))
+    assert [p.logps for p in alone] == pytest.approx([p.logps for p in both]) and {p.answer for p in alone} == {None}
 
 
 def test_two_processes_predict_as_one(model_directory, many, undisturbed, tmp_path, torchrun):
@@ -409,11 +539,11 @@ def test_two_processes_predict_as_one(model_directory, many, undisturbed, tmp_pa
 def test_other_weights_do_not_continue_a_partial_evaluation(model_directory, five, tmp_path):
     model, tokenizer = hf_directory.load(model_directory)
     items = items_of(five[:1])
-    first = predict.predict(model, tokenizer, items, ALONE, tmp_path, max_new_tokens=8)
+    first = predict.predict(model, tokenizer, items, ALONE, tmp_path, predict.How(max_new_tokens=8))
     with torch.no_grad():
         model.head.weight.neg_()
-    second = predict.predict(model, tokenizer, items, ALONE, tmp_path, max_new_tokens=8)
-    assert first[0]["logps"] != second[0]["logps"]
+    second = predict.predict(model, tokenizer, items, ALONE, tmp_path, predict.How(max_new_tokens=8))
+    assert first[0].logps != second[0].logps
     predict.forget(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -521,7 +651,7 @@ def test_accuracies_are_those_of_lm_evaluation_harness(data, tmp_path):
     contexts = [(tokenizer.encode_prompt(prompt(i)), [tokenizer.encode(c) for c in i.choices])
                 for i in items]
     for item, logps in zip(items, predict.generation.choice_logps(model, contexts)):
-        tables.setdefault(item.group, []).append({"logps": logps, "choices": item.choices, "reference": item.reference})
+        tables.setdefault(item.group, []).append(Prediction(item, "", 0, None, None, logps))
     del model
 
     lm = HFLM(pretrained=transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32),
@@ -541,7 +671,7 @@ def test_accuracies_are_those_of_lm_evaluation_harness(data, tmp_path):
         theirs = [sample["filtered_resps"]
                   for sample in sorted(found["samples"][f"xcopa_{code}"], key=lambda s: s["doc_id"])]
         for prediction, responses in zip(predictions, theirs, strict=True):
-            assert prediction["logps"] == pytest.approx([float(r[0]) for r in responses], abs=1e-3, rel=1e-5)
+            assert prediction.logps == pytest.approx([float(r[0]) for r in responses], abs=1e-3, rel=1e-5)
         values, ours = found["results"][f"xcopa_{code}"], report.likelihood(predictions)
         for name, their_name in (("acc", "acc"), ("acc_char", "acc_norm"), ("acc_byte", "acc_bytes")):
             assert ours[name].value == pytest.approx(100 * values[f"{their_name},none"]), (code, name)

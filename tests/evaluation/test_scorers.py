@@ -339,24 +339,15 @@ def test_signatures_name_what_sacrebleu_names():
     assert ours.startswith("chrF2++|") and ours.split("|")[1:-1] == str(chrf.get_signature()).split("|")[:-1]
 
 
-def test_intervals_and_paired_test_as_sacrebleu():
+def test_intervals_as_sacrebleu():
     """The same draws; sacrebleu sums in float32, so its figures agree to about 1e-4 of their size."""
-    from sacrebleu.significance import PairedTest
     draw = random.Random(1)
     references = [" ".join(draw.choices("the a one two red dog cat runs sleeps .".split(), k=12)) for _ in range(60)]
-    def noisy(rate):
-        return [" ".join(w if draw.random() > rate else "x" for w in r.split()) for r in references]
-    good, fair, same = noisy(0.2), noisy(0.3), references
+    good = [" ".join(w if draw.random() > 0.2 else "x" for w in r.split()) for r in references]
     for ours, theirs in ORACLES["bleu-13a"], ORACLES["chrf++"]:
-        low, high = ours(good, references).interval()
+        low, high = ours(good, references).interval
         assert low < ours(good, references).value < high
         expected = theirs().corpus_score(good, [references], n_bootstrap=1000)
         assert (high - low) / 2 == pytest.approx(expected._ci, rel=1e-3)
-    _, results = PairedTest([("base", fair), ("system", good)], {"BLEU": sacrebleu.BLEU()}, [references], "bs", 1000)()
-    p = significance.paired_bootstrap(scorers.bleu(fair, references), scorers.bleu(good, references))
-    assert p == pytest.approx(results["BLEU"][1].p_value, abs=2e-3) and p < 0.05
-    assert significance.paired_bootstrap(scorers.bleu(fair, references), scorers.bleu(fair, references)) == 1
-    assert scorers.bleu(same, references).interval() == (pytest.approx(100), pytest.approx(100))
-    assert scorers.accuracy([], []).interval() == (0, 0)
-    with pytest.raises(ValueError, match="same items"):
-        significance.paired_bootstrap(scorers.bleu(good, references), scorers.chrf(good, references))
+    assert scorers.bleu(references, references).interval == (pytest.approx(100), pytest.approx(100))
+    assert scorers.accuracy([], []).interval == (0, 0)
