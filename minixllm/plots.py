@@ -63,7 +63,7 @@ def _draw_scores(table: dict):
         _by_language(by_language, column, entry, ink)
         _off_target(off_target, entry, ink)
         values = {name: of["democratization"] for name, of in entry["models"].items()}
-        bars = democratization.bar(range(len(values)), values.values(), color=[ink[name] for name in values])
+        bars = democratization.bar(range(len(values)), list(values.values()), color=[ink[name] for name in values])
         democratization.bar_label(bars, fmt="%.0f", fontsize=8)
         democratization.set(title="democratization, %", ylim=(0, 112), xticks=[])
     handles = [panels[0][0].plot([], [], "o", color=ink[name], label=name)[0] for name in names]
@@ -85,7 +85,7 @@ def _by_language(axes, column: str, entry: dict, ink: dict) -> None:
         cells = [of["groups"][group]["scores"][entry["main"]] for group in groups]
         value, low, high = (np.array([cell[key] for cell in cells]) for key in ("value", "low", "high"))
         places = np.arange(len(groups)) + (i - (len(models) - 1) / 2) * spread / len(models)
-        axes.errorbar(places, value, [np.maximum(value - low, 0), np.maximum(high - value, 0)], fmt="o", markersize=3.5,
+        axes.errorbar(places, value, np.maximum([value - low, high - value], 0), fmt="o", markersize=3.5,
                       elinewidth=1, color=ink[name])
     for name in dict.fromkeys(tier):
         start = tier.index(name)
@@ -107,7 +107,7 @@ def _off_target(axes, entry: dict, ink: dict) -> None:
     for i, (name, of) in enumerate(tiers.items()):
         value, low, high = (np.array([of[tier][key] for tier in shown]) for key in ("value", "low", "high"))
         axes.bar(np.arange(len(shown)) + 0.8 * (i + 0.5) / len(tiers) - 0.4, value, 0.8 / len(tiers), color=ink[name],
-                 yerr=[value - low, high - value], error_kw={"linewidth": 1, "ecolor": "#808080"})
+                 yerr=np.array([value - low, high - value]), error_kw={"linewidth": 1, "ecolor": "#808080"})
     axes.set(title="off-target, % (less is better)", xticks=range(len(shown)), xticklabels=shown)
     axes.set_ylim(bottom=0)
 
