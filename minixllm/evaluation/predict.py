@@ -196,7 +196,8 @@ def _chunk(model, tokenizer, work: dict[str, tuple[Item, int]], partial: Partial
     for start in range(0, len(scored), SCORED):                   # a batch is computed whole or not at all, see above
         batch = scored[start:start + SCORED]
         if any(partial.lacks(key, "logps") for key in batch):
-            found = generation.choice_logps(model, [contexts[key] for key in batch], min(how.batch_tokens, SCORED_TOKENS))
+            found = generation.choice_logps(model, [contexts[key] for key in batch],
+                                            min(how.batch_tokens, SCORED_TOKENS))
             for key, logps in zip(batch, found):
                 partial.keep(key, logps=logps)
     bar.update(len(work) - len(asked))
