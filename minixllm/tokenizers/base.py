@@ -71,14 +71,17 @@ class Tokenizer:
 
         ids: the id of each token by its text.
         """
+        self.names = {}
         for kind in ("bos", "eos", "pad"):
             name = self.config.get(f"{kind}_token")
             name = name.get("content") if isinstance(name, dict) else name
             if name is not None and (not isinstance(name, str) or name not in ids):
                 raise UserError(f"{self.config_path}: {kind}_token {name!r} is no token of {self.path.name}")
-            setattr(self, f"{kind}_id", defaults.get(kind) if name is None else ids[name])
-        names = {i: text for text, i in ids.items()}
-        self.names = {f"{kind}_token": names.get(getattr(self, f"{kind}_id")) for kind in ("bos", "eos", "pad")}
+            chosen = defaults.get(kind) if name is None else ids[name]
+            setattr(self, f"{kind}_id", chosen)
+            if name is None and chosen is not None:
+                name = next(text for text, i in ids.items() if i == chosen)
+            self.names[f"{kind}_token"] = name
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.config.get(key)

@@ -99,10 +99,14 @@ class JsonBPE(Tokenizer):
         self.choose_special(vocab, {})
         self.special = {token["id"] for token in added if token.get("special")}
         self.special |= {self.bos_id, self.eos_id, self.pad_id} - {None}  # whatever the file calls them
-        self.special_texts = {text for text, i in vocab.items() if i in self.special}
+        self.special_texts = {token["content"] for token in added if token["id"] in self.special}
+        self.special_texts |= {*self.names.values()} - {None}
         self.read_steps(content)
         texts = {token["content"]: token["id"] for token in added}
-        self.pieces = self.read_pieces(model, {text: i for text, i in vocab.items() if text not in texts})
+        ordinary = dict(vocab)
+        for text in texts:
+            del ordinary[text]
+        self.pieces = self.read_pieces(model, ordinary)
         self.pieces |= {i: text.encode() for text, i in texts.items()}
         for i in self.special:
             self.pieces.pop(i, None)

@@ -78,19 +78,20 @@ class ByteLevelBPE(JsonBPE):
         decoder = self.get(content, "decoder", dict, default={}).get("type")
         if decoder != "ByteLevel":
             self.refuse("decoder", decoder, "ByteLevel")
-        self.steps, parts = [], self.parts(content, "pre_tokenizer", "pretokenizers")
+        steps, parts = [], self.parts(content, "pre_tokenizer", "pretokenizers")
         known = "one of BLOOM's, GPT-2's, LLaMA 3's, SmolLM2's or Qwen2's"
         for part in parts:
             match part:
                 case {"type": "ByteLevel", "add_prefix_space": False}:
-                    self.steps += [GPT2] if part.get("use_regex", True) else []
+                    steps += [GPT2] if part.get("use_regex", True) else []
                 case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False}:
-                    self.steps.append(pattern)
+                    steps.append(pattern)
                 case {"type": "Digits", "individual_digits": True}:
-                    self.steps.append(DIGITS)
+                    steps.append(DIGITS)
                 case _:
                     self.refuse("pre_tokenizer", part, known)
-        if tuple(self.steps) not in PIECES or parts[-1]["type"] != "ByteLevel":
+        self.steps = tuple(steps)
+        if self.steps not in PIECES or parts[-1]["type"] != "ByteLevel":
             self.refuse("pre_tokenizer", content.get("pre_tokenizer"), known)
 
     def read_pieces(self, model, vocab):
@@ -116,4 +117,4 @@ class ByteLevelBPE(JsonBPE):
         return unicodedata.normalize("NFC", text) if self.normal_form else text
 
     def split(self, text):
-        return split(tuple(self.steps), text)
+        return split(self.steps, text)
