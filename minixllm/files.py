@@ -46,7 +46,8 @@ def read_json(path) -> dict:
     """
     try:
         content = Path(path).read_bytes()
-        value = json.loads(content)
+        text = content.decode(json.detect_encoding(content))  # json.loads alone would let half a surrogate pair pass
+        value = json.loads(text)
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as error:
@@ -59,7 +60,7 @@ def read_json(path) -> dict:
                  if isinstance(inner, (dict, list))]
     if level:
         raise UserError(f"{path}: found objects and lists nested more than {DEEPEST} deep, expected fewer levels")
-    if re.search(rb"\\u[dD][89a-fA-F]", content):  # a half of a pair, or a whole pair
+    if re.search(r"\\u[dD][89a-fA-F]", text):  # a half of a pair, or a whole pair
         check_text(json.dumps(value, ensure_ascii=False), str(path))
     return value
 

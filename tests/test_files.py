@@ -1,0 +1,24 @@
+"""JSON files: what can be read can be written again."""
+
+import pytest
+
+from minixllm.errors import UserError
+from minixllm.files import read_json, write_json
+
+
+@pytest.mark.parametrize("content", [
+    b'{"a": "\\ud800"}', b'{"\\udfff": 1}', b'{"a": "\xed\xa0\x80"}', b'{"\xed\xbf\xbf": 1}',
+    '{"a": "\\ud800"}'.encode("utf-16"), '{"a": "\ud800"}'.encode("utf-16-le", "surrogatepass"),
+], ids=["escaped", "escaped key", "raw", "raw key", "escaped in UTF-16", "raw in UTF-16"])
+def test_half_of_a_surrogate_pair_is_refused_in_any_spelling(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match="a.json.*surrogate|a.json: no valid JSON"):
+        read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("text", ['{"a": "é 😀"}', '{"a": "\\u00e9 \\ud83d\\ude00"}'], ids=["plain", "escaped"])
+def test_what_is_read_is_written_again(tmp_path, encoding, text):
+    (tmp_path / "a.json").write_bytes(text.encode(encoding))
+    write_json(tmp_path / "b.json", read_json(tmp_path / "a.json"))
+    assert read_json(tmp_path / "b.json") == {"a": "é 😀"}
