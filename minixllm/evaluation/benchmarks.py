@@ -13,7 +13,6 @@ default, per language or direction, from the start of the file. The directory te
 """
 
 import functools
-import itertools
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,8 @@ from pathlib import Path
 from minixllm import languages
 from minixllm.data.prompts import alpaca
 from minixllm.data.records import place, read_objects
-from minixllm.errors import UserError, check_text
+from minixllm.errors import UserError, expect
+from minixllm.errors import found as excerpt
 from minixllm.evaluation.benchmark_files import TITLES, detect, files
 from minixllm.evaluation.templates import FIELDS, read_templates
 from minixllm.languages import LANGUAGES
@@ -73,9 +73,11 @@ def read(path, wanted: Wanted) -> tuple[list[Item], list[str]]:
     path, notes = Path(path), []
     name = detect(path)
     reader = _Reader(name, path, wanted, read_templates(wanted.templates), notes)
+    if name == "self-instruct":
+        reader.note(f"{wanted.mode} mode, instructions as its files have them")
     items, ids = [], set()
     left_out = {"the character NUL": 0, "the id of an earlier row": 0}
-    for item in READERS[name](reader):
+    for item in _by_file(reader) if name in ROWS else _translation(reader):
         nul, again = "\0" in item.reference + "".join(item.fields.values()), (item.column, item.group, item.id) in ids
         ids.add((item.column, item.group, item.id))
         if nul or again:
@@ -140,6 +142,8 @@ class _Reader:
         """The instruction for items in this language, and the language it is written in."""
         in_it = self.wanted.mode == "understanding" and (self.benchmark, code) in self.templates
         asked_in = code if in_it else "eng"
+        if self.benchmark == "self-instruct":
+            return {"instruction": "{instruction}", "input": "{input}"}, code
         template = self.templates[self.benchmark, asked_in]
         shipped = template == read_templates().get((self.benchmark, asked_in))
         self.used.setdefault("as shipped" if shipped else str(self.wanted.templates), {})[asked_in] = None
@@ -148,10 +152,6 @@ class _Reader:
     def note(self, text: str) -> None:
         self.notes.append(f"{TITLES[self.benchmark]}: {text}")
 
-    def item(self, code: str, id: str, template: dict, fields: dict, reference: str, **more) -> Item:
-        return Item(self.benchmark, TITLES[self.benchmark], code, code, code, id, template["instruction"],
-                    template["input"], fields, reference, **more)
-
 
 def _name(code: str, asked_in: str) -> str:
     """A language's name for an instruction: in English, or where that is written in another language its own."""
@@ -159,91 +159,78 @@ def _name(code: str, asked_in: str) -> str:
     return language.name if asked_in == "eng" else language.own_name
 
 
-def _pawsx(reader: _Reader) -> list[Item]:
-    items = []
+def _by_file(reader: _Reader) -> list[Item]:
+    """The items of the four benchmarks that have a file for each language: one for each row that is not skipped."""
+    items, title = [], TITLES[reader.benchmark]
+    rows, item_of, skipped_for = ROWS[reader.benchmark]
     for code, file in reader.choose().items():
         template, asked_in = reader.template(code)
-        own, english = reader.templates.get(("pawsx", code), template), reader.templates["pawsx", "eng"]
-        words = tuple(tuple(dict.fromkeys([*template[k], *own[k], *english[k]])) for k in ("yes", "no"))
-        choices, skipped, count = (template["yes"][0], template["no"][0]), 0, 0
-        for number, line in enumerate(_lines(file), 1):
-            if not line.strip() or number == 1 and line.lower().startswith("id\t"):
-                continue
-            row = line.split("\t")
-            if len(row) != 4:
-                raise UserError(f"{file}, line {number}: {len(row)} columns, "
-                                "expected 4: id, sentence1, sentence2, label")
-            id, first, second, label = row
-            if {first.strip(), second.strip()} & {"", "NS"}:             # both are found in the published files
-                skipped += 1
-                continue
-            if label not in ("0", "1"):
-                raise UserError(f"{file}, line {number}: label {label!r}, expected 0 or 1")
+        count = skipped = 0
+        for place_in_file, (line, entry) in enumerate(rows(file)):
             if count == reader.limit:
                 break
-            count += 1
-            items.append(reader.item(code, id, template,
-                                     {"sentence1": first, "sentence2": second, "language": _name(code, asked_in)},
-                                     choices[label == "0"], choices=choices, words=words))
-        if not count + skipped:
-            raise UserError(f"{file}: holds no rows, expected id, sentence1, sentence2, label in each")
-        if skipped:
-            reader.note(f"{file}: {skipped} rows skipped, a sentence is empty or the placeholder NS")
-    return items
-
-
-def _xcopa(reader: _Reader) -> list[Item]:
-    items = []
-    for code, file in reader.choose().items():
-        template, asked_in = reader.template(code)
-        for count, (line, entry) in enumerate(itertools.islice(read_objects(file), reader.limit)):
-            texts = {key: _text(file, line, entry, key) for key in ("premise", "choice1", "choice2", "question")}
-            if texts["question"] not in ("cause", "effect"):
-                raise UserError(f"{file}, {place(line)}: question {texts['question']!r}, expected 'cause' or 'effect'")
-            label = entry.get("label")
-            if type(label) is not int or label not in (0, 1):
-                raise UserError(f"{file}, {place(line)}: label {label!r}, expected 0 or 1")
-            choices = texts["choice1"], texts["choice2"]
-            fields = {**texts, "question": template[texts["question"]], "language": _name(code, asked_in)}
-            items.append(reader.item(code, _id(file, line, entry, "idx", count), template, fields,
-                                     choices[label], choices=choices))
-    return items
-
-
-def _xlsum(reader: _Reader) -> list[Item]:
-    items = []
-    for code, file in reader.choose().items():
-        (template, asked_in), skipped = reader.template(code), 0
-        for count, (line, entry) in enumerate(read_objects(file)):
-            if count - skipped == reader.limit:
-                break
-            article, summary = (_text(file, line, entry, key, empty=True) for key in ("text", "summary"))
-            if not (article.strip() and summary.strip()):
+            where = f"{file}, {place(line)}"
+            found = item_of(reader, where, entry, template, code)
+            if found is None:
                 skipped += 1
                 continue
-            fields = {"article": article, "language": _name(code, asked_in)}
-            items.append(reader.item(code, _id(file, line, entry, "id", count), template, fields, summary,
-                                     body="article"))
+            count += 1
+            fields, reference, more = found
+            key = "idx" if reader.benchmark == "xcopa" else "id"
+            id = _text(where, entry, key) if isinstance(entry.get(key), str) else str(entry.get(key, place_in_file))
+            items.append(Item(reader.benchmark, title, code, code, code, id, template["instruction"],
+                              template["input"], fields | {"language": _name(code, asked_in)}, reference, **more))
         if skipped:
-            reader.note(f"{file}: {skipped} rows skipped, the article or its summary is empty")
+            reader.note(f"{file}: {skipped} rows skipped, {skipped_for}")
     return items
 
 
-def _self_instruct(reader: _Reader) -> list[Item]:
+def _tsv(file: Path):
+    """(line number, {id, sentence1, ...}) of each row of PAWS-X's tables, blank lines and the header aside."""
+    names, empty = ("id", "sentence1", "sentence2", "label"), True
+    for number, line in enumerate(_lines(file), 1):
+        if not line.strip() or number == 1 and line.lower().startswith("id\t"):
+            continue
+        row, empty = line.split("\t"), False
+        if len(row) != len(names):
+            raise UserError(f"{file}, line {number}: {len(row)} columns, expected 4: {', '.join(names)}")
+        yield number, dict(zip(names, row))
+    if empty:
+        raise UserError(f"{file}: holds no rows, expected {', '.join(names)} in each")
+
+
+def _pawsx(reader: _Reader, where: str, entry: dict, template: dict, code: str):
+    if {entry["sentence1"].strip(), entry["sentence2"].strip()} & {"", "NS"}:   # both are found in the published files
+        return None
+    label = expect(entry["label"], str, f"{where}: label", choices=("0", "1"))
+    own, english = reader.templates.get(("pawsx", code), template), reader.templates["pawsx", "eng"]
+    words = tuple(tuple(dict.fromkeys([*template[k], *own[k], *english[k]])) for k in ("yes", "no"))
+    choices = template["yes"][0], template["no"][0]
+    return ({key: entry[key] for key in ("sentence1", "sentence2")}, choices[label == "0"],
+            {"choices": choices, "words": words})
+
+
+def _xcopa(reader: _Reader, where: str, entry: dict, template: dict, code: str):
+    texts = {key: _text(where, entry, key) for key in ("premise", "choice1", "choice2", "question")}
+    expect(texts["question"], str, f"{where}: question", choices=("cause", "effect"))
+    label = expect(entry.get("label"), int, f"{where}: label", choices=(0, 1))
+    choices = texts["choice1"], texts["choice2"]
+    return texts | {"question": template[texts["question"]]}, choices[label], {"choices": choices}
+
+
+def _xlsum(reader: _Reader, where: str, entry: dict, template: dict, code: str):
+    article, summary = (_text(where, entry, key, empty=True) for key in ("text", "summary"))
+    return ({"article": article}, summary, {"body": "article"}) if article.strip() and summary.strip() else None
+
+
+def _self_instruct(reader: _Reader, where: str, entry: dict, template: dict, code: str):
     """Instruction and input as the file has them, in its language, in both modes."""
-    template, items = {"instruction": "{instruction}", "input": "{input}"}, []
-    reader.note(f"{reader.wanted.mode} mode, instructions as its files have them")
-    for code, file in reader.choose().items():
-        for count, (line, entry) in enumerate(itertools.islice(read_objects(file), reader.limit)):
-            instances = entry.get("instances")
-            if not isinstance(instances, list) or not instances or not isinstance(instances[0], dict):
-                raise UserError(f"{file}, {place(line)}: instances: found {instances!r:.60}, "
-                                "expected [{input, output}]")
-            fields = {"instruction": _text(file, line, entry, "instruction"),
-                      "input": _text(file, line, instances[0], "input", empty=True)}
-            items.append(reader.item(code, _id(file, line, entry, "id", count), template, fields,
-                                     _text(file, line, instances[0], "output"), body="input"))
-    return items
+    instances = entry.get("instances")
+    if not isinstance(instances, list) or not instances or not isinstance(instances[0], dict):
+        raise UserError(f"{where}: instances: found {excerpt(instances)}, expected [{{input, output}}]")
+    fields = {"instruction": _text(where, entry, "instruction"),
+              "input": _text(where, instances[0], "input", empty=True)}
+    return fields, _text(where, instances[0], "output"), {"body": "input"}
 
 
 def _translation(reader: _Reader) -> list[Item]:
@@ -309,8 +296,10 @@ def translation_directions(codes: list[str], asked, seed: int, note=print) -> li
     return list(dict.fromkeys(directions))
 
 
-READERS = {"pawsx": _pawsx, "xcopa": _xcopa, "translation": _translation, "xlsum": _xlsum,
-           "self-instruct": _self_instruct}
+# {benchmark: (rows of a file, row -> (fields, reference, more of its item), why rows are skipped)}
+ROWS = {"pawsx": (_tsv, _pawsx, "a sentence is empty or the placeholder NS"), "xcopa": (read_objects, _xcopa, ""),
+        "xlsum": (read_objects, _xlsum, "the article or its summary is empty"),
+        "self-instruct": (read_objects, _self_instruct, "")}
 
 
 def _translation_set(texts) -> str:
@@ -331,15 +320,8 @@ def _lines(file: Path) -> list[str]:
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
-def _text(file: Path, line: int, entry: dict, key: str, empty: bool = False) -> str:
+def _text(where: str, entry: dict, key: str, empty: bool = False) -> str:
     value = entry.get(key)
     if not isinstance(value, str) or not (value.strip() or empty):
-        raise UserError(f"{file}, {place(line)}: {key}: found {value!r:.60}, expected text")
-    check_text(value, f"{file}, {place(line)}: {key}")
-    return value
-
-
-def _id(file: Path, line: int, entry: dict, key: str, count: int) -> str:
-    """An item's own number or text, or its place in the file."""
-    value = entry.get(key, count)
-    return _text(file, line, entry, key) if isinstance(value, str) else str(value)
+        raise UserError(f"{where}: {key}: found {excerpt(value)}, expected text")
+    return expect(value, str, f"{where}: {key}")
