@@ -17,7 +17,7 @@ from pathlib import Path
 
 from minixllm import distributed
 from minixllm.errors import UserError
-from minixllm.evaluation import benchmarks, language_id, predict, report, scorers
+from minixllm.evaluation import benchmarks, language_id, predict, report, scorers, segmenters
 from minixllm.generation import BATCH_TOKENS
 from minixllm.settings import parse, run, setting
 from minixllm.weights import adapters, hf_directory
@@ -57,8 +57,8 @@ class Settings:
                          choices=("auto", "bfloat16", "float32"))
     bleu_tokenizer: str = setting("", "13a, zh, char or the path of a SentencePiece model for BLEU in all languages; "
                                   "by default 13a, zh for Chinese, char where no spaces are written")
-    segment: bool = setting(False, "ROUGE over words where no spaces are written (jieba, pythainlp, fugashi), "
-                            "not characters")
+    segment: bool = setting(True, "ROUGE over words where no spaces are written and their package is installed (jieba, "
+                            "pythainlp, fugashi; none for Burmese), not characters")
 
 
 def main(argv=None) -> None:
@@ -103,9 +103,10 @@ def check_scoring(settings, items, notes: Notes) -> dict:
     """How answers are scored, as `report.score` takes it. Raises UserError for what is missing before any is asked."""
     if settings.bleu_tokenizer:
         scorers.bleu_tokenizer(settings.bleu_tokenizer)
-    for item in items if settings.segment else ():
-        if report.MAIN[item.benchmark] == "rouge1":
-            report.word_segmenter(item.target)
+    if settings.segment:
+        targets = sorted({item.target for item in items if report.MAIN[item.benchmark] == "rouge1"})
+        notes += [f"ROUGE of {code} is over characters: words need {segmenters.PACKAGES[code]}" for code in targets
+                  if code in segmenters.PACKAGES and not segmenters.word_segmenter(code)]
     if settings.choices != "likelihood" and settings.choice_tokens < 512 and any(item.choices for item in items):
         notes += [f"free answers to choices have {settings.choice_tokens} tokens at most, the paper's 512"]
     identifier = language_id.identifier() if settings.benchmarks else None

@@ -6,7 +6,6 @@ report.
 
 import collections
 import contextlib
-import functools
 import itertools
 import json
 from pathlib import Path
@@ -17,6 +16,7 @@ from minixllm import languages, plots
 from minixllm.errors import UserError
 from minixllm.evaluation import scorers, significance
 from minixllm.evaluation.predict import Prediction
+from minixllm.evaluation.segmenters import word_segmenter
 from minixllm.evaluation.significance import Score
 from minixllm.files import atomic_write, read_json, write_json, write_json_lines
 
@@ -116,26 +116,6 @@ def _tiers(groups: dict, scores: dict[str, dict[str, Score]], before: dict[str, 
                                                 before and [before[group][name] for group in scored])
             tiers.setdefault(name, {})[tier] = found | {"of": len(members)}
     return tiers
-
-
-@functools.cache
-def word_segmenter(code: str) -> tuple:
-    """(text -> words, name) for a language written without spaces, as XL-Sum splits it; () for any other."""
-    try:
-        if code in ("zho_simpl", "zho_trad"):
-            import jieba
-            return lambda text: list(jieba.cut(text)), "jieba"
-        if code == "tha":
-            from pythainlp.tokenize import word_tokenize
-            return lambda text: word_tokenize(text, engine="newmm"), "pythainlp"
-        if code == "jpn":
-            from fugashi import Tagger
-            tagger = Tagger("-O wakati -b 50000")
-            return lambda text: tagger.parse(text).split(), "fugashi"
-    except (ImportError, RuntimeError) as error:
-        raise UserError(f"segmenting {code} into words needs jieba (Chinese), pythainlp (Thai) or fugashi with a "
-                        f"dictionary (Japanese): {error}") from None
-    return ()
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------

@@ -3,8 +3,7 @@
 import functools
 import re
 
-from minixllm.errors import UserError
-
+PACKAGES = {"zho_simpl": "jieba", "zho_trad": "jieba", "tha": "pythainlp", "jpn": "fugashi and a dictionary"}
 ASAT, STACK = "\u103a", "\u1039"                       # the sign that ends a syllable; the one that stacks consonants
 UNIT = re.compile("[^\\s][\u102b-\u1032\u1036-\u1038\u103b-\u103e\u103a]*")   # a character and its dependent signs
 
@@ -22,10 +21,8 @@ def burmese(text: str) -> list[str]:
 
 @functools.cache
 def word_segmenter(code: str) -> tuple:
-    """(text -> words, name) for a language written without spaces, as XL-Sum splits it; () for any other.
-
-    Raises UserError where the package for it is not installed.
-    """
+    """(text -> words, name) for a language written without spaces, as XL-Sum splits it; () for any other, and
+    where its package is not installed."""
     try:
         if code in ("zho_simpl", "zho_trad"):
             import jieba
@@ -37,7 +34,6 @@ def word_segmenter(code: str) -> tuple:
             from fugashi import Tagger
             tagger = Tagger("-O wakati -b 50000")
             return lambda text: tagger.parse(text).split(), "fugashi"
-    except (ImportError, RuntimeError) as error:
-        raise UserError(f"segmenting {code} into words needs jieba (Chinese), pythainlp (Thai) or fugashi with a "
-                        f"dictionary (Japanese): {error}") from None
+    except (ImportError, RuntimeError):                # fugashi without a dictionary raises RuntimeError
+        return ()
     return (burmese, "burmese") if code == "mya" else ()

@@ -118,7 +118,8 @@ def test_directions():
 
 
 @pytest.mark.parametrize("name, code", [
-    ("fra.devtest", "fra"), ("fra_Latn.devtest", "fra"), ("zho_Hans.dev", "zho_simpl"), ("zho_trad.devtest", "zho_trad"),
+    ("fra.devtest", "fra"), ("fra_Latn.devtest", "fra"), ("zho_Hans.dev", "zho_simpl"),
+    ("zho_trad.devtest", "zho_trad"),
     ("zho_simpl.devtest", "zho_simpl"), ("arb_Arab.devtest", "ara"),
     ("arb_Latn.devtest", None), ("kor_Hang.devtest", "kor"), ("newstest2019-ref.fra.txt", "fra"),
     ("newstest2019-src.eng.txt", "eng"),
@@ -290,9 +291,10 @@ def test_wrong_templates(tmp_path, text, said):
     ("de/test_2k.tsv", [], "test_2k.tsv: holds no rows, expected id"),
     ("de/test_2k.tsv", PAWSX_ROWS[:1], "test_2k.tsv: holds no rows, expected id"),
     ("test.it.jsonl", [{**XCOPA_ROWS[0], "label": 2}], "test.it.jsonl, line 1: label: found 2, expected one of 0, 1"),
-    ("test.it.jsonl", [{**XCOPA_ROWS[0], "label": 1.0}], "test.it.jsonl, line 1: label: found 1.0, expected one of 0, 1"),
-    ("test.it.jsonl", [{**XCOPA_ROWS[0], "label": True}], "test.it.jsonl, line 1: label: found True, expected one of 0, 1"),
-    ("test.it.jsonl", [XCOPA_ROWS[0], {**XCOPA_ROWS[0], "question": "why"}], "line 2: question: found 'why', expected one of"),
+    ("test.it.jsonl", [{**XCOPA_ROWS[0], "label": 1.0}], "line 1: label: found 1.0, expected one of 0, 1"),
+    ("test.it.jsonl", [{**XCOPA_ROWS[0], "label": True}], "line 1: label: found True, expected one of 0, 1"),
+    ("test.it.jsonl", [XCOPA_ROWS[0], {**XCOPA_ROWS[0], "question": "why"}],
+     "line 2: question: found 'why', expected one of"),
     ("test.it.jsonl", [{k: v for k, v in XCOPA_ROWS[0].items() if k != "choice2"}], "line 1: choice2: found None"),
     ("test.it.jsonl", [{**XCOPA_ROWS[0], "choice1": " "}], "line 1: choice1: found ' '"),
     ("test.it.jsonl", ["{not json"], "line 1: not JSON"),

@@ -562,15 +562,11 @@ def test_other_weights_do_not_continue_a_partial_evaluation(model_directory, fiv
     (["--templates", "/nowhere.toml"], "/nowhere.toml"),
     (["--benchmarks", "{flores}", "{flores}/../xcopa", "{flores}/"],
      r"flores and .*/flores/ both have item 1 of FLORES\(f\) eng-amh: expected each benchmark once"),
-    (["--bleu-tokenizer", "13A", "--benchmarks", "{flores}"], "13A: expected 13a, zh, char or a SentencePiece model"),
-    (["--segment", "--benchmarks", "{thai}"], "segmenting tha into words needs .*pythainlp")])
+    (["--bleu-tokenizer", "13A", "--benchmarks", "{flores}"], "13A: expected 13a, zh, char or a SentencePiece model")])
 def test_mistakes(model_directory, five, tmp_path, monkeypatch, argv, said):
     """All of them before a model answers."""
     monkeypatch.setattr(hf_directory, "load", None)
-    monkeypatch.setitem(sys.modules, "pythainlp.tokenize", None)
-    report.word_segmenter.cache_clear()
-    lines(tmp_path / "thai/thai_test.jsonl", [{"id": "1", "summary": "s", "text": "t"}])
-    argv = [text.format(flores=five[2], thai=tmp_path / "thai") for text in argv]
+    argv = [text.format(flores=five[2]) for text in argv]
     base = ["--model", str(model_directory), "--benchmarks", five[0], "--output", str(tmp_path), "--max-new-tokens",
             "2"]
     with pytest.raises(UserError, match=said):

@@ -1,6 +1,7 @@
 """Words of scripts without spaces, against the tokenizers of XL-Sum's own ROUGE."""
 
 import random
+import sys
 
 import pytest
 
@@ -24,3 +25,10 @@ def test_burmese_is_segmented_without_a_package():
     assert segmenters.word_segmenter("mya") == (segmenters.burmese, "burmese")
     assert segmenters.burmese("မြန်မာစာ") == ["မြန်", "မာ", "စာ"]
     assert segmenters.word_segmenter("fra") == ()
+
+
+def test_without_its_package_a_language_is_scored_over_characters(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pythainlp.tokenize", None)
+    segmenters.word_segmenter.cache_clear()
+    assert segmenters.word_segmenter("tha") == () and "tha" in segmenters.PACKAGES
+    segmenters.word_segmenter.cache_clear()
