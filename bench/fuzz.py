@@ -161,13 +161,13 @@ def mutated_json(content: bytes, rng: random.Random) -> bytes:
 def case(name: str, good: Path, scratch: Path, seed: int, number: int) -> tuple[str, str]:
     """("read" | "refused" | "fault", where and what) of one case."""
     rng = random.Random(f"{seed} {name} {number}")
-    shutil.rmtree(scratch / name, ignore_errors=True)
-    shutil.copytree(good / name, scratch / name)
-    found = [file for pattern in ONLY.get(name, ("*",)) for file in (scratch / name).rglob(pattern)]
+    folder = scratch / str(number)  # each case has its own path, for a reader may remember what it read
+    shutil.copytree(good / name, folder)
+    found = [file for pattern in ONLY.get(name, ("*",)) for file in folder.rglob(pattern)]
     file = rng.choice(sorted(file for file in found if file.is_file()))
     file.write_bytes(mutate(file.read_bytes(), rng))
     try:
-        READERS[name](scratch / name)
+        READERS[name](folder)
     except UserError as error:
         short = "\n" not in str(error) and len(str(error)) <= 300
         return ("refused", "") if short else ("fault", f"{file.name}: message {str(error)[:300]!r}")
@@ -175,13 +175,14 @@ def case(name: str, good: Path, scratch: Path, seed: int, number: int) -> tuple[
         frames = traceback.extract_tb(error.__traceback__)
         frame = next((frame for frame in reversed(frames) if "minixllm" in frame.filename), frames[-1])
         return "fault", f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno} ({str(error)[:100]!r})"
+    finally:
+        shutil.rmtree(folder)
     return "read", ""
 
 
 def work(name: str, good: Path, seed: int, numbers: range, channel) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        shutil.copytree(good / "directory", Path(scratch) / "directory")
         for number in numbers:
             channel.send((number, "start", ""))
             signal.alarm(20)
