@@ -73,7 +73,8 @@ def five(tmp_path_factory):
         lines(folder / f"xlsum/{name}_test.jsonl",
               [{"id": f"{i}", "summary": "the red dog", "text": " ".join(WORDS * (i + 1))} for i in range(4)])
     lines(folder / "self/de.jsonl",
-          [{"id": "a", "instruction": "Say it.", "instances": [{"input": "", "output": "the dog saw"}]}] * 3)
+          [{"id": f"a{i}", "instruction": "Say it.", "instances": [{"input": "", "output": "the dog saw"}]}
+           for i in range(3)])
     return [str(folder / name) for name in ("pawsx", "xcopa", "flores", "xlsum", "self")]
 
 

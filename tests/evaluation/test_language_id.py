@@ -25,6 +25,7 @@ def test_languages_and_what_passes_for_them(identifier):
     assert is_in(german, "deu") and not is_in(german, "nld") and not is_in(german, "umb")
     assert is_in("这是一个中文句子。", "zho_simpl") and is_in("Dette er en norsk setning om været i dag.", "nob")
     assert is_in("Giles 指出，该海域有超过 135 个鲨鱼物种", "zho_simpl")  # Wu, it says
+    assert is_in("Ngiyabonga kakhulu ngosizo lwakho namhlanje ekuseni.", "xho") and not is_in(german, "xho")   # Zulu
     croatian = "Ovo je rečenica na hrvatskom jeziku o današnjem vremenu."
     assert is_in(croatian, "bos") and is_in(croatian, "hrv") and not is_in(croatian, "slv")
     assert is_in("E noho ana ahau ki Tāmaki Makaurau i tēnei wā.", "mri")
