@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minixllm import distributed
+from minixllm.building import runner, services
 from minixllm.errors import UserError
 from minixllm.evaluation import benchmarks, language_id, predict, report, scorers, segmenters
 from minixllm.generation import BATCH_TOKENS
@@ -27,8 +28,8 @@ DEFAULTS = {"max_new_tokens": 48}                    # of the embedded default: 
 
 @dataclass
 class Settings:
-    model: list[str] = setting([], "Hugging Face model directories, evaluated side by side; by default what the two "
-                                   "default trainings left below runs/")
+    model: list[str] = setting([], "Hugging Face model directories, or chat:NAME@URL of an OpenAI-compatible server, "
+                                   "evaluated side by side; by default what the two default trainings left in runs/")
     names: list[str] = setting([], "what the tables call them; by default their directories' names")
     benchmarks: list[str] = setting([], "directories of benchmark files; by default small stand-in tasks, built here")
     output: str = setting("runs/eval", "directory for predictions, results and tables")
@@ -69,6 +70,11 @@ def main(argv=None) -> None:
     world, start = distributed.setup(), time.perf_counter()
     models = name_models(settings.model or default_models(), settings.names)
     notes = Notes(world.first)
+    if any(map(is_served, models.values())) and settings.choices != "answers":
+        if settings.choices == "likelihood":
+            raise UserError("--choices likelihood: found a model behind a server, expected directories: it gives text")
+        settings.choices = "answers"
+        notes += ["choices are read from free answers alone: a model behind a server gives no likelihoods"]
     if not settings.model:
         notes += [f"{directory} is not there" for directory in DEFAULT_MODELS if directory not in models.values()]
     items = read_items(settings, world, notes)
@@ -77,7 +83,9 @@ def main(argv=None) -> None:
     scoring = check_scoring(settings, items, notes)
     if world.first:
         print(f"{len(items)} items of {', '.join(dict.fromkeys(item.column for item in items))}, {settings.mode} mode")
-    predictions = {name: answer(name, directory, items, settings, world, notes) for name, directory in models.items()}
+    answered = {True: ask, False: answer}
+    predictions = {name: answered[is_served(place)](name, place, items, settings, world, notes)
+                   for name, place in models.items()}
     if world.first:
         print(report.write(output, report.results(predictions, **scoring), predictions, given, notes))
         for name in models:
@@ -130,6 +138,36 @@ def answer(name: str, directory: str, items, settings, world, notes: Notes) -> l
         return predict.predict(model, tokenizer, items, world, Path(settings.output) / name, how)
 
 
+def is_served(place: str) -> bool:
+    return place.startswith("chat:")
+
+
+def ask(name: str, place: str, items, settings, world, notes: Notes) -> list[predict.Prediction]:
+    """The free answers of a model behind a server, of which the first process asks as the builders of data do.
+
+    It gets instruction and input without a template, for the server has its own. Every answer is kept in build/ of its
+    folder. An item without an answer counts as wrong, or as an empty text.
+    """
+    if not world.first:
+        return []
+    chat, how = services.service(place), predict.How(settings.choices, settings.max_new_tokens, settings.choice_tokens)
+    asked = [services.Prompt(item.instruction.format(**item.fields), item.input.format(**item.fields),
+                             max_new_tokens=how.answer_tokens(item)) for item in items]
+    found = {}
+    with runner.Runner(runner.RunnerSettings(output=str(Path(settings.output) / name))) as running:
+        running.reach(chat)
+        for number, said in running.map(lambda ask, number: ask(chat, asked[number]), range(len(items)), len(items),
+                                        name, lambda number: {"item": number}):
+            found[number] = {"answer": said}
+    if running.why_stopped:
+        raise UserError(f"{name}: {running.why_stopped}; {len(found)} answers are kept, the same command goes on")
+    if running.failures:
+        notes += [f"{name}: {len(running.failures)} items without an answer, the last: {running.failures[-1]['reason']}"]
+    read = [predict.prediction(item, found.get(number, {}), 1) for number, item in enumerate(items)]
+    return [dataclasses.replace(one, prompt=f"{prompt.text}\n\n{prompt.input}".strip())
+            for one, prompt in zip(read, asked)]
+
+
 def read_items(settings, world, notes: Notes) -> list[benchmarks.Item]:
     """The items of the benchmarks, or of stand-ins where none are given; what there is to say of them joins `notes`."""
     folders = settings.benchmarks
@@ -173,9 +211,11 @@ def name_models(directories: list[str], names: list[str]) -> dict[str, str]:
     """{name: directory}; runs/sft/model is "sft" unless names are given."""
     if names and len(names) != len(directories):
         raise UserError(f"--names gives {len(names)} names for {len(directories)} models")
-    for directory in directories:
-        hf_directory.read_config(adapters.base_directory(directory))  # before anything is computed
-    paths = [Path(directory).resolve() for directory in directories]
+    for directory in directories:                                    # before anything is computed
+        services.service(directory) if is_served(directory) else (
+            hf_directory.read_config(adapters.base_directory(directory)))
+    paths = [Path(directory[5:].partition("@http")[0].split("/")[-1] if is_served(directory) else directory).resolve()
+             for directory in directories]
     names = names or [path.parent.name if path.name == "model" else path.name for path in paths]
     if len(set(names)) < len(names) or any(not name.strip() or "/" in name or name.startswith(".") or
                                            Path(name).suffix in (".json", ".md", ".png") for name in names):

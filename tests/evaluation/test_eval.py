@@ -532,6 +532,32 @@ def test_likelihood_alone_generates_nothing_for_choices(model_directory, five, t
         assert one.answer is None and one.logps == pytest.approx(other.logps)
 
 
+def test_a_model_behind_a_server_is_asked_for_free_answers(five, tmp_path, capsys):
+    from fake_services import Server
+    refused = []
+
+    def fault(number, body):
+        if "Sentence1" in body["messages"][-1]["content"] and not refused:
+            refused.append(body)
+            return "400 Bad Request"
+
+    with Server(fault) as server:
+        argv = ["--model", f"chat:org/tiny@{server.url}", "--benchmarks", five[0], five[4], "--output", str(tmp_path)]
+        script.main(argv)
+        asked = server.number
+        script.main(argv)                                  # what was answered is not asked again
+        assert server.number <= asked + 3
+    said = capsys.readouterr().out
+    assert "tiny: 2 items without an answer, the last: " in said and "from free answers alone" in said
+    lines = [json.loads(line) for line in (tmp_path / "tiny/predictions.jsonl").read_text("utf-8").splitlines()]
+    assert len(lines) == 5 and all(line["answer"] for line in lines) and lines[0]["logps"] is None
+    assert "### Response" not in lines[0]["prompt"] and lines[0]["prompt"].startswith("The following are two sentences")
+    with pytest.raises(UserError, match="--choices likelihood: found a model behind a server"):
+        script.main([*argv, "--choices", "likelihood"])
+    with pytest.raises(UserError, match="cannot be asked"):   # nobody is there any more
+        script.main([*argv[:-1], str(tmp_path / "new")])
+
+
 def test_two_processes_predict_as_one(model_directory, many, undisturbed, tmp_path, torchrun):
     torchrun(2, "eval.py", *arguments(model_directory, many, tmp_path))
     assert (tmp_path / "m/predictions.jsonl").read_bytes() == undisturbed
