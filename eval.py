@@ -162,7 +162,8 @@ def ask(name: str, place: str, items, settings, world, notes: Notes) -> list[pre
     if running.why_stopped:
         raise UserError(f"{name}: {running.why_stopped}; {len(found)} answers are kept, the same command goes on")
     if running.failures:
-        notes += [f"{name}: {len(running.failures)} items without an answer, the last: {running.failures[-1]['reason']}"]
+        notes += [f"{name}: {len(running.failures)} items without an answer, the last: "
+                  f"{running.failures[-1]['reason']}"]
     read = [predict.prediction(item, found.get(number, {}), 1) for number, item in enumerate(items)]
     return [dataclasses.replace(one, prompt=f"{prompt.text}\n\n{prompt.input}".strip())
             for one, prompt in zip(read, asked)]

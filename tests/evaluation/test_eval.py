@@ -329,7 +329,7 @@ def test_tables_of_five_benchmarks_and_two_models(model_directory, five, tmp_pat
     assert tiers == pytest.approx({"high": values["fra"], "low": values["yor"], "all": sum(values.values()) / 2})
     predictions = [json.loads(line)
                    for line in (tmp_path / "out/base/predictions.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(predictions) == 4 + 60 + 48 + 8 + 3 and {"prompt", "answer", "parsed", "reference",
+    assert len(predictions) == 4 + 60 + 48 + 8 + 1 and {"prompt", "answer", "parsed", "reference",
                                                         "language"} <= set(predictions[0])
     assert (tmp_path / "out/scores.png").stat().st_size > 1000
     written = (tmp_path / "out/report.md").read_text(encoding="utf-8")
@@ -408,7 +408,7 @@ def test_a_benchmark_with_nothing_left_is_named_and_the_rest_run(model_directory
     script.main([*base, *five[:2], "--languages", "de", "--output", str(tmp_path / "de")])
     said = capsys.readouterr().out
     assert "2 items of PAWS-X, " in said and f"XCOPA: nothing of {five[1]} is left" in said
-    script.main([*base, five[1], five[3], "--mode", "understanding", "--languages", "it", "fr", "--output",
+    script.main([*base, five[1], five[3], "--mode", "understanding", "--languages", "it", "--output",
                  str(tmp_path / "it")])
     said = capsys.readouterr().out
     assert "30 items of XCOPA, " in said and f"XL-Sum: nothing of {five[3]} is left" in said
