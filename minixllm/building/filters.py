@@ -123,10 +123,10 @@ def copied(source: str, target: str) -> bool:
 
     That are words that follow each other as in the source. Names rightly stay the same.
     """
+    if len(set(words(source)).intersection(words(target))) < 4:
+        return False
     source, target = (words(VERBATIM.sub(" ", text)) for text in (source, target))
     follow, run, english = set(zip(source, source[1:])), [], 0
-    if len(follow.intersection(zip(target, target[1:]))) < 3:
-        return False
     for before, word in zip(target, [*target[1:], ""]):
         run.append(before)
         if (before, word) not in follow:
@@ -224,7 +224,7 @@ def words(text: str) -> list[str]:
 
 def size(text: str, code: str = "eng") -> float:
     """Letters; one of Chinese, Japanese or Korean says as much as 2.5 of an alphabet."""
-    return sum(map(len, words(text))) * (2.5 if languages.find(code).script in ("Hans", "Jpan", "Kore") else 1)
+    return sum(map(len, words(text))) * (2.5 if code in ("zho_simpl", "jpn", "kor") else 1)
 
 
 def spaced(text: str) -> str:

@@ -41,4 +41,6 @@ def _wordings() -> dict[str, list[re.Pattern]]:
 def plain(text: str) -> str:
     """The text in small letters, without accents, vowel points and tones, which many write and many leave out."""
     text = unicodedata.normalize("NFKD", text.casefold()).translate(ONE_FORM)
+    if text.isascii():
+        return " ".join(text.split())
     return " ".join("".join(c for c in text if unicodedata.category(c) not in ("Mn", "Cf")).split())

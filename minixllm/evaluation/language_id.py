@@ -67,7 +67,8 @@ def identifier() -> Identifier | None:
 
     def classify(text: str) -> str | None:
         try:                                             # pycld2 takes no control characters
-            sure, _, found = pycld2.detect("".join(c if c.isprintable() else " " for c in text))
+            plain = text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
+            sure, _, found = pycld2.detect(plain)
         except (pycld2.error, UnicodeEncodeError):
             sure = False
         tag = found[0][1] if sure else None

@@ -103,8 +103,8 @@ def fused(model):
     modules = [*model.blocks, model.head] if hasattr(model, "fused_block") else []
     linears = [linear for module in modules for linear in module.modules() if isinstance(linear, nn.Linear)]
     dtype = getattr(model, "compute_dtype", next(model.parameters()).dtype)
-    size = sum(linear.weight.numel() for linear in linears) * dtype.itemsize
-    if size > PACK_BYTES or not all(_packs(linear.weight, dtype) for linear in linears):
+    size = sum(linear.in_features * linear.out_features for linear in linears) * dtype.itemsize
+    if size > PACK_BYTES or not all(_packs(linear, dtype) for linear in linears):
         modules = []
     try:
         for module in modules:
@@ -116,9 +116,11 @@ def fused(model):
             vars(module).pop("forward", None)
 
 
-def _packs(weight, dtype: torch.dtype) -> bool:
-    """Whether oneDNN can pack this weight: it must be whole, on a CPU, and of a type that this CPU multiplies."""
-    return (weight.is_cpu and not isinstance(weight, DTensor) and torch.backends.mkldnn.is_available()
+def _packs(linear, dtype: torch.dtype) -> bool:
+    """Whether oneDNN can pack this layer's weight: it must be whole, on a CPU, and of a type that this CPU multiplies.
+    """
+    weight = getattr(linear, "weight", None)  # a layer in NF4 has none
+    return (weight is not None and weight.is_cpu and not isinstance(weight, DTensor) and torch.backends.mkldnn.is_available()
             and (dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 

@@ -6,6 +6,7 @@ of the base load as before, and PEFT's names for adapters differ only in a prefi
 """
 
 import contextlib
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import nn
 
 from minixllm.distributed import full_tensor, shard_like
 from minixllm.errors import UserError, expect
+from minixllm.models.nf4 import NF4Linear
 from minixllm.settings import setting
 
 
@@ -27,6 +29,8 @@ class LoraSettings:
     lora_alpha: float = setting(16.0, "LoRA's scale: what adapters add is multiplied by alpha / r", above=0)
     lora_targets: list[str] = setting([], "names of the linear layers to adapt, not the head; none: q_proj v_proj in "
                                           "LLaMA, query_key_value in BLOOM")
+    base: str = setting("auto", "how the frozen base is held: bf16, fp32, or nf4, in four bits a weight; auto: bf16, "
+                                "or fp32 with --dtype float32", ("auto", "bf16", "fp32", "nf4"))
     lora_dropout = 0.0  # a flag of instruction tuning alone: preference optimisation has no dropout
 
 
@@ -36,8 +40,9 @@ class LoraLinear(nn.Linear):
     def __init__(self, base: nn.Linear, settings: LoraSettings):
         nn.Module.__init__(self)  # not nn.Linear's, which would make new weights: these are the base layer's own
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
-        r, device = settings.lora_r, base.weight.device
+        self._parameters.update(base._parameters)  # weight and bias; of a base in NF4 the weight is in buffers
+        self._buffers.update(base._buffers)
+        r, device = settings.lora_r, next(itertools.chain(base.parameters(), base.buffers())).device
         self.lora_A = nn.Linear(self.in_features, r, bias=False, device=device, dtype=torch.float32)
         self.lora_B = nn.Linear(r, self.out_features, bias=False, device=device, dtype=torch.float32)
         self.dropout = nn.Dropout(settings.lora_dropout)
@@ -48,6 +53,10 @@ class LoraLinear(nn.Linear):
         y = super().forward(x)
         # scaled between A and B, where there are only r numbers a token
         return y + self.lora_B(self.lora_A(self.dropout(x)) * self.scaling) if self.enabled else y
+
+
+class LoraNF4Linear(LoraLinear, NF4Linear):
+    """The same beside a frozen layer in NF4 (QLoRA)."""
 
 
 def targeted(model: nn.Module, targets) -> dict[str, nn.Linear]:
@@ -79,7 +88,8 @@ def add_lora(model: nn.Module, settings: LoraSettings):
     for name, layer in targeted(model, settings.lora_targets).items():
         if layer is model.head:
             raise UserError(f"LoRA target {name!r}: found the head, expected layers below it: the head gets no adapter")
-        model.set_submodule(name, LoraLinear(layer, settings))
+        kind = LoraNF4Linear if isinstance(layer, NF4Linear) else LoraLinear
+        model.set_submodule(name, kind(layer, settings))
 
 
 @torch.no_grad()

@@ -92,7 +92,7 @@ class NF4Linear(nn.Linear):
     def __init__(self, base: nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's, which would make a weight
         self.in_features, self.out_features, self.bias = base.in_features, base.out_features, base.bias
-        for name, tensor in quantize(base.weight).items():
+        for name, tensor in quantize(base.weight.detach()).items():
             self.register_buffer(name, tensor)
 
     @property
@@ -108,6 +108,22 @@ class NF4Linear(nn.Linear):
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return _FrozenLinear.apply(x, self.kept, (self.out_features, self.in_features), bias)
+
+
+def quantize_blocks(model: nn.Module):
+    """Put every linear layer of the model's blocks into NF4, in place. Embedding, norms and head stay as they are.
+
+    A model on the meta device is filled afterwards, layer by layer (`NF4Linear.load`).
+    """
+    for block in model.blocks:
+        linear = [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+        for name, module in linear:
+            block.set_submodule(name, NF4Linear(module))
+
+
+def nf4_layers(model: nn.Module) -> dict[str, NF4Linear]:
+    """{name that the layer's weight has in files: layer}."""
+    return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
 
 
 class _FrozenLinear(torch.autograd.Function):

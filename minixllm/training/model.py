@@ -6,20 +6,24 @@ import torch
 
 from minixllm import distributed
 from minixllm.models import lora
+from minixllm.models.nf4 import nf4_layers, quantize_blocks
 from minixllm.weights import hf_directory
-from minixllm.weights.adapters import save_adapter
+from minixllm.weights.adapters import merge_adapter, save_adapter
 
 
 def open_model(config, world, settings, directory=None, frozen=False):
     """The model to train, sharded over the processes and filled from `directory`, or at random if that is None.
 
-    With settings.lora_r the base is frozen and held once, in bf16 (fp32 with --dtype float32); only adapters train.
+    With settings.lora_r the base is frozen and held once, as settings.base says; only adapters train.
     frozen: nothing trains. The weights are then held in the type that they are computed with, which changes no number.
     """
     dtype = distributed.compute_dtype(settings.dtype, world.device)
     adapted = settings.lora_r > 0
-    held = dtype if frozen else torch.bfloat16 if adapted and settings.dtype != "float32" else torch.float32
+    base = settings.base if settings.base != "auto" else "fp32" if settings.dtype == "float32" else "bf16"
+    held = dtype if frozen else torch.float32 if not adapted or base == "fp32" else torch.bfloat16
     model = hf_directory.build(config, held)
+    if adapted and base == "nf4":
+        quantize_blocks(model)
     if adapted:
         lora.add_lora(model, settings)
     distributed.shard(model, world, dtype)
@@ -41,7 +45,21 @@ def save_trained(model, settings, tokenizer, generation_config=None):
     output = Path(settings.output)
     if settings.lora_r:
         save_adapter(model, output / "adapter", settings, settings.model)
-        lora.merge(model)
+        model = _merged(model, settings, output / "adapter")
     hf_directory.save_model(model, output / "model", tokenizer, generation_config)
     if distributed.is_first():
         print(f"\nsaved {output / 'model'}" + f" and {output / 'adapter'}" * bool(settings.lora_r))
+
+
+def _merged(model, settings, adapter: Path):
+    """The model with its adapters merged in. A base in NF4 is read again, in bf16: the original weights take the
+    update, not the rounded ones that it was trained beside. Only the first process, which writes the model, reads it.
+    """
+    if not nf4_layers(model):
+        lora.merge(model)
+        return model
+    merged = hf_directory.build(model.config, torch.bfloat16)
+    if distributed.is_first():
+        hf_directory.load_weights(merged, settings.model)
+        merge_adapter(merged, adapter)
+    return merged

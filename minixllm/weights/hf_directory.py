@@ -130,11 +130,10 @@ def load_weights(model, directory, device="cpu"):
     tensors = _named_as(model, find_tensors(directory))
     if model.config.tie_word_embeddings and (head := tensors.pop(HEAD, None)):
         tensors.setdefault(model.EMBEDDING, head)  # read_config found the two equal, or one alone
-    wanted = {name: parameter for name, parameter in model.named_parameters() if not is_adapter(name)}
-    shapes = {name: tuple(parameter.shape) for name, parameter in wanted.items()}
+    shapes = _shapes(model)
     problems = {
-        "missing": [name for name in wanted if name not in tensors],
-        "unexpected": [stored.key for name, stored in tensors.items() if name not in wanted],
+        "missing": [name for name in shapes if name not in tensors],
+        "unexpected": [stored.key for name, stored in tensors.items() if name not in shapes],
         "misshaped": [f"{name} (found {list(stored.shape)}, expected {list(shapes[name])})"
                       for name, stored in tensors.items() if stored.shape != shapes.get(name, stored.shape)]}
     if any(problems.values()):
@@ -142,9 +141,8 @@ def load_weights(model, directory, device="cpu"):
                          for problem, names in problems.items() if names)
         raise UserError(f"{directory}: the tensors are not those that config.json describes: {what}")
     _materialise(model, device)
-    for name, parameter in model.named_parameters():
-        if name in wanted:
-            _fill(parameter, tensors[name].read)
+    for name, fill in _fills(model):
+        fill(tensors[name].read)
 
 
 @torch.no_grad()
@@ -155,11 +153,11 @@ def initialise(model, seed: int, device="cpu"):
     """
     _materialise(model, device)
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if not is_adapter(name):
-            full = torch.empty(parameter.shape)
-            model.init_weights(name, full, generator)
-            _fill(parameter, full.__getitem__)
+    shapes = _shapes(model)
+    for name, fill in _fills(model):
+        full = torch.empty(shapes[name])
+        model.init_weights(name, full, generator)
+        fill(full.__getitem__)
 
 
 def read_generation_config(directory) -> dict:
@@ -196,6 +194,21 @@ def _materialise(model, device):
     if next(model.parameters()).is_meta:
         model.to_empty(device=device)
         model.tie_weights()
+
+
+def _shapes(model) -> dict[str, tuple]:
+    """The shape of each tensor of the base model by its name in files, those that are held in NF4 included."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if not is_adapter(name)}
+    return shapes | {name: (layer.out_features, layer.in_features) for name, layer in nf4_layers(model).items()}
+
+
+def _fills(model):
+    """Yield each of these names with a function that fills the tensor from read(slices)."""
+    for name, parameter in model.named_parameters():
+        if not is_adapter(name):
+            yield name, functools.partial(_fill, parameter)
+    for name, layer in nf4_layers(model).items():  # quantised one at a time: no second whole tensor is ever held
+        yield name, lambda read, layer=layer: layer.load(read(...).to(layer.codes.device))
 
 
 def _fill(parameter, read):
