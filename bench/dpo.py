@@ -73,7 +73,8 @@ def run_ours(mode: str, count: int, dtype: str, size: dict) -> float:
     from minixllm.training.model import open_model
 
     world, data = distributed.setup(machine.DEVICE), Pairs(make_pairs(count))
-    settings = SimpleNamespace(dtype=dtype, seed=0, clip=1.0, **LORA | ({} if "lora" in mode else {"lora_r": 0}))
+    settings = SimpleNamespace(dtype=dtype, seed=0, clip=1.0, base="auto",
+                               **LORA | ({} if "lora" in mode else {"lora_r": 0}))
     config = LlamaConfig(**size)
     model = open_model(config, world, settings).eval()
     if "cached" in mode:

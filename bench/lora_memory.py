@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from minixllm import parallel  # noqa: E402
+from minixllm import distributed  # noqa: E402
 from minixllm.data.stream import Batch  # noqa: E402
 from minixllm.models.llama import LlamaConfig  # noqa: E402
 from minixllm.training.losses import sft_loss  # noqa: E402
@@ -42,9 +42,10 @@ def write(directory):
     save_model(model, directory)
 
 
-def train(directory, steps: int, dtype: str):
-    world = parallel.setup("cpu")
-    settings = SimpleNamespace(dtype=dtype, seed=0, lora_r=16, lora_alpha=32.0, lora_dropout=0.0, lora_targets=[])
+def train(directory, steps: int, dtype: str, base: str):
+    world = distributed.setup("cpu")
+    settings = SimpleNamespace(dtype=dtype, seed=0, lora_r=16, lora_alpha=32.0, lora_dropout=0.0, lora_targets=[],
+                               base=base)
     started = peak()
     model = open_model(read_config(directory), world, settings, directory).train()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; peak {started:.2f} GB after the imports, "
@@ -66,14 +67,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16"))
+    parser.add_argument("--base", default="auto", choices=("auto", "bf16", "fp32", "nf4"))
     parser.add_argument("--directory", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.directory:
-        train(args.directory, args.steps, args.dtype)
+        train(args.directory, args.steps, args.dtype, args.base)
     else:
         with tempfile.TemporaryDirectory() as folder:
             writer = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import lora_memory; " \
                      f"lora_memory.write({folder + '/model'!r})"
             subprocess.run([sys.executable, "-c", writer], check=True)
             subprocess.run([sys.executable, __file__, "--directory", folder + "/model", "--steps", str(args.steps),
-                            "--dtype", args.dtype], check=True)
+                            "--dtype", args.dtype, "--base", args.base], check=True)

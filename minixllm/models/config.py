@@ -11,12 +11,16 @@ COMMON = {"quantization_config": None, "sliding_window": None, "is_encoder_decod
           "add_cross_attention": False}
 
 
+ADVICE = {"quantization_config": "give the original weights: --base nf4 quantises them as they are read"}
+
+
 def refuse(config: dict, expected: dict) -> None:
     """Raises UserError for a key of `expected`, or of COMMON, that `config` sets to another value."""
     for key, value in {**COMMON, **expected}.items():
         if config.get(key, value) != value:
-            raise UserError(f"{key}: found {found(config[key])}, expected "
-                            f"{'none' if value is None else repr(value)} (nothing else is supported)")
+            expected_value = "none" if value is None else repr(value)
+            raise UserError(f"{key}: found {found(config[key])}, expected {expected_value} "
+                            f"({ADVICE.get(key, 'nothing else is supported')})")
 
 
 def read_settings(cls, config: dict):

@@ -120,7 +120,8 @@ def _packs(linear, dtype: torch.dtype) -> bool:
     """Whether oneDNN can pack this layer's weight: it must be whole, on a CPU, and of a type that this CPU multiplies.
     """
     weight = getattr(linear, "weight", None)  # a layer in NF4 has none
-    return (weight is not None and weight.is_cpu and not isinstance(weight, DTensor) and torch.backends.mkldnn.is_available()
+    whole = weight is not None and weight.is_cpu and not isinstance(weight, DTensor)
+    return (whole and torch.backends.mkldnn.is_available()
             and (dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 

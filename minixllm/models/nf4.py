@@ -71,7 +71,7 @@ def _blocks(numbers: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _to_places(numbers: torch.Tensor, values: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """numbers (n,) -> (the place of the nearest value, once divided by the block's scale, (n,) uint8; the scales)."""
+    """numbers (n,) -> (n,) uint8, the place of the value nearest to each, divided by its block's scale; the scales."""
     blocks = _blocks(numbers, size)
     scales = blocks.abs().amax(dim=1)
     scaled = blocks * (1 / scales.clamp(min=1e-38))[:, None]
@@ -91,7 +91,8 @@ class NF4Linear(nn.Linear):
 
     def __init__(self, base: nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's, which would make a weight
-        self.in_features, self.out_features, self.bias = base.in_features, base.out_features, base.bias
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.register_parameter("bias", base.bias)
         for name, tensor in quantize(base.weight.detach()).items():
             self.register_buffer(name, tensor)
 

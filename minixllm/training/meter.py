@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from minixllm.distributed import compute_dtype, local
 from minixllm.errors import UserError
+from minixllm.models.nf4 import nf4_layers
 
 # Dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets; the first that fits counts.
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
@@ -26,8 +27,9 @@ class Meter:
     def __init__(self, model, world, settings):
         config, head = model.config, model.head.weight
         # A weight costs 2 FLOPs a token in the forward, 2 in the backward for the activations, and 2 if it is trained.
-        matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-        self.per_token = sum((6 if p.requires_grad else 4) * p.numel() for p in matrices)
+        linear = [m for m in model.blocks.modules() if isinstance(m, nn.Linear)]  # adapters are layers of their own
+        self.per_token = sum((6 if any(p.requires_grad for p in m.parameters(recurse=False)) else 4)
+                             * m.in_features * m.out_features for m in linear)
         self.per_label = (6 if head.requires_grad else 4) * head.numel()
         self.per_pair = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
@@ -65,7 +67,8 @@ def attending_pairs(document) -> float:
 
 def announce(model, world, settings, steps: int, tokens_per_step: float):
     """Print the steps, tokens, memory and disk a run will need; UserError when the disk is clearly too small."""
-    everything = sum(p.numel() for p in model.parameters())
+    everything = sum(p.numel() for p in model.parameters()) + sum(
+        layer.in_features * layer.out_features for layer in nf4_layers(model).values())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     output = Path(settings.output)
     written = sum(file.stat().st_size for file in (output / "checkpoints").rglob("*") if file.is_file())
@@ -74,7 +77,7 @@ def announce(model, world, settings, steps: int, tokens_per_step: float):
     disk = checkpoints * 12 * trained + model.embedding.weight.element_size() * everything - written
     free = shutil.disk_usage(next(path for path in (output, *output.absolute().parents) if path.exists())).free
     if world.first:
-        held = sum(local(p).numel() * p.element_size() for p in model.parameters())  # part of what is needed
+        held = sum(local(p).numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))  # a part of it
         memory, available = memory_needed(model, world, settings), memory_available(world.device) + held
         print(f"{everything:,} parameters, {trained:,} trained, over {world.size} process{'es' * (world.size > 1)} on "
               f"{world.device.type} in {str(compute_dtype(settings.dtype, world.device)).removeprefix('torch.')}\n"
@@ -103,6 +106,7 @@ def memory_needed(model, world, settings) -> float:
     dtype = compute_dtype(settings.dtype, world.device)
     parameters = list(model.parameters())
     state = sum((16 if p.requires_grad else p.element_size()) * p.numel() for p in parameters) / world.size
+    state += sum(b.numel() * b.element_size() for b in model.buffers())  # of a base in NF4: whole on every process
     if getattr(settings, "reference", None) == "live" and all(p.requires_grad for p in parameters):
         state += sum(dtype.itemsize * p.numel() for p in parameters) / world.size
     blocks = set(model.blocks.parameters())

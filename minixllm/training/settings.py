@@ -51,6 +51,9 @@ class TrainingSettings(LoraSettings):
             raise UserError(f"{given} without {lacking}: expected both, or neither for the embedded default")
         if self.held_out and not self.data:
             raise UserError("--held-out without --data: expected both, or neither for the embedded default")
+        if self.base != "auto" and not self.lora_r:
+            raise UserError(f"--base {self.base} without --lora-r: expected a rank above 0, for only a frozen base is "
+                            "held in another type")
         if self.learning_rate is None:
             self.learning_rate = self.learning_rates[0 if self.lora_r else 1]
 

@@ -5,6 +5,7 @@ one tensor at a time, and the directory appears whole or not at all.
 """
 
 import dataclasses
+import functools
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from minixllm.errors import UserError, expect
 from minixllm.files import read_json, write_json
 from minixllm.models.architectures import ARCHITECTURES
 from minixllm.models.lora import is_adapter
+from minixllm.models.nf4 import nf4_layers
 from minixllm.tokenizers import has_tokenizer, load_tokenizer
 from minixllm.weights.safetensors_files import Stored, find_tensors, what_instead, what_kind, write_tensors
 

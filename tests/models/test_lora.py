@@ -11,8 +11,8 @@ from minixllm import distributed
 from minixllm.errors import UserError
 from minixllm.models import lora
 from minixllm.models.llama import Llama, LlamaConfig
-from minixllm.training.model import open_model
 from minixllm.models.lora import LoraLinear, LoraSettings, add_lora
+from minixllm.training.model import open_model
 from minixllm.weights import adapters, hf_directory
 from minixllm.weights.adapters import base_directory, load, merge_adapter, read_adapter_config, save_adapter
 
@@ -278,7 +278,8 @@ def test_adapter_tensors_that_do_not_fit_are_named(base, arch, tmp_path):
 @pytest.mark.parametrize("dtype, held", [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
 def test_the_base_is_held_once_and_adapters_in_fp32(base, dtype, held):
     config = hf_directory.read_config(base)
-    settings = SimpleNamespace(dtype=dtype, lora_r=4, lora_alpha=8.0, lora_dropout=0.3, lora_targets=[], seed=0)
+    settings = SimpleNamespace(dtype=dtype, lora_r=4, lora_alpha=8.0, lora_dropout=0.3, lora_targets=[], seed=0,
+                               base="auto")
     model = open_model(config, distributed.setup("cpu"), settings, base)
     assert {layer.dropout.p for layer in lora.lora_layers(model).values()} == {0.3}
     for name, parameter in model.named_parameters():
@@ -293,7 +294,7 @@ def test_what_is_random_follows_the_seed(base):
     drawn = []
     for seed in (0, 5, 5):
         settings = SimpleNamespace(dtype="float32", lora_r=4, lora_alpha=8.0, lora_dropout=0.0, lora_targets=[],
-                                   seed=seed)
+                                   seed=seed, base="auto")
         model = open_model(hf_directory.read_config(base), distributed.setup("cpu"), settings)
         drawn.append([model.embedding.weight, *(layer.lora_A.weight for layer in lora.lora_layers(model).values())])
     for first, other, again in zip(*drawn):
