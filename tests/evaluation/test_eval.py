@@ -329,7 +329,7 @@ def test_tables_of_five_benchmarks_and_two_models(model_directory, five, tmp_pat
     assert tiers == pytest.approx({"high": values["fra"], "low": values["yor"], "all": sum(values.values()) / 2})
     predictions = [json.loads(line)
                    for line in (tmp_path / "out/base/predictions.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(predictions) == 4 + 60 + 48 + 8 + 1 and {"prompt", "answer", "parsed", "reference",
+    assert len(predictions) == 4 + 60 + 48 + 8 + 3 and {"prompt", "answer", "parsed", "reference",
                                                         "language"} <= set(predictions[0])
     assert (tmp_path / "out/scores.png").stat().st_size > 1000
     written = (tmp_path / "out/report.md").read_text(encoding="utf-8")
@@ -550,7 +550,7 @@ def test_a_model_behind_a_server_is_asked_for_free_answers(five, tmp_path, capsy
     said = capsys.readouterr().out
     assert "tiny: 2 items without an answer, the last: " in said and "from free answers alone" in said
     lines = [json.loads(line) for line in (tmp_path / "tiny/predictions.jsonl").read_text("utf-8").splitlines()]
-    assert len(lines) == 5 and all(line["answer"] for line in lines) and lines[0]["logps"] is None
+    assert len(lines) == 7 and all(line["answer"] for line in lines) and lines[0]["logps"] is None
     assert "### Response" not in lines[0]["prompt"] and lines[0]["prompt"].startswith("The following are two sentences")
     with pytest.raises(UserError, match="--choices likelihood: found a model behind a server"):
         script.main([*argv, "--choices", "likelihood"])
