@@ -108,7 +108,7 @@ OPTIONS = [
     (PAIR, "The correct answer is: -B", B), (PAIR, "the ANSWER IS: - B", B),
     (PAIR, "A is the better choice than B", A), (PAIR, "I pick A over B", A), (PAIR, "These are two: A, B", UNCLEAR),
     (ARTICLES, "The answer is A dog barked.", B), (ARTICLES, "Option A: A cat slept.", A),
-    (ARTICLES, "A dog barked", B),
+    (ARTICLES, "A dog barked", B), (ARTICLES, "I pick A dog barked.", B),
     (ITALIAN, "Era delicato", A), (ITALIAN, "-B: Era piccolo", B), (ITALIAN, "B. Era piccolo", B),
     (ITALIAN, "A causa del vetro", UNCLEAR),
     (CHINESE, "它很易碎", A), (CHINESE, "B：它很小。", B), (CHINESE, "选A。", A), (CHINESE, "-A: 它很易碎。，-B: 它很小。", UNCLEAR),
