@@ -85,7 +85,8 @@ class Endpoint:
         if not self._spellings:
             return text
         text = text.replace(self.key, "***")
-        return self._spellings.sub("***", text) if re.search(r"[\\%&]", text) else text  # what every escape begins with
+        escaped = any(sign in text for sign in "\\%&")  # one of these begins every escape
+        return self._spellings.sub("***", text) if escaped else text
 
 
 def address(url: str):
@@ -111,7 +112,8 @@ def _spellings(key: str) -> re.Pattern:
         return (rf"(?:\\{{0,4}}{re.escape(c)}|(?i:\\{{1,4}}(?:u00|x){code}|%(?:25){{0,2}}{code}"
                 rf"|&(?:amp;)*(?:#x0*{code}|#0*{ord(c)}{f'|{names}' if names else ''});?))")
 
-    return re.compile("".join(map(sign, key)))
+    start = rf"(?=[{re.escape(key[0])}\\%&])"  # most positions are passed over at this first look
+    return re.compile(start + "".join(map(sign, key)))
 
 
 def _pool(parts, timeout: float):

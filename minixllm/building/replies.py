@@ -85,6 +85,9 @@ def without_markup(text: str, asked: str) -> tuple[str, bool]:
 
     Raises Unusable where thoughts do not end, or a control token stands in the middle: there somebody else speaks.
     """
+    # Most answers have none of this, and the expressions above are slow: 1 ms for 4,000 characters.
+    if not any(sign in text for sign in ("<", "[", "◁", "assistantfinal")) and not CHANNELS.match(text):
+        return text, False
     plain = _without_control_tokens(_without_thoughts(_final_channel(text), asked), asked)
     if text and not plain:
         raise Unusable("nothing but thoughts and markup")

@@ -7,7 +7,6 @@ is asked by one thread alone, and how it ended, with an answer or without, holds
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -368,5 +367,5 @@ def _amounts(amounts: dict) -> str:
 
 
 def _key(service, request) -> bytes:
-    fields = json.dumps([service.name, type(request).__name__, dataclasses.asdict(request)], ensure_ascii=False)
+    fields = json.dumps([service.name, type(request).__name__, vars(request)], ensure_ascii=False)
     return hashlib.sha256(fields.encode()).digest()[:16]
