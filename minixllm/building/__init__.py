@@ -2,5 +2,5 @@
 
 Read `instructions` and `feedback` (the two builds), then `services` (who is asked), over `endpoint` (HTTP) and
 `replies` (what their answers are worth), `runner` (asking many, remembering all) and `filters` (what is left out, and
-why). `estimate` is the dry run, `feedback_report` the tables of report.md.
+why). `estimate` is the dry run, `reports` the tables of report.md.
 """

@@ -21,10 +21,9 @@ import numpy as np
 from tqdm import tqdm
 
 from minixllm import languages
-from minixllm.building import services
+from minixllm.building import reports, services
 from minixllm.building.filters import identifier, unfit
 from minixllm.building.estimate import Estimate
-from minixllm.building.feedback_report import report_tables
 from minixllm.building.instructions import chosen_languages
 from minixllm.building.replies import Unusable
 from minixllm.building.runner import LeftOut, Runner, RunnerSettings
@@ -32,7 +31,6 @@ from minixllm.building.services import Prompt
 from minixllm.data import prompts
 from minixllm.data.records import Instruction, place, read_instructions, record_files
 from minixllm.errors import UserError, check_text
-from minixllm.files import atomic_write, write_json
 from minixllm.languages import FEEDBACK_LANGUAGES, LANGUAGES
 from minixllm.settings import setting
 
@@ -100,9 +98,7 @@ def build_pairs(settings: FeedbackSettings) -> bool:
         counts = runner.write(Path(settings.output) / "pairs.jsonl", answer, tally.finish, instructions(files, drawn),
                               total, settings.feedback, named)
         report = counts | tally.report() | {"cost of all stored answers": runner.stored()}
-        write_json(runner.folder / "report.json", report)
-        with atomic_write(runner.folder / "report.md") as file:
-            file.write(report_tables(report, settings, total))
+        reports.write(runner.folder, report, reports.feedback_report(report, settings, total))
         for reason, count in report["left_out"].items():
             print(f"no pair out of {count:,} instructions: {reason}")
         state = f"{report['records']:,} pairs out of {total:,} instructions"
@@ -234,18 +230,6 @@ def compare(ask, item, generators, judge, settings) -> Compared:
     return made
 
 
-def pair(item, judge, least: float, faults: list[str | None], made: Compared) -> dict:
-    """The record that the compared answers to an instruction give. Raises LeftOut."""
-    texts = list(made.answers)
-    try:
-        best, worst, margin, vetoed = choose(len(texts), made.margins, faults, least)
-    except LeftOut as out:
-        raise LeftOut(out.reason, made.instruction, *texts) from None
-    return {"instruction": made.instruction, "input": item[0].input, "chosen": texts[best], "rejected": texts[worst],
-            **named(item), "chosen_by": made.answers[texts[best]], "rejected_by": made.answers[texts[worst]],
-            "judge": judge.name, "margin": round(margin, 3), "vetoed": vetoed}
-
-
 def comparison(instruction: str, input: str, first: str, second: str, language: str) -> tuple[str, str]:
     """The question to the judge, and its tag.
 
@@ -357,7 +341,15 @@ class Tally:
             tqdm.write(f"{self.judge.name}: {unreadable:,} of {self.comparisons.total():,} verdicts cannot be read, "
                        "and count as ties", file=sys.stderr)
             self.warn_at = 2 * unreadable
-        record = pair(item, self.judge, self.least, faults, made)
+        texts = list(made.answers)
+        try:
+            best, worst, margin, vetoed = choose(len(texts), made.margins, faults, self.least)
+        except LeftOut as out:
+            raise LeftOut(out.reason, made.instruction, *texts) from None
+        record = {"instruction": made.instruction, "input": item[0].input, "chosen": texts[best],
+                  "rejected": texts[worst], **named(item), "chosen_by": made.answers[texts[best]],
+                  "rejected_by": made.answers[texts[worst]], "judge": self.judge.name, "margin": round(margin, 3),
+                  "vetoed": vetoed}
         self.each[f"{item[1]}>{item[2]}"] += 1
         self.generators[record["chosen_by"]]["chosen"] += 1
         self.generators[record["rejected_by"]]["rejected"] += 1

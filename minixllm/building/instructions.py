@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minixllm import languages
-from minixllm.building import services
+from minixllm.building import reports, services
 from minixllm.building.estimate import Estimate
 from minixllm.building.filters import copied, fault, identifier, spaced
 from minixllm.building.replies import Unusable
@@ -24,7 +24,6 @@ from minixllm.building.services import Prompt, Translate
 from minixllm.data.records import Instruction, place, read_instructions
 from minixllm.errors import UserError, check_text, found
 from minixllm.evaluation import scorers
-from minixllm.files import atomic_write, write_json
 from minixllm.languages import LANGUAGES
 from minixllm.settings import setting
 
@@ -96,7 +95,7 @@ def build_instructions(settings: InstructionSettings) -> bool:
             label = f"{plan.code} {number}/{len(plans)}"
             report[plan.code] = entry = write_language(runner, settings, plan, sample, total, label, wrong_language)
             report = {code: report[code] for code in LANGUAGES if code in report}
-            write_report(runner.folder, report, settings.min_bleu)
+            reports.write(runner.folder, report, reports.instructions_report(report, settings.min_bleu))
             finished += 1
             print(f"{label}: {entry['records']:,} records, {sum(entry['left_out'].values()):,} left out, "
                   f"{entry['failed']:,} failed" + ", so no file" * (not entry["records"]), flush=True)
@@ -214,7 +213,7 @@ def quality(runner: Runner, paths, sample: set[int], plan: Plan, label: str) -> 
         "signatures": [score.signature for score in scores.values()], "sampled": len(pairs)}
 
 
-# -- reports --------------------------------------------------------------------------------------------------------
+# -- what was built, and what would be -----------------------------------------------------------------------------
 
 
 def earlier_report(folder: Path) -> dict:
@@ -222,38 +221,13 @@ def earlier_report(folder: Path) -> dict:
     path = folder / "report.json"
     try:
         report = json.loads(path.read_bytes())
-        report_table(report, 0)
+        reports.instructions_report(report, 0)
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
         raise UserError(f"{path}: found no report of built languages, expected one, or none: remove it, or choose "
                         "another --output") from None
     return report
-
-
-def write_report(folder: Path, report: dict, min_bleu: float) -> None:
-    """report.json with all languages of the directory, and report.md."""
-    write_json(folder / "report.json", report)
-    with atomic_write(folder / "report.md") as file:
-        file.write(report_table(report, min_bleu))
-
-
-def report_table(report: dict, min_bleu: float) -> str:
-    """With the paper's table: how many languages have a quality in each interval."""
-    lines = ["| BLEU there and back | languages | which |", "|---|---|---|"]
-    for low in range(90, -10, -10):
-        members = [code for code, entry in report.items() if low <= min(entry["bleu"], 99.9) < low + 10]
-        if members:
-            lines.append(f"| {low} to {low + 10} | {len(members)} | {' '.join(members)} |")
-    lines += ["", f"The last build generated answers from {min_bleu:g} on, and translated them below.", "",
-              "| language | BLEU | chrF | answers | records | left out | failed | markup cut out |",
-              "|---|---|---|---|---|---|---|---|"]
-    for code, entry in report.items():
-        left_out = ", ".join(f"{reason} {count:,}" for reason, count in entry["left_out"].items()) or "none"
-        lines.append(f"| {LANGUAGES[code].name} ({code}) | {entry['bleu']:.1f} | {entry['chrf']:.1f} | "
-                     f"{entry['answers']} | {entry['records']:,} | {left_out} | {entry['failed']:,} | "
-                     f"{entry.get('markup', 0):,} |")
-    return "\n".join(lines) + "\n"
 
 
 def estimate(settings, total: int, plans: list[Plan], sampled: int) -> str:
