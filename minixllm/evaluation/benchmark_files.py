@@ -15,6 +15,7 @@ from minixllm.errors import UserError
 TITLES = {"pawsx": "PAWS-X", "xcopa": "XCOPA", "translation": "Translation", "xlsum": "XL-Sum",
           "self-instruct": "Self-Inst*"}
 
+
 def _name_of_text(file: Path) -> str:
     """fra.devtest, newstest2019-ref.fra.txt, fra.txt, fra -> fra; "" for what names no language, for a text in another
     script (arb_Latn is Arabic in Latin letters), for a pair of languages (en-de), and for what is no text, such as
@@ -56,17 +57,17 @@ def detect(path) -> str:
     if not path.is_dir():
         found = "found a file" if path.exists() else "no such directory"
         raise UserError(f"{path}: {found}; expected a directory of a benchmark's files")
-    own, where = _held(path), collections.defaultdict(list)
+    own, where = _held(path), collections.defaultdict(list)   # {benchmark: the topmost folders below that hold it}
     for folder in [*sorted(path.glob("*/")), *sorted(path.glob("*/*/"))]:
         with contextlib.suppress(OSError):
             for name in _held(folder):
                 if not any(parent in where[name] for parent in folder.parents):
                     where[name].append(folder)
     where = {name: [path] for name in own} | where
-    if len(where) == len(own) == 1:
-        return own[0]
     if len(where) == 1:
         [(name, folders)] = where.items()
+        if own:
+            return name
         raise UserError(f"{path}: holds {TITLES[name]} below, expected one of: {', '.join(map(str, folders[:5]))}"
                         + ", ..." * (len(folders) > 5))
     if where:

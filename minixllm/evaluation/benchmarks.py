@@ -8,20 +8,22 @@
 | xlsum | `{language}_test.jsonl` (v2.0): id, url, title, summary, text | text | 250 |
 | self-instruct | `{lang}.jsonl`: instruction, instances [{input, output}]; `user_oriented_instructions` | text | all |
 
-Instructions come from templates/instructions.toml (the paper's wording), or a file of the same form. Limits are the
-default, per language or direction, from the start of the file. The directory tells the benchmark: benchmark_files.py.
+Instructions come from instructions.toml (the paper's wording) or from a file of the same form (templates.py). By
+default the first rows of each language or direction are read, up to the limit. benchmark_files.py tells what a directory
+holds.
 """
 
+import collections
 import functools
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from minixllm import languages
 from minixllm.data.prompts import alpaca
 from minixllm.data.records import place, read_objects
-from minixllm.errors import UserError, expect
-from minixllm.errors import found as excerpt
+from minixllm.errors import UserError, check_text, expect, found
 from minixllm.evaluation.benchmark_files import TITLES, detect, files
 from minixllm.evaluation.templates import FIELDS, read_templates
 from minixllm.languages import LANGUAGES
@@ -75,18 +77,18 @@ def read(path, wanted: Wanted) -> tuple[list[Item], list[str]]:
     reader = _Reader(name, path, wanted, read_templates(wanted.templates), notes)
     if name == "self-instruct":
         reader.note(f"{wanted.mode} mode, instructions as its files have them")
-    items, ids = [], set()
-    left_out = {"the character NUL": 0, "the id of an earlier row": 0}
+    items, seen, left_out = [], set(), collections.Counter()
     for item in _by_file(reader) if name in ROWS else _translation(reader):
-        nul, again = "\0" in item.reference + "".join(item.fields.values()), (item.column, item.group, item.id) in ids
-        ids.add((item.column, item.group, item.id))
-        if nul or again:
-            left_out["the character NUL" if nul else "the id of an earlier row"] += 1
+        row = item.column, item.group, item.id
+        if "\0" in item.reference + "".join(item.fields.values()):
+            left_out["the character NUL"] += 1
+        elif row in seen:
+            left_out["the id of an earlier row"] += 1
         else:
             items.append(item)
-    for what, count in left_out.items():
-        if count:
-            reader.note(f"{path}: {count} rows left out, they hold {what}")
+        seen.add(row)
+    for what, count in sorted(left_out.items()):
+        reader.note(f"{path}: {count} rows left out, they hold {what}")
     if not items:
         reader.note(f"nothing of {path} is left to evaluate")
     for source, asked_in in reader.used.items():
@@ -114,36 +116,34 @@ class _Reader:
         return [languages.find(text).code for text in self.wanted.languages]
 
     def by_language(self) -> dict[str, Path]:
-        """{language code: file}, the last of each language; what is left out, and languages asked without a file, are
-        noted."""
+        """{language code: file}, the last of each language. Notes the files that are left out and the languages asked
+        for that have none."""
         codes = files(self.benchmark, self.path)
-        found = {code: path for path, code in codes.items() if code}
-        left_out = {f"{path.relative_to(self.path)}": code for path, code in codes.items() if found.get(code) != path}
+        last = {code: path for path, code in codes.items() if code}
+        left_out = {f"{path.relative_to(self.path)}": code for path, code in codes.items() if last.get(code) != path}
+        unknown = [name for name, code in left_out.items() if not code]
         second = [f"{name} is a second file of {languages.find(code).name} ({code})"
                   for name, code in left_out.items() if code]
-        for what, some in ((" of no known language", [name for name in left_out if not left_out[name]]), ("", second)):
+        for what, some in ((" of no known language", unknown), ("", second)):
             if some:
                 self.note(f"{len(some)} files{what} left out: {', '.join(some[:5])}" + ", ..." * (len(some) > 5))
-        if missing := [code for code in self.asked if code not in found]:
+        if missing := [code for code in self.asked if code not in last]:
             self.note(f"no file for {', '.join(missing)} in {self.path}")
-        return found
+        return last
 
-    def choose(self) -> dict[str, Path]:
-        """The files of the wanted languages; those without an instruction in the language itself are noted."""
-        chosen = {code: file for code, file in sorted(self.by_language().items())
-                  if not self.asked or code in self.asked}
-        if self.wanted.mode == "understanding" and self.benchmark in FIELDS:
-            if without := [code for code in chosen if (self.benchmark, code) not in self.templates]:
-                self.note(f"no instruction in the language itself for {len(without)} of {len(chosen)}, asked in "
-                          f"English: {', '.join(without)}")
-        return chosen
+    def note_english(self, codes) -> None:
+        """Note which of these languages have no instruction in the language itself, where that is asked for."""
+        without = [code for code in codes if (self.benchmark, code) not in self.templates]
+        if without and self.wanted.mode == "understanding" and self.benchmark in FIELDS:
+            self.note(f"no instruction in the language itself for {len(without)} of {len(codes)}, asked in English: "
+                      f"{', '.join(without)}")
 
     def template(self, code: str) -> tuple[dict, str]:
         """The instruction for items in this language, and the language it is written in."""
-        in_it = self.wanted.mode == "understanding" and (self.benchmark, code) in self.templates
-        asked_in = code if in_it else "eng"
         if self.benchmark == "self-instruct":
             return {"instruction": "{instruction}", "input": "{input}"}, code
+        in_it = self.wanted.mode == "understanding" and (self.benchmark, code) in self.templates
+        asked_in = code if in_it else "eng"
         template = self.templates[self.benchmark, asked_in]
         shipped = template == read_templates().get((self.benchmark, asked_in))
         self.used.setdefault("as shipped" if shipped else str(self.wanted.templates), {})[asked_in] = None
@@ -159,30 +159,31 @@ def _name(code: str, asked_in: str) -> str:
     return language.name if asked_in == "eng" else language.own_name
 
 
-def _by_file(reader: _Reader) -> list[Item]:
+def _by_file(reader: _Reader) -> Iterator[Item]:
     """The items of the four benchmarks that have a file for each language: one for each row that is not skipped."""
-    items, title = [], TITLES[reader.benchmark]
     rows, item_of, skipped_for = ROWS[reader.benchmark]
-    for code, file in reader.choose().items():
+    chosen = {code: file for code, file in sorted(reader.by_language().items())
+              if not reader.asked or code in reader.asked}
+    reader.note_english(chosen)
+    for code, file in chosen.items():
         template, asked_in = reader.template(code)
         count = skipped = 0
         for place_in_file, (line, entry) in enumerate(rows(file)):
             if count == reader.limit:
                 break
             where = f"{file}, {place(line)}"
-            found = item_of(reader, where, entry, template, code)
-            if found is None:
+            if (row := item_of(reader, where, entry, template, code)) is None:
                 skipped += 1
                 continue
             count += 1
-            fields, reference, more = found
-            key = "idx" if reader.benchmark == "xcopa" else "id"
-            id = _text(where, entry, key) if isinstance(entry.get(key), str) else str(entry.get(key, place_in_file))
-            items.append(Item(reader.benchmark, title, code, code, code, id, template["instruction"],
-                              template["input"], fields | {"language": _name(code, asked_in)}, reference, **more))
+            fields, reference, more = row
+            id = entry.get("idx" if reader.benchmark == "xcopa" else "id", place_in_file)
+            if isinstance(id, str):
+                check_text(id, f"{where}: id")
+            yield Item(reader.benchmark, TITLES[reader.benchmark], code, code, code, str(id), template["instruction"],
+                       template["input"], fields | {"language": _name(code, asked_in)}, reference, **more)
         if skipped:
             reader.note(f"{file}: {skipped} rows skipped, {skipped_for}")
-    return items
 
 
 def _tsv(file: Path):
@@ -225,44 +226,36 @@ def _xlsum(reader: _Reader, where: str, entry: dict, template: dict, code: str):
 
 def _self_instruct(reader: _Reader, where: str, entry: dict, template: dict, code: str):
     """Instruction and input as the file has them, in its language, in both modes."""
-    instances = entry.get("instances")
-    if not isinstance(instances, list) or not instances or not isinstance(instances[0], dict):
-        raise UserError(f"{where}: instances: found {excerpt(instances)}, expected [{{input, output}}]")
+    instances = expect(entry.get("instances"), list, f"{where}: instances")
+    first = expect(instances[0] if instances else None, dict, f"{where}: instances: the first")
     fields = {"instruction": _text(where, entry, "instruction"),
-              "input": _text(where, instances[0], "input", empty=True)}
-    return fields, _text(where, instances[0], "output"), {"body": "input"}
+              "input": _text(where, first, "input", empty=True)}
+    return fields, _text(where, first, "output"), {"body": "input"}
 
 
-def _translation(reader: _Reader) -> list[Item]:
+def _translation(reader: _Reader) -> Iterator[Item]:
+    """The items of each direction: the lines of two aligned texts in which neither is empty."""
     texts = reader.by_language()
     codes = [code for code in texts if not reader.asked or code in [*reader.asked, "eng"]]
     lines = functools.cache(lambda code: _lines(texts[code]))
     title = _translation_set(texts.values())
-    items = []
     directions = translation_directions(codes, reader.wanted.directions, reader.wanted.seed, reader.note)
-    if reader.wanted.mode == "understanding":
-        sources = dict.fromkeys(source for source, _, _ in directions)
-        if without := [code for code in sources if ("translation", code) not in reader.templates]:
-            reader.note(f"no instruction in the language itself for {len(without)} of {len(sources)}, asked in "
-                        f"English: {', '.join(without)}")
+    reader.note_english(dict.fromkeys(source for source, _, _ in directions))
     for source, target, column in directions:
         if len(lines(source)) != len(lines(target)):
             raise UserError(f"{texts[source]} has {len(lines(source))} lines, {texts[target]} {len(lines(target))}: "
                             "expected texts aligned line by line")
         template, asked_in = reader.template(source)
-        language = source if target == "eng" else target
         pairs = [(number, *pair) for number, pair in enumerate(zip(lines(source), lines(target)), 1)
-                 if all(map(str.strip, pair))]
-        pairs = pairs[:reader.limit]
+                 if all(map(str.strip, pair))][:reader.limit]
         if empty := (pairs[-1][0] if len(pairs) == reader.limit else len(lines(source))) - len(pairs):
             reader.note(f"{source}-{target}: {empty} lines skipped, a sentence is empty")
+        names = {"source_language": _name(source, asked_in), "target_language": _name(target, asked_in),
+                 "language": _name(target, asked_in)}
         for number, text, reference in pairs:
-            fields = {"source": text, "source_language": _name(source, asked_in),
-                      "target_language": _name(target, asked_in), "language": _name(target, asked_in)}
-            items.append(Item("translation", f"{title}({column})", f"{source}-{target}", language,
-                              target, str(number), template["instruction"], template["input"], fields, reference,
-                              body="source"))
-    return items
+            yield Item("translation", f"{title}({column})", f"{source}-{target}", source if target == "eng" else target,
+                       target, str(number), template["instruction"], template["input"], {"source": text, **names},
+                       reference, body="source")
 
 
 def translation_directions(codes: list[str], asked, seed: int, note=print) -> list[tuple[str, str, str]]:
@@ -321,7 +314,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _text(where: str, entry: dict, key: str, empty: bool = False) -> str:
-    value = entry.get(key)
-    if not isinstance(value, str) or not (value.strip() or empty):
-        raise UserError(f"{where}: {key}: found {excerpt(value)}, expected text")
-    return expect(value, str, f"{where}: {key}")
+    value = expect(entry.get(key), str, f"{where}: {key}")
+    if not (value.strip() or empty):
+        raise UserError(f"{where}: {key}: found {found(value)}, expected text")
+    return value
