@@ -1,5 +1,6 @@
 """Errors a user can mend, and the one check behind "found X, expected Y"."""
 
+import re
 import reprlib
 import sys
 
@@ -15,7 +16,10 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(shortened(" ".join(str(message).split()), LONGEST))
+        message = " ".join(str(message).split())
+        if len(message) > LONGEST:  # long paths keep their last two parts, so that what was found and expected stays
+            message = re.sub(r"(?<![^\s'\"(])/(?:[^/\s'\"]+/)+(?=[^/\s'\"]+/[^/\s'\"]+)", ".../", message)
+        super().__init__(shortened(message, LONGEST))
 
 
 def shortened(text: str, length: int) -> str:

@@ -139,7 +139,7 @@ def load_weights(model, directory, device="cpu"):
         "misshaped": [f"{name} (found {list(stored.shape)}, expected {list(shapes[name])})"
                       for name, stored in tensors.items() if stored.shape != shapes.get(name, stored.shape)]}
     if any(problems.values()):
-        what = "; ".join(f"{len(names)} {problem}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
+        what = "; ".join(f"{len(names)} {problem}: {', '.join(names[:2])}{', ...' * (len(names) > 2)}"
                          for problem, names in problems.items() if names)
         raise UserError(f"{directory}: the tensors are not those that config.json describes: {what}")
     _materialise(model, device)

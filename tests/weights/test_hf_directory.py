@@ -290,7 +290,7 @@ def test_damaged_weights(directory, damage, words):
     damage(folder)
     with pytest.raises(UserError, match=words) as caught:
         load_model(folder)
-    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    assert folder.name in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_two_whole_shards_are_fine(theirs, directory):
@@ -327,7 +327,7 @@ CONFIG = {
                    "generation_config.json: no valid JSON, perhaps cut short"),
     "a billion layers": (dict(num_hidden_layers=10**9), "config.json: num_hidden_layers: found 1000000000"),
     "other size": (dict(vocab_size=98), r"2 misshaped: .*\(found \[97, 32\], expected \[98, 32\]\)"),
-    "another model": (dict(model_type="bloom", n_head=4, n_layer=2), "missing: transformer.*unexpected: model"),
+    "another model": (dict(model_type="bloom", n_head=4, n_layer=2), "missing: transf.*unexpected: model"),
 }
 
 
@@ -340,7 +340,7 @@ def test_damaged_config(directory, damage, words):
         damage(folder / "config.json")
     with pytest.raises(UserError, match=words) as caught:
         load_model(folder)
-    assert str(folder) in str(caught.value)
+    assert folder.name in str(caught.value)
 
 
 @pytest.mark.parametrize("content, words", [(b"GGUF" + bytes(9), "a GGUF file"), (b"PK\x03\x04", "a PyTorch pickle")])
