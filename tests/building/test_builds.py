@@ -1266,7 +1266,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
         with first:
             fails("another build is writing there", "--translator", f"google@{server.url}", "--languages", "spa")
     (tmp_path / "out/build/cache.sqlite").write_bytes(os.urandom(5000))
-    fails("out/build/cache.sqlite: file is not a database", "--translator", f"google@{server.url}",
+    fails("build/cache.sqlite: file is not a database", "--translator", f"google@{server.url}",
           "--languages", "spa")
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("generators = []")

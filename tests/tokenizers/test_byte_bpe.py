@@ -279,7 +279,7 @@ def test_damaged_files_are_named(pair, tmp_path, edit, message):
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=message) as error:
         load_tokenizer(tmp_path)
-    assert str(path) in str(error.value)
+    assert f"{tmp_path.name}/tokenizer.json" in str(error.value)
 
 
 @pytest.mark.parametrize("where", ["an added token that is not special", "the vocabulary alone"])

@@ -52,7 +52,7 @@ def test_an_adapters_tokenizer_and_generation_config_win(adapter):
 def test_an_adapters_tokenizer_beyond_the_embedding_is_refused(adapter):
     train_sentencepiece(["one two three four five six seven"] * 50, adapter / "tokenizer.model", 400,
                         user_defined_symbols=[f"<{i}>" for i in range(60)])
-    with pytest.raises(UserError, match=f"{adapter}: the tokenizer has .* ids, but the embedding only 320 rows"):
+    with pytest.raises(UserError, match=f"{adapter.name}: the tokenizer has .* ids, but the embedding only 320 rows"):
         adapters.load(adapter)
 
 
