@@ -19,9 +19,9 @@ from bench import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 BIG = {"1b": "1b", "7b": "7b", "rows": "8", "length": "2048", "steps": "5", "pairs": "48", "mixed": "64",
-       "dtype": "bfloat16"}
+       "new": "64", "dtype": "bfloat16"}
 TINY = {"1b": "tiny", "7b": "tiny", "rows": "2", "length": "64", "steps": "1", "pairs": "8", "mixed": "4",
-        "dtype": "float32"}
+        "new": "4", "dtype": "float32"}
 
 
 def parts(size: dict) -> list[tuple[str, int, list[str]]]:
@@ -32,7 +32,10 @@ def parts(size: dict) -> list[tuple[str, int, list[str]]]:
     return [
         ("tests", 120, ["-m", "pytest", "-q", "tests/test_cuda.py"]),
         ("sft-llama-1b", 90, [*sft, "--size", size["1b"], "--sides", "ours", "ours-masked", "transformers"]),
-        ("sft-llama-7b-lora", 90, [*sft, "--size", size["7b"], "--lora", "--sides", "ours", "transformers"]),
+        ("sft-llama-7b-lora", 75, [*sft, "--size", size["7b"], "--lora", "--sides", "ours", "transformers"]),
+        ("sft-llama-7b-nf4", 45, [*sft, "--size", size["7b"], "--lora", "--nf4", "--sides", "ours"]),
+        ("switches-llama-1b", 75, ["-m", "bench.switches", "--size", size["1b"], "--dtype", size["dtype"], "--new",
+                                   size["new"]]),
         ("generation-llama-7b", 90, [*generation, "llama", "--size", size["7b"]]),
         ("dpo-llama-1b", 90, ["bench/dpo.py", "--size", size["1b"], "--dtype", size["dtype"], "--pairs", size["pairs"],
                               "--rounds", "1", "--modes", "lora", "full cached"]),

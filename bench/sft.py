@@ -49,7 +49,7 @@ def trained(model):
 def ours(args, size: dict, dtype: torch.dtype):
     from minixllm import distributed
     from minixllm.data.stream import Batch, pack
-    from minixllm.models import lora
+    from minixllm.models import lora, nf4
     from minixllm.training.losses import sft_loss
 
     def steps(rng):
@@ -62,6 +62,8 @@ def ours(args, size: dict, dtype: torch.dtype):
                 yield sorted(lengths[order[bounds[row]:bounds[row + args.rows]]].tolist())
 
     model = machine.ours(args.model, size, dtype if args.lora else torch.float32)
+    if args.nf4:
+        nf4.quantize_blocks(model)
     if args.lora:
         lora.add_lora(model, lora.LoraSettings(RANK, 32.0))
         lora.initialise(model, 0)
@@ -187,6 +189,7 @@ def main():
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--nf4", action="store_true", help="with --lora: our frozen base in four bits")
     parser.add_argument("--checkpointing", action="store_true", help="activations are recomputed, on all sides")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES[:3])
     parser.add_argument("--warmup", type=int, default=machine.WARMUP, help="steps before those that are timed")
