@@ -1,7 +1,7 @@
 """Generated tokens per second, ours and transformers', on the same weights: python -m bench.generation [llama|bloom]
 
 LLaMA: vocabulary 32,000, width 512, 8 layers, 8 heads, feed-forward 1,376; BLOOM of the same vocabulary, width, layers
-and heads; or of --size; random weights, on a GPU where there is one. Prompts of 32 tokens and answers of 128, greedy
+and heads; or of --size; random weights, on a GPU where there is one. Prompts of 32 tokens and answers of --new, greedy
 and drawn; then, greedy, prompts and answers of mixed lengths, which transformers runs in left-padded batches (of the
 size at which it is fastest here, --their-batch). The two sides take turns; medians and the range of the ratios over the
 rounds. The share of bandwidth counts the bytes of weights (embedding aside, but for a tied head) and of past keys and
@@ -18,7 +18,7 @@ import transformers
 from bench import machine
 from minixllm.generation import generate
 
-NEW, PROMPT, ROUNDS = 128, 32, 3
+PROMPT, ROUNDS = 32, 3
 
 
 class Tokenizer:
@@ -42,14 +42,14 @@ def their_batch(model, prompts, new: int, **sampling) -> list[list[int]]:
     return output[:, longest:].tolist()
 
 
-def bytes_read(model, rows: int) -> int:
+def bytes_read(model, rows: int, new: int) -> int:
     """What the steps of decoding must read: every layer's weights a step, and each row's past."""
     weights = sum(p.numel() for p in model.blocks.parameters()) + model.head.weight.numel()
-    seen = rows * sum(range(PROMPT + 1, PROMPT + NEW))
+    seen = rows * sum(range(PROMPT + 1, PROMPT + new))
     key_heads = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
     past = seen * 2 * key_heads * model.config.head_dim * model.config.num_hidden_layers
     width = model.head.weight.element_size()
-    return width * (NEW - 1) * weights + (4 if machine.DEVICE == "cpu" else width) * past  # a CPU's cache is fp32
+    return width * (new - 1) * weights + (4 if machine.DEVICE == "cpu" else width) * past  # a CPU's cache is fp32
 
 
 def report(name, ours, theirs, tokens, share=""):
@@ -59,24 +59,24 @@ def report(name, ours, theirs, tokens, share=""):
           f"({min(ratios):.2f} to {max(ratios):.2f}) {share}", flush=True)
 
 
-def uniform(kind, ours, theirs, rows: int, peak: float, **sampling):
+def uniform(kind, ours, theirs, rows: int, new: int, peak: float, **sampling):
     prompts = torch.randint(3, 32000, (rows, PROMPT)).tolist()
     their_batch(theirs, prompts, 4, **sampling), generate(ours, Tokenizer, prompts, 4, **sampling)
     our_times, their_times = [], []
     for _ in range(ROUNDS):
-        seconds, expected = machine.seconds(their_batch, theirs, prompts, NEW, **sampling)
+        seconds, expected = machine.seconds(their_batch, theirs, prompts, new, **sampling)
         their_times.append(seconds)
-        seconds, answers = machine.seconds(generate, ours, Tokenizer, prompts, NEW, **sampling)
+        seconds, answers = machine.seconds(generate, ours, Tokenizer, prompts, new, **sampling)
         our_times.append(seconds)
     same = sum(a == b for a, b in zip(answers, expected))
-    share = bytes_read(ours, rows) / statistics.median(our_times) / peak
+    share = bytes_read(ours, rows, new) / statistics.median(our_times) / peak
     how = "".join(f", {name} {value:g}" for name, value in sampling.items())
-    report(f"{kind}, {rows} prompt{'s' * (rows > 1)}{how}", our_times, their_times, rows * NEW,
+    report(f"{kind}, {rows} prompt{'s' * (rows > 1)}{how}", our_times, their_times, rows * new,
            f"{share:.0%} of bandwidth" + ("" if sampling else f", {same} of {rows} answers equal"))
 
 
-def mixed(kind, ours, theirs, count: int, batch: int):
-    """Prompts of 8 to 256 tokens, answers that end at an EOS after 1 to 128: the same in both."""
+def mixed(kind, ours, theirs, count: int, new: int, batch: int):
+    """Prompts of 8 to 256 tokens, answers that end at an EOS after 1 to `new`: the same in both."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.empty(count).log_normal_(4.0, 0.8, generator=generator).clamp(8, 256).long().tolist()
     prompts = [torch.randint(3, 32000, (n,), generator=generator).tolist() for n in lengths]
@@ -91,7 +91,7 @@ def mixed(kind, ours, theirs, count: int, batch: int):
     def their_side():
         answers = []
         for start in range(0, count, batch):
-            for answer in their_batch(theirs, prompts[start:start + batch], NEW):
+            for answer in their_batch(theirs, prompts[start:start + batch], new):
                 end = next((i for i, token in enumerate(answer) if token in eos), len(answer))
                 answers.append(answer[:end])
         return answers
@@ -100,7 +100,7 @@ def mixed(kind, ours, theirs, count: int, batch: int):
     for _ in range(ROUNDS):
         seconds, expected = machine.seconds(their_side)
         their_times.append(seconds)
-        seconds, answers = machine.seconds(generate, ours, Eos, prompts, NEW)
+        seconds, answers = machine.seconds(generate, ours, Eos, prompts, new)
         our_times.append(seconds)
     tokens = sum(len(answer) + 1 for answer in answers)
     same = sum(a == b for a, b in zip(answers, expected))
@@ -113,6 +113,9 @@ def main():
     parser.add_argument("model", choices=["llama", "bloom"], nargs="?", default="llama")
     parser.add_argument("--size", choices=list(machine.LLAMA), default="small")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8], help="prompts of one length at a time")
+    parser.add_argument("--greedy", action="store_true", help="nothing is drawn")
+    parser.add_argument("--new", type=int, default=128, help="tokens of an answer")
     parser.add_argument("--mixed", type=int, default=192, help="prompts of mixed lengths")
     parser.add_argument("--their-batch", type=int, default=16, help="of those, how many transformers runs at a time")
     args = parser.parse_args()
@@ -120,10 +123,11 @@ def main():
     peak = machine.bandwidth()
     print(f"{args.size}, {args.dtype}, memory read {peak / 1e9:,.1f} GB/s, {machine.description()}, "
           f"transformers {transformers.__version__}")
-    for rows in (1, 8):
-        for sampling in ({}, {"temperature": 1.0, "top_k": 50}, {"temperature": 0.7, "top_p": 0.9}):
-            uniform(args.model, ours, theirs, rows, peak, **sampling)
-    mixed(args.model, ours, theirs, args.mixed, args.their_batch)
+    drawn = [] if args.greedy else [{"temperature": 1.0, "top_k": 50}, {"temperature": 0.7, "top_p": 0.9}]
+    for rows in args.rows:
+        for sampling in ({}, *drawn):
+            uniform(args.model, ours, theirs, rows, args.new, peak, **sampling)
+    mixed(args.model, ours, theirs, args.mixed, args.new, args.their_batch)
 
 
 if __name__ == "__main__":

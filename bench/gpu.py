@@ -19,7 +19,7 @@ from bench import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 BIG = {"1b": "1b", "7b": "7b", "rows": "8", "length": "2048", "steps": "5", "pairs": "48", "mixed": "64",
-       "new": "64", "dtype": "bfloat16"}
+       "new": "128", "dtype": "bfloat16"}
 TINY = {"1b": "tiny", "7b": "tiny", "rows": "2", "length": "64", "steps": "1", "pairs": "8", "mixed": "4",
         "new": "4", "dtype": "float32"}
 
@@ -28,20 +28,21 @@ def parts(size: dict) -> list[tuple[str, int, list[str]]]:
     """(name, seconds it may take, command), the most telling first."""
     sft = ["bench/sft.py", "--dtype", size["dtype"], "--rows", size["rows"], "--length", size["length"], "--steps",
            size["steps"], "--rounds", "1"]
-    generation = ["-m", "bench.generation", "--dtype", size["dtype"], "--mixed", size["mixed"]]
+    generation = ["-m", "bench.generation", "--dtype", size["dtype"], "--mixed", size["mixed"],
+                  "--new", size["new"], "--greedy", "--rows", "1", "8", "64"]
     return [
         ("tests", 120, ["-m", "pytest", "-q", "tests/test_cuda.py"]),
         ("sft-llama-1b", 90, [*sft, "--size", size["1b"], "--sides", "ours", "ours-masked", "transformers"]),
         ("sft-llama-7b-lora", 75, [*sft, "--size", size["7b"], "--lora", "--sides", "ours", "transformers"]),
         ("sft-llama-7b-nf4", 45, [*sft, "--size", size["7b"], "--lora", "--nf4", "--sides", "ours"]),
-        ("switches-llama-1b", 75, ["-m", "bench.switches", "--size", size["1b"], "--dtype", size["dtype"], "--new",
-                                   size["new"]]),
-        ("generation-llama-7b", 90, [*generation, "llama", "--size", size["7b"]]),
+        ("switches-llama-1b", 75, ["-m", "bench.switches", "--size", size["1b"], "--dtype", size["dtype"],
+                                   "--new", size["new"]]),
+        ("generation-llama-7b", 90, [*generation, "--size", size["7b"]]),
         ("dpo-llama-1b", 90, ["bench/dpo.py", "--size", size["1b"], "--dtype", size["dtype"], "--pairs", size["pairs"],
                               "--rounds", "1", "--modes", "lora", "full cached"]),
         ("sft-bloom-1b", 60, [*sft, "--model", "bloom", "--size", size["1b"], "--sides", "ours", "transformers"]),
         ("sft-llama-1b-trl", 60, [*sft, "--size", size["1b"], "--sides", "trl"]),
-        ("generation-bloom-1b", 60, [*generation, "bloom", "--size", size["1b"]]),
+        ("generation-bloom-1b", 60, [*generation, "--size", size["1b"], "--", "bloom"]),
     ]
 
 
