@@ -21,7 +21,8 @@ def open_model(config, world, settings, directory=None, frozen=False):
     adapted = settings.lora_r > 0
     base = settings.base if settings.base != "auto" else "fp32" if settings.dtype == "float32" else "bf16"
     held = dtype if frozen else torch.float32 if not adapted or base == "fp32" else torch.bfloat16
-    model = hf_directory.build(config, held)
+    where = Path(directory) / "config.json" if directory else "config.json"
+    model = hf_directory.build(config, held, where)
     if adapted and base == "nf4":
         quantize_blocks(model)
     if adapted:

@@ -17,19 +17,19 @@ from minixllm.files import atomic_write, read_json, write_json
 from minixllm.models import lora
 from minixllm.models.lora import LoraSettings, is_adapter
 from minixllm.weights import hf_directory
-from minixllm.weights.safetensors_files import read_header
+from minixllm.weights.safetensors_files import check_shapes, read_header
 
 PREFIX = "base_model.model."
-# Settings that plain LoRA has or that change nothing it computes; any other that is set makes it something else.
+# Settings of plain LoRA, and those that do not change what it computes. With any other, an adapter is not plain LoRA.
 PLAIN = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
          "inference_mode", "r", "target_modules", "lora_alpha", "lora_dropout", "bias", "init_lora_weights",
          "eva_config", "megatron_core", "qalora_group_size"}
-# Initial weights that leave the base as it is. "pissa", "olora", "corda", "loftq" and others subtract from it.
+# Initialisations that leave the base as it is. "pissa", "olora", "corda", "loftq" and others subtract from it.
 INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def save_adapter(model, directory, settings: LoraSettings, base: str | None = None):
-    """Write the model's adapters, in fp32. A collective. `base`: where the base model is, for who opens the adapter."""
+    """Write the model's adapters, in fp32. A collective. `base`: where those who open them find the base model."""
     tensors = {PREFIX + name: distributed.full_tensor(parameter).detach().cpu().contiguous()
                for name, parameter in model.named_parameters() if is_adapter(name)}
     if distributed.is_first():
@@ -57,34 +57,32 @@ def load(directory, dtype=torch.float32, device="cpu"):
 
 
 def base_directory(directory) -> Path:
-    """The directory of the model that an adapter directory was made for; any other directory itself."""
+    """The base model's directory if this is an adapter's directory, and otherwise the directory itself."""
     directory = Path(directory)
     path = directory / "adapter_config.json"
     if not path.exists() or (directory / "config.json").exists():
         return directory
     where = f"{path}: base_model_name_or_path"
     base = expect(read_json(path).get("base_model_name_or_path"), str, where)
-    if not os.path.exists(os.path.join(base, "config.json")):  # os.path takes any text, however long or odd
-        relative = not os.path.isabs(base)  # taken as peft takes it
+    if not os.path.exists(os.path.join(base, "config.json")):  # os.path raises no error, however odd the text
+        relative = not os.path.isabs(base)  # peft, too, starts from the working directory
         raise UserError(f"{where}: found {found(base)}, expected the directory of the adapted model"
                         + f"; a relative path starts from the working directory, here {Path.cwd()}" * relative)
     return Path(base)
 
 
 def read_adapter_config(directory) -> LoraSettings:
-    """The settings of an adapter directory. Raises UserError, by name, for what is not plain LoRA."""
+    """The settings of an adapter directory. Raises UserError naming the setting that is not plain LoRA's."""
     path = Path(directory) / "adapter_config.json"
     saved = read_json(path)
-    if saved.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type: found {found(saved.get('peft_type'))}, expected 'LORA'")
+    expect(saved.get("peft_type"), str, f"{path}: peft_type", choices=("LORA",))
+    expect(saved.get("bias", "none"), str, f"{path}: bias", choices=("none",))
     for key, value in saved.items():
         if value and key not in PLAIN:
             raise UserError(f"{path}: {key}: found {found(value)}, expected plain LoRA without it")
     if (init := saved.get("init_lora_weights", True)) not in INITS:
         raise UserError(f"{path}: init_lora_weights: found {found(init)}, which changes the base model's weights; "
                         f"expected one of {', '.join(map(str, INITS))}")
-    if saved.get("bias", "none") != "none":
-        raise UserError(f"{path}: bias: found {found(saved['bias'])}, expected 'none'")
     targets = saved.get("target_modules")
     for target in targets if isinstance(targets, list) else [targets]:
         expect(target, str, f"{path}: target_modules")
@@ -95,30 +93,26 @@ def read_adapter_config(directory) -> LoraSettings:
 
 @torch.no_grad()
 def merge_adapter(model, directory):
-    """Add a directory's adapters to the weights of a plain model, an adapter of the head included.
+    """Add a directory's adapters to the weights of a plain model, which may include one of the head.
 
-    Raises UserError for every missing, unexpected or misshaped tensor.
+    Raises UserError when a tensor is missing, unexpected or of another shape.
     """
     settings, path = read_adapter_config(directory), Path(directory) / "adapter_model.safetensors"
     try:
         layers = lora.targeted(model, settings.lora_targets)
     except (UserError, re.error) as error:
         raise UserError(f"{path.with_name('adapter_config.json')}: target_modules: {error}") from None
-    stored, expected = read_header(path), {}
+    stored, shapes = read_header(path), {}
     for name, layer in layers.items():
         if layer is model.head and model.config.tie_word_embeddings:
             raise UserError(f"{path}: found an adapter of {name}, which is the embedding, too (tie_word_embeddings): "
                             "expected a model with a head of its own")
         out_features, in_features = layer.weight.shape
-        shapes = {"lora_A": (settings.lora_r, in_features), "lora_B": (out_features, settings.lora_r),
-                  "base_layer": (out_features, in_features)}
-        expected |= {key: shape for part, shape in shapes.items() if (key := f"{PREFIX}{name}.{part}.weight") in stored
-                     or part != "base_layer"}  # peft stores the frozen weight, too, of a head that it adapts
-    for key in sorted(expected.keys() ^ stored.keys()):
-        raise UserError(f"{path}: tensor {key}: {'missing' if key in expected else 'unexpected'}")
-    for key, shape in expected.items():
-        if stored[key].shape != shape:
-            raise UserError(f"{path}: tensor {key}: found shape {list(stored[key].shape)}, expected {list(shape)}")
+        shapes[f"{PREFIX}{name}.lora_A.weight"] = (settings.lora_r, in_features)
+        shapes[f"{PREFIX}{name}.lora_B.weight"] = (out_features, settings.lora_r)
+        if (frozen := f"{PREFIX}{name}.base_layer.weight") in stored:  # peft stores the weight of a head that it adapts
+            shapes[frozen] = (out_features, in_features)
+    check_shapes(stored, shapes, str(path))
     for name, layer in layers.items():
         if frozen := stored.get(f"{PREFIX}{name}.base_layer.weight"):
             layer.weight.copy_(frozen.read())

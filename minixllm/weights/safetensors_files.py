@@ -40,7 +40,7 @@ class Stored(NamedTuple):
 def find_tensors(directory) -> dict[str, Stored]:
     """Every tensor of a model directory by its key. Raises UserError for absent or contradictory files.
 
-    As for transformers, a single file counts before an index with its shards.
+    A single file counts before an index with its shards, as for transformers.
     """
     directory = Path(directory)
     index = directory / INDEX
@@ -48,17 +48,15 @@ def find_tensors(directory) -> dict[str, Stored]:
         return read_header(directory / SINGLE)
     if not index.exists():
         raise UserError(f"{directory}: {what_instead(directory)}")
-    where = f"{index}: weight_map"
+    where, tensors = f"{index}: weight_map", {}
     weight_map = expect(read_json(index).get("weight_map"), dict, where)
-    for key, shard in weight_map.items():  # a plain name; as a symbolic link it may lead elsewhere, as the Hub's does
+    for key, shard in weight_map.items():  # a name must not lead elsewhere; a symbolic link may, as the Hub's do
         if expect(shard, str, f"{where}: {key}") != Path(shard).name or not shard.endswith(".safetensors"):
             raise UserError(f"{where}: found {shard!r}, expected a .safetensors file of this directory")
-    shards = sorted(set(weight_map.values()))
-    strays = sorted({path.name for path in directory.glob("model-*-of-*.safetensors")} - set(shards))
-    if strays:
-        raise UserError(f"{directory}: {strays[0]} is not in {INDEX}: two models may be mixed here")
-    tensors = {}
-    for shard in shards:
+    shards = set(weight_map.values())
+    if strays := {path.name for path in directory.glob("model-*-of-*.safetensors")} - shards:
+        raise UserError(f"{directory}: {min(strays)} is not in {INDEX}: two models may be mixed here")
+    for shard in sorted(shards):
         for key, stored in read_header(directory / shard).items():
             if key in tensors:
                 raise UserError(f"{stored.path}: tensor {key} is also in {tensors[key].path.name}")
@@ -70,12 +68,27 @@ def find_tensors(directory) -> dict[str, Stored]:
     return tensors
 
 
+def check_shapes(tensors: dict[str, Stored], shapes: dict[str, tuple], where: str):
+    """Raise UserError, beginning with `where`, unless the tensors have exactly these names and shapes.
+
+    It counts what is wrong and names the first of each kind: a message has room for few names.
+    """
+    problems = {
+        "missing": [name for name in shapes if name not in tensors],
+        "unexpected": [stored.key for name, stored in tensors.items() if name not in shapes],
+        "misshaped": [f"{name} (found {list(tensors[name].shape)}, expected {list(shape)})"
+                      for name, shape in shapes.items() if name in tensors and tensors[name].shape != shape]}
+    if any(problems.values()):
+        raise UserError(f"{where}: " + "; ".join(f"{len(names)} {problem}: {names[0]}" + ", ..." * (len(names) > 1)
+                                                 for problem, names in problems.items() if names))
+
+
 def read_header(path) -> dict[str, Stored]:
     """Every tensor of one file by its key, buffers left out. The file stays open as long as one of them is kept."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
-        # A mapped file would count as memory of this process: what was read stays mapped until the file is closed.
+        # "pread" does not map the file: mapped pages would count as this process's memory until the file is closed.
         file = safe_open(path, framework="pt", backend="pread")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: expected a safetensors file, found {what_kind(path)} ({error})") from None
@@ -89,7 +102,7 @@ def read_header(path) -> dict[str, Stored]:
 
 
 def fingerprint(directory) -> str:
-    """Tells the weights in a directory from others, by the middle row of each tensor: all would take long to read."""
+    """A hash that tells a directory's weights from others, of the middle row of each tensor: reading all takes long."""
     digest = hashlib.sha256()
     for key, stored in sorted(find_tensors(directory).items()):
         digest.update(repr((key, stored.shape)).encode())
@@ -99,7 +112,7 @@ def fingerprint(directory) -> str:
 
 
 def what_kind(path, otherwise: str = "a truncated or corrupt one") -> str:
-    """What people hand over in place of safetensors, told by its first bytes."""
+    """What a file given in place of safetensors is, told by its first bytes; `otherwise` if they are unknown."""
     with open(path, "rb") as file:
         start = file.read(64)
     known = {b"GGUF": "a GGUF file", b"PK\x03\x04": "a PyTorch pickle", b"\x80": "a pickle",
@@ -124,8 +137,7 @@ def write_tensors(directory, sizes: dict[str, int], tensors):
     shards, room = [], 0
     for name, size in sizes.items():
         if not shards or size > room:
-            shards.append([])
-            room = MAX_SHARD_BYTES
+            shards, room = [*shards, []], MAX_SHARD_BYTES
         shards[-1].append(name)
         room -= size
     count, weight_map = len(shards), {}
@@ -133,13 +145,9 @@ def write_tensors(directory, sizes: dict[str, int], tensors):
         file_name = SINGLE if count == 1 else f"model-{i:05}-of-{count:05}.safetensors"
         shard = {name: next(tensors).cpu().contiguous() for name in names}
         save_file(shard, Path(directory) / file_name, metadata={"format": "pt"})
-        flush_to_disk(Path(directory) / file_name)
+        with open(Path(directory) / file_name, "rb+") as file:
+            os.fsync(file.fileno())  # on the disk, before the directory takes its name
         weight_map |= dict.fromkeys(names, file_name)
-        del shard  # before the next is gathered
+        del shard  # free its memory before the next one is gathered
     if count > 1:
         write_json(Path(directory) / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
-
-
-def flush_to_disk(path):
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
