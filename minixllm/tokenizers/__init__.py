@@ -22,7 +22,7 @@ def has_tokenizer(directory) -> bool:
 def load_tokenizer(directory) -> Tokenizer:
     """The tokenizer of a Hugging Face model directory: tokenizer.model where there is one, else tokenizer.json.
 
-    LLaMA 3's tokenizer.model is no SentencePiece model but a list of "base64 rank"; its tokenizer.json says the same.
+    LLaMA 3's tokenizer.model is a list of "base64 rank" and no SentencePiece model; its tokenizer.json is read instead.
     Raises UserError for a SentencePiece model beside a byte-level tokenizer.json: they cannot be the same tokenizer.
     """
     sentencepiece, json_file = Path(directory) / "tokenizer.model", Path(directory) / "tokenizer.json"

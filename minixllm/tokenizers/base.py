@@ -4,7 +4,7 @@ import codecs
 import hashlib
 from pathlib import Path
 
-from minixllm.errors import UserError, expect
+from minixllm.errors import UserError, check_text
 from minixllm.files import atomic_write, read_json, write_json
 
 # The other files of a tokenizer in a model directory. `save` carries them along.
@@ -16,11 +16,11 @@ codecs.register_error("each byte", lambda error: ("\ufffd" * (error.end - error.
 
 
 class Tokenizer:
-    """What all kinds share. A kind offers `encode` and sets these attributes:
+    """What all kinds share. A kind offers `encode_text(text) -> ids`, and sets these attributes:
 
     CLASS: the class that `transformers` opens the directory with; adds_space: whether a text gets a first space.
-    vocab_size; bos_id, eos_id, pad_id (None where there is none); special_texts, how special tokens are written;
-    prefix and suffix: the ids around a text.
+    vocab_size; bos_id, eos_id, pad_id (None where there is none); special_texts, how special tokens are written.
+    prefix and suffix: the ids that the model's own tokenizer puts before and after a text.
     pieces: the UTF-8 bytes of every id that is text; control tokens have none.
     spaced: ids whose first byte, a space, is dropped at the beginning of a text, because `encode` put it there.
     fingerprint: a sha256 of everything the ids depend on, for the keys of token caches.
@@ -35,9 +35,8 @@ class Tokenizer:
 
     def __init__(self, path):
         self.path = Path(path)
-        beside = self.path.parent
-        self.config = read_json(beside / "special_tokens_map.json") | read_json(beside / "tokenizer_config.json")
-        self.config_path = beside / "tokenizer_config.json"
+        self.config_path = self.path.with_name("tokenizer_config.json")
+        self.config = read_json(self.path.with_name("special_tokens_map.json")) | read_json(self.config_path)
         try:
             self.model_bytes = self.path.read_bytes()
         except OSError as error:
@@ -47,11 +46,16 @@ class Tokenizer:
         return type(self), (self.path,)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """The ids of `text`; with add_special_tokens, between the BOS and EOS that the model's own tokenizer adds.
+        """The ids of `text`; with add_special_tokens, between `prefix` and `suffix`.
 
-        Special tokens typed in `text` are text. Raises UserError for a lone surrogate, which no encoding can hold.
+        Special tokens typed in `text` are text. Raises UserError for half of a surrogate pair, which has no UTF-8.
         """
-        raise NotImplementedError
+        try:
+            ids = self.encode_text(text)
+        except (UnicodeEncodeError, RuntimeError):  # RuntimeError is the `sentencepiece` library's
+            check_text(text)
+            raise
+        return self.prefix + ids + self.suffix if add_special_tokens else ids
 
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of a prompt, without the EOS that some tokenizers put after every text: here the answer follows."""
@@ -83,12 +87,9 @@ class Tokenizer:
                 name = next(text for text, i in ids.items() if i == chosen)
             self.names[f"{kind}_token"] = name
 
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.config.get(key)
-        return default if value is None else expect(value, bool, f"{self.config_path}: {key}")
-
-    def set_fingerprint(self, *choices):
-        """choices: what the ids depend on besides the bytes of the file."""
+    def set_fingerprint(self, *more):
+        """more: what the ids depend on besides the bytes of the file and the special tokens."""
+        choices = self.prefix, self.suffix, self.bos_id, self.eos_id, self.pad_id, *more
         self.fingerprint = hashlib.sha256(self.model_bytes + repr(choices).encode()).hexdigest()
 
     def save(self, directory, max_length: int | None = None):
@@ -120,9 +121,9 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text as its ids arrive: `push(id)` gives what has become certain, `flush()` the rest.
+    """Text from ids that arrive one by one: `push(id)` gives the text that is complete, `flush()` the rest.
 
-    The first bytes of a character wait for the others. All that is given out, joined, equals `decode` of all ids.
+    The first bytes of a character wait for the others. All texts joined equal `decode` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer):

@@ -7,9 +7,8 @@ format. What costs time is merging a piece that was never seen; the others are l
 import heapq
 import itertools
 import re
-import unicodedata
 
-from minixllm.errors import UserError, check_text, expect, found
+from minixllm.errors import UserError, expect, found
 from minixllm.files import read_json
 from minixllm.tokenizers.base import Tokenizer
 
@@ -83,8 +82,11 @@ class Merger(dict):
 class JsonBPE(Tokenizer):
     """A BPE in Hugging Face's `tokenizer.json`. The ids are those of `tokenizers` with encode_special_tokens = True.
 
-    What is not built here, be it a component, a flag or a pattern, is refused by name and never ignored. A kind says
-    how a text is prepared: `read_steps`, `read_pieces`, `symbols` and `split`.
+    A component, flag or pattern that is not built here is refused by name and never ignored. A kind has these methods:
+    read_steps(content): check and keep the normaliser, the pre-tokeniser and the decoder.
+    read_pieces(model, vocab): the bytes of every id; it also prepares `symbols`.
+    normalize(text), then split(text): the pieces of a text, which are merged each by itself.
+    symbols(piece): the ids of a piece's smallest parts, from which merging starts.
     Raises UserError naming the file and the key.
     """
 
@@ -98,7 +100,7 @@ class JsonBPE(Tokenizer):
         self.vocab_size = max(vocab.values()) + 1
         self.choose_special(vocab, {})
         self.special = {token["id"] for token in added if token.get("special")}
-        self.special |= {self.bos_id, self.eos_id, self.pad_id} - {None}  # whatever the file calls them
+        self.special |= {self.bos_id, self.eos_id, self.pad_id} - {None}  # even if the file does not call them special
         self.special_texts = {token["content"] for token in added if token["id"] in self.special}
         self.special_texts |= {*self.names.values()} - {None}
         self.read_steps(content)
@@ -114,60 +116,33 @@ class JsonBPE(Tokenizer):
         self.prefix, self.suffix = self._post_processor(content, vocab)
         # Added tokens that are not special are found in a text before anything else, the longest of those at one
         # place: first those that a normaliser does not touch, then, in the normalised text, the others.
-        self.added, self.added_patterns = texts, []
+        self.added, self.patterns = texts, []
         for normalized in (False, True):
             some = [token["content"] for token in added if token.get("normalized", False) == normalized]
             pattern = "|".join(map(re.escape, sorted(some, key=len, reverse=True)))
-            self.added_patterns.append({texts[text] for text in some} - self.special and re.compile(pattern))
-        self.set_fingerprint(self.prefix, self.suffix, self.bos_id, self.eos_id, self.pad_id)
+            is_needed = any(texts[text] not in self.special for text in some)
+            self.patterns.append(re.compile(pattern) if is_needed else None)
+        self.set_fingerprint()
 
-    def read_steps(self, content: dict):
-        """Check and keep the normaliser, the pre-tokeniser and the decoder."""
-        raise NotImplementedError
+    def encode_text(self, text):
+        raw, normalized = self.patterns
+        return self._encode_around(raw, text, lambda part: self._encode_around(
+            normalized, self.normalize(part), self._merge))
 
-    def read_pieces(self, model: dict, vocab: dict[str, int]) -> dict[int, bytes]:
-        """The bytes of every id. Also prepares `symbols`."""
-        raise NotImplementedError
-
-    def symbols(self, piece: str) -> list[int]:
-        """The ids of a piece's smallest parts, which are then merged."""
-        raise NotImplementedError
-
-    def split(self, text: str) -> list[str]:
-        """The pieces of a text, which are merged each by itself."""
-        raise NotImplementedError
-
-    def normalize(self, text: str) -> str:
-        return text
-
-    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        try:
-            ids = self._encode(text)
-        except UnicodeEncodeError:
-            check_text(text)
-            raise
-        return self.prefix + ids + self.suffix if add_special_tokens else ids
-
-    def _encode(self, text: str) -> list[int]:
-        raw, normalized = self.added_patterns
-        if not raw and not normalized:
-            return list(itertools.chain.from_iterable(map(self.merger.__getitem__, self.split(self.normalize(text)))))
-        ids = []
-        for part in self._cut(raw, text):
-            for each in self._cut(normalized, self.normalize(part)) if isinstance(part, str) else [part]:
-                words = self.split(each) if isinstance(each, str) else ()
-                ids += [i for word in words for i in self.merger[word]] if isinstance(each, str) else [each]
-        return ids
-
-    def _cut(self, pattern, text: str) -> list:
-        """The text in parts, with the ids of the added tokens that are found between them."""
-        parts, start = [], 0
-        for match in pattern.finditer(text) if pattern else ():
+    def _encode_around(self, pattern, text: str, encode) -> list[int]:
+        """The ids of the added tokens that `pattern` finds in the text, and encode(part) of what stands around them."""
+        if not pattern:
+            return encode(text)
+        ids, start = [], 0
+        for match in pattern.finditer(text):
             token = self.added[match.group()]
-            if token not in self.special:
-                parts += [text[start:match.start()], token]
+            if token not in self.special:  # a special token that is typed is text
+                ids += [*encode(text[start:match.start()]), token]
                 start = match.end()
-        return [*parts, text[start:]]
+        return ids + encode(text[start:])
+
+    def _merge(self, text: str) -> list[int]:
+        return list(itertools.chain.from_iterable(map(self.merger.__getitem__, self.split(text))))
 
     # ---- reading tokenizer.json ----
 
@@ -205,16 +180,14 @@ class JsonBPE(Tokenizer):
             if not token.get("special") and any(token.get(flag) for flag in ("single_word", "lstrip", "rstrip")):
                 self.refuse(f"added_tokens: {token['content']!r}", token, "no single_word, lstrip or rstrip")
         vocab = vocab | {token["content"]: token["id"] for token in added}
-        if set(map(type, vocab.values())) - {int} or not 0 <= min(vocab.values(), default=-1) <= max(
-                vocab.values(), default=-1) < 2**31:
+        ids = vocab.values()
+        if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= 2**31:
             bad = (item for item in vocab.items() if type(item[1]) is not int or not 0 <= item[1] < 2**31)
             self.refuse("model.vocab", next(bad, "empty"), "tokens with their ids")
-        if len(set(vocab.values())) < len(vocab):
-            seen = {}
-            for text, i in vocab.items():
-                if i in seen:
-                    raise UserError(f"{self.path}: model.vocab: id {i} is given twice, to {seen[i]!r} and {text!r}")
-                seen[i] = text
+        if len(set(ids)) < len(vocab):
+            last = {i: text for text, i in vocab.items()}
+            text, i = next(item for item in vocab.items() if last[item[1]] != item[0])
+            raise UserError(f"{self.path}: model.vocab: id {i} is given twice, to {text!r} and {last[i]!r}")
         return vocab, added
 
     def _merger(self, model, vocab) -> Merger:

@@ -1,4 +1,4 @@
-r"""Byte-level BPE: text -> pieces (a regular expression) -> bytes -> merges by rank -> ids.
+"""Byte-level BPE: text -> pieces (a regular expression) -> bytes -> merges by rank -> ids.
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (BPE over bytes, each of them written
 as a printable character).
@@ -12,8 +12,8 @@ import unicodedata
 
 from minixllm.tokenizers.bpe import JsonBPE
 
-# Pre-tokenisers. A key is what tokenizer.json asks for, step by step; the value gives the same pieces with Python's
-# `re`, all text between two matches being a piece too. White space is spelt out: Python's \s also has \x1c-\x1f.
+# Pre-tokenisers. A key holds the patterns of tokenizer.json, step by step. Its value finds the same pieces with
+# Python's `re`, the text between two matches included. White space is spelt out: Python's \s also has \x1c-\x1f.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what "ByteLevel" does by itself
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
           r"|\s+(?!\S)|\s+")
@@ -29,7 +29,8 @@ PIECES = {
               r"|[ {S}]+(?![^ {S}])|[ {S}]",
     (BLOOM,): r" ?[^ {S}()|.,!?…。，、।۔،]+|(?: (?![^ {S}()|.,!?…。，、।۔،])|[{S}()|.,!?…。，、।۔،])+",
 }
-WHITE_SPACE = r"\t-\r\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # less the space itself
+WHITE_SPACE = r"\t-\r\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # all but the space itself
+
 
 def byte_alphabet() -> list[str]:
     """The printable character that stands for each of the 256 bytes in vocabularies (GPT-2's bytes_to_unicode)."""
@@ -41,18 +42,13 @@ def byte_alphabet() -> list[str]:
 @functools.cache
 def _category(letter: str, last: int) -> str:
     r"""\p{letter} up to code point `last`, as the inside of a character class."""
-    members = (cp for cp in range(last + 1) if unicodedata.category(chr(cp))[0] == letter)
-    runs = []
-    for cp in members:
-        if runs and runs[-1][1] == cp - 1:
-            runs[-1][1] = cp
-        else:
-            runs.append([cp, cp])
-    return "".join(f"\\U{first:08x}-\\U{end:08x}" for first, end in runs)
+    letters = "".join(unicodedata.category(chr(code))[0] for code in range(last + 1))
+    return "".join(f"\\U{run.start():08x}-\\U{run.end() - 1:08x}" for run in re.finditer(f"{letter}+", letters))
 
 
 @functools.cache
 def _pattern(steps: tuple[str, ...], last: int) -> re.Pattern:
+    """The expression of PIECES, its classes written out up to code point `last`."""
     pattern = PIECES[steps].replace("{S}", WHITE_SPACE)
     for letter in "LN":
         if f"{{{letter}}}" in pattern:
@@ -60,19 +56,12 @@ def _pattern(steps: tuple[str, ...], last: int) -> re.Pattern:
     return re.compile(pattern)
 
 
-def split(steps: tuple[str, ...], text: str) -> list[str]:
-    """The pieces of `text`, a key of PIECES saying which; joined they are `text` again."""
-    # Classes that reach beyond the BMP make Python's `re` six times slower: only texts that go there pay.
-    last = 0xFFFF if 2 * len(text) == len(text.encode("utf-16-le")) else sys.maxunicode
-    return _pattern(steps, last).findall(text)
-
-
 class ByteLevelBPE(JsonBPE):
     """A byte-level BPE: BLOOM's, GPT-2's, LLaMA 3's, SmolLM2's, Qwen2's and their like."""
 
     def read_steps(self, content):
         normalizer = content.get("normalizer") or {"type": None}
-        if normalizer != {"type": "NFC"} and normalizer != {"type": None}:
+        if normalizer not in ({"type": "NFC"}, {"type": None}):
             self.refuse("normalizer", normalizer, "none or NFC")
         self.normal_form = normalizer["type"]
         decoder = self.get(content, "decoder", dict, default={}).get("type")
@@ -96,7 +85,7 @@ class ByteLevelBPE(JsonBPE):
 
     def read_pieces(self, model, vocab):
         table = {ord(character): byte for byte, character in enumerate(byte_alphabet())}
-        separator = "\uffff"  # no byte stands for it: all tokens are translated in one go
+        separator = "\uffff"  # not in the alphabet, so that all tokens can be translated in one go
         strings = separator.join(vocab).translate(table).split(separator)
         try:
             pieces = {i: string.encode("latin-1") for i, string in zip(vocab.values(), strings)}
@@ -117,4 +106,6 @@ class ByteLevelBPE(JsonBPE):
         return unicodedata.normalize("NFC", text) if self.normal_form else text
 
     def split(self, text):
-        return split(self.steps, text)
+        # Classes that reach beyond U+FFFF make Python's `re` six times slower. Only texts that go there use them.
+        last = 0xFFFF if 2 * len(text) == len(text.encode("utf-16-le")) else sys.maxunicode
+        return _pattern(self.steps, last).findall(text)  # joined, they are `text` again

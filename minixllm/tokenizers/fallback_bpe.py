@@ -50,8 +50,8 @@ class ByteFallbackBPE(JsonBPE):
         pieces |= {i: bytes([byte]) for byte, i in enumerate(self.byte_ids)}
         self.spaced = frozenset(i for i, data in pieces.items() if data[:1] == b" ") if self.strips else frozenset()
         self.characters = {text: i for text, i in vocab.items() if len(text) == 1 and i not in self.special}
-        # Where no token has a space behind another character, no merge crosses the place before a space: then words
-        # are merged each by itself, and looked up once they are known.
+        # If no token has a space after another character, no merge reaches over the beginning of a word. Then words are
+        # merged each by itself, and known words are only looked up.
         self.in_words = not any(re.search(f"[^{SPACE}]{SPACE}", text) for text in vocab)
         return pieces
 

@@ -2,7 +2,7 @@
 
 import io
 
-from minixllm.errors import UserError, check_text, expect
+from minixllm.errors import UserError, expect
 from minixllm.files import atomic_write, read_json
 from minixllm.tokenizers.base import Tokenizer
 
@@ -32,17 +32,16 @@ class SentencePieceTokenizer(Tokenizer):
         defaults = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id()}
         self.choose_special(ids, {kind: i if i >= 0 else None for kind, i in defaults.items()})
         special = (special | {self.bos_id, self.eos_id, self.pad_id}) - {None, model.unk_id()}
-        # A model may hold a chosen special token as "user defined", which text would match: it becomes its bytes.
+        # If the model holds a special token as "user defined", text would match it. Such a match becomes its bytes.
         self.spelt = {i: [model.piece_to_id(f"<0x{byte:02X}>") for byte in self.texts[i].encode()]
                       for i in special if i < len(self.texts) and not model.is_control(i)}
         self.special_texts = {text for text, i in ids.items() if i in special or i < len(self.texts)
                               and model.is_control(i)} | added.keys()
         for i in special:
             self.pieces.pop(i, None)
-        self.prefix = [self.bos_id] if self.flag("add_bos_token", True) and self.bos_id is not None else []
-        self.suffix = [self.eos_id] if self.flag("add_eos_token", False) and self.eos_id is not None else []
+        self.prefix, self.suffix = self._around("bos", True), self._around("eos", False)
         self.config = {"unk_token": self.texts[model.unk_id()], "legacy": True} | self.config
-        self.set_fingerprint(self.prefix, self.suffix, self.bos_id, self.eos_id, self.pad_id, sorted(added.items()))
+        self.set_fingerprint(sorted(added.items()))
 
     def _read_model(self):
         """Set model, texts (of all its pieces), pieces (their bytes), spaced, trims and adds_space."""
@@ -63,6 +62,13 @@ class SentencePieceTokenizer(Tokenizer):
                 if text.startswith(SPACE) and (self.adds_space or self.trims):
                     spaced.add(i)
         self.spaced = frozenset(spaced)
+
+    def _around(self, kind: str, default: bool) -> list[int]:
+        """The special token of this kind, if add_{kind}_token says that it stands beside every text."""
+        key, i = f"add_{kind}_token", getattr(self, f"{kind}_id")
+        value = self.config.get(key)
+        adds = default if value is None else expect(value, bool, f"{self.config_path}: {key}")
+        return [i] if adds and i is not None else []
 
     def _added_tokens(self) -> tuple[dict[str, int], set[int]]:
         """(tokens beyond the model's own, by text; the ids that are special) from added_tokens.json and
@@ -91,15 +97,9 @@ class SentencePieceTokenizer(Tokenizer):
                 special.add(i)
         return added, special
 
-    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        try:
-            ids = self.model.encode(text)
-        except RuntimeError:
-            check_text(text)
-            raise
-        if self.spelt:
-            ids = [byte for i in ids for byte in self.spelt.get(i, (i,))]
-        return self.prefix + ids + self.suffix if add_special_tokens else ids
+    def encode_text(self, text):
+        ids = self.model.encode(text)
+        return [byte for i in ids for byte in self.spelt.get(i, (i,))] if self.spelt else ids
 
 
 def train_sentencepiece(texts, path, vocab_size: int, **options) -> SentencePieceTokenizer:
