@@ -111,8 +111,8 @@ def align(settings, world, embedded: bool):
     tokens = settings.micro_batch_size * settings.max_length
     if settings.reference == "cached":
         def reference_of(pairs):
-            dtype = str(distributed.compute_dtype(settings.dtype, world.device))
-            return losses.stored_logps(model, world, pairs, settings.model, settings.cache, dtype, tokens)
+            return losses.stored_logps(model, world, pairs, settings.model, settings.cache,
+                                       str(model.compute_dtype), tokens)
 
         reference = reference_of(data)
         held_out_reference = reference if held_out_data is data else reference_of(held_out_data)

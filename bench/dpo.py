@@ -88,7 +88,7 @@ def run_ours(mode: str, count: int, dtype: str, size: dict) -> float:
     else:
         reference = losses.second_model(open_model(config, world, settings, frozen=True).eval())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
-    stream, meter = Stream(data, 0, BATCH, BATCH), Meter(model, world, settings)
+    stream, meter = Stream(data, 0, BATCH, BATCH), Meter(model, world)
 
     def loss(model, batch):
         return losses.preference_loss(model, batch, reference, kind="dpo", beta=0.1, label_smoothing=0.0, nll_weight=0.0)

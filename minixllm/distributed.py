@@ -239,10 +239,14 @@ def native_bf16(device) -> bool:
     return False
 
 
-def compute_dtype(name: str, device) -> torch.dtype:
-    """The torch type of "bfloat16", "float32" or "auto" (bf16 where it is native)."""
+def compute_dtype(name: str, device, width: int | None = None) -> torch.dtype:
+    """The torch type of "bfloat16", "float32" or "auto": bf16 where it is native, but on a CPU only for a hidden size
+    of 256 or more. A training step of 950 tokens, on two cores with AMX, takes in fp32 0.12 s at width 128 and 0.50 s
+    at 384, and in bf16 0.17 s and 0.43 s: small products gain less than the casts of their weights cost.
+    """
     if name == "auto":
-        return torch.bfloat16 if native_bf16(device) else torch.float32
+        small = torch.device(device).type == "cpu" and width is not None and width < 256
+        return torch.bfloat16 if native_bf16(device) and not small else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 

@@ -88,6 +88,8 @@ def test_compute_dtype():
     assert distributed.compute_dtype("float32", "cpu") == torch.float32
     expected = torch.bfloat16 if distributed.native_bf16("cpu") else torch.float32
     assert distributed.compute_dtype("auto", torch.device("cpu")) == expected
+    assert distributed.compute_dtype("auto", "cpu", 256) == expected
+    assert distributed.compute_dtype("auto", "cpu", 255) == torch.float32  # too narrow to gain from bf16
 
 
 def test_only_lost_peers_are_explained(monkeypatch):

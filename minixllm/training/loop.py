@@ -41,10 +41,10 @@ def train(model, world: World, settings, stream, loss_fn, evaluate=None) -> bool
     weight that is not finite, a full disk, a lost process.
     """
     output, trained = Path(settings.output), [p for p in model.parameters() if p.requires_grad]
-    optimizer, meter = adamw(trained, settings), Meter(model, world, settings)
+    optimizer, meter = adamw(trained, settings), Meter(model, world)
     steps = settings.steps or max(1, round(settings.epochs * stream.steps_per_epoch))
     announce(model, world, settings, steps, stream.data.lengths[stream.records].sum() / stream.steps_per_epoch)
-    facts = facts_of(settings, stream)
+    facts = facts_of(settings, stream, model)
     first, measured, before = start_or_resume(output, model, optimizer, world, facts)
     saved = first  # the last step that is
     model.gradient_checkpointing = settings.gradient_checkpointing
@@ -90,10 +90,11 @@ def train(model, world: World, settings, stream, loss_fn, evaluate=None) -> bool
     return True
 
 
-def facts_of(settings, stream) -> dict:
+def facts_of(settings, stream, model) -> dict:
     """What a checkpoint tells of its run, so that a resumed one can say what has changed."""
     facts = asdict(settings) | {"training": settings.training, "tokenised_data": stream.data.key,
-                                "steps_per_epoch": stream.steps_per_epoch}
+                                "steps_per_epoch": stream.steps_per_epoch,
+                                "computed_in": str(model.compute_dtype).removeprefix("torch.")}
     return facts | ({"base_weights": fingerprint(settings.model)} if settings.model else {})
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from minixllm.distributed import compute_dtype, local
+from minixllm.distributed import local
 from minixllm.errors import UserError
 from minixllm.models.nf4 import nf4_layers
 
@@ -24,7 +24,7 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756
 class Meter:
     """Tokens a second and model FLOP/s utilisation (Chowdhery et al. 2022, PaLM, appendix B) from step to step."""
 
-    def __init__(self, model, world, settings):
+    def __init__(self, model, world):
         config, head = model.config, model.head.weight
         # A weight costs 2 FLOPs a token in the forward, 2 in the backward for the activations, and 2 if it is trained.
         linear = [m for m in model.blocks.modules() if isinstance(m, nn.Linear)]  # adapters are layers of their own
@@ -34,8 +34,7 @@ class Meter:
         self.per_pair = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
         peak = peak_flops(name)
-        bf16 = compute_dtype(settings.dtype, world.device) == torch.bfloat16
-        self.peak = peak * world.size if peak and bf16 else None  # the table knows bf16 alone
+        self.peak = peak * world.size if peak and model.compute_dtype == torch.bfloat16 else None  # the table knows bf16 alone
         self.restart()
 
     def flops(self, micro_batches) -> float:
@@ -80,7 +79,7 @@ def announce(model, world, settings, steps: int, tokens_per_step: float):
         held = sum(local(p).numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))  # a part of it
         memory, available = memory_needed(model, world, settings), memory_available(world.device) + held
         print(f"{everything:,} parameters, {trained:,} trained, over {world.size} process{'es' * (world.size > 1)} on "
-              f"{world.device.type} in {str(compute_dtype(settings.dtype, world.device)).removeprefix('torch.')}\n"
+              f"{world.device.type} in {str(model.compute_dtype).removeprefix('torch.')}\n"
               f"{steps:,} steps of about {tokens_per_step:,.0f} tokens: {steps * tokens_per_step:,.0f} tokens\n"
               f"memory: about {gigabytes(memory)} a process ({gigabytes(available)} available); "
               f"disk: about {gigabytes(max(disk, 0))} ({gigabytes(free)} free)", flush=True)
@@ -103,7 +102,7 @@ def memory_needed(model, world, settings) -> float:
     the second model where the settings ask for a live reference.
     """
     config = model.config
-    dtype = compute_dtype(settings.dtype, world.device)
+    dtype = model.compute_dtype
     parameters = list(model.parameters())
     state = sum((16 if p.requires_grad else p.element_size()) * p.numel() for p in parameters) / world.size
     state += sum(b.numel() * b.element_size() for b in model.buffers())  # of a base in NF4: whole on every process

@@ -17,7 +17,7 @@ def open_model(config, world, settings, directory=None, frozen=False):
     With settings.lora_r the base is frozen and held once, as settings.base says; only adapters train.
     frozen: nothing trains. The weights are then held in the type that they are computed with, which changes no number.
     """
-    dtype = distributed.compute_dtype(settings.dtype, world.device)
+    dtype = world.gather(distributed.compute_dtype(settings.dtype, world.device, config.hidden_size))[0]  # one for all
     adapted = settings.lora_r > 0
     base = settings.base if settings.base != "auto" else "fp32" if settings.dtype == "float32" else "bf16"
     held = dtype if frozen else torch.float32 if not adapted or base == "fp32" else torch.bfloat16

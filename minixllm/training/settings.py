@@ -39,7 +39,7 @@ class TrainingSettings(LoraSettings):
     clip: float = setting(1.0, "gradients whose global norm is larger are scaled down to it", above=0)
     seed: int = setting(0, "of the initial weights, the order of the data and dropout", least=0, most=2**32 - 1)
     dtype: str = setting("auto", "what the forward and backward compute in; the trained weights are fp32; "
-                                 "auto is bfloat16 where the processor has it", ("auto", "bfloat16", "float32"))
+                                 "auto is bfloat16 where that is faster", ("auto", "bfloat16", "float32"))
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward: less memory, a third more work")
     eval_every: int = setting(500, "steps between held-out losses; 0 for only the last", least=0)
     save_every: int = setting(500, "steps between checkpoints", least=1)

@@ -178,7 +178,7 @@ class Grab:
 def save_gradients(model, world, stream, path):
     """What the loop's own step makes of the first batch, short of the update."""
     settings, grab = TrainingSettings(clip=1e9), Grab(model)
-    row = train_step(model, world, settings, stream, sft_loss, grab, Meter(model, world, settings), 1, [])
+    row = train_step(model, world, settings, stream, sft_loss, grab, Meter(model, world), 1, [])
     if world.first:
         torch.save({"loss": torch.tensor(row["loss"]), **grab.gradients}, path)
 
@@ -645,7 +645,7 @@ def test_every_step_draws_its_own_dropout(tmp_path, monkeypatch):
     settings = Settings()
     world, model = setup(settings)
     train_step(model, dataclasses.replace(world, rank=1), settings, make_stream(settings, world), sft_loss, Grab(model),
-               Meter(model, world, settings), 1, [])
+               Meter(model, world), 1, [])
     assert len(set(seeds)) == len(seeds) == 12 + 1 + 1
 
 
@@ -840,7 +840,7 @@ def test_meter_counts_what_the_architecture_needs():
     settings = Settings()
     world, model = setup(settings)
     batch = make_stream(settings, world).batch(0).micro_batches[0]
-    meter = Meter(model, world, settings)
+    meter = Meter(model, world)
     weights = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
     pairs = sum(n * (n + 1) / 2 for n in batch.documents)
     forward = 2 * weights * len(batch.input_ids) + 2 * 97 * 32 * int((batch.labels >= 0).sum()) + 2 * 2 * 2 * 32 * pairs

@@ -147,7 +147,7 @@ def test_the_merged_model_is_the_original_with_the_update(script, data, arch, fi
 
 def test_what_a_step_costs_does_not_depend_on_how_the_base_is_held(files):
     world, config = distributed.setup("cpu"), read_config(files / "llama")
-    costs = {base: Meter(open_model(config, world, settings(base=base), files / "llama"), world, settings()).per_token
+    costs = {base: Meter(open_model(config, world, settings(base=base), files / "llama"), world).per_token
              for base in ("nf4", "bf16", "fp32")}
     assert costs["nf4"] == costs["bf16"] == costs["fp32"] > 0
 
