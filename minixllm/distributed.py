@@ -12,8 +12,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from minixllm.errors import UserError
 
@@ -113,6 +111,9 @@ def shard(model, world: World, dtype: torch.dtype):
     Weights, gradients and their reduction stay in the parameters' own type (fp32); the forward and backward compute in
     `dtype`. Gradients are *summed* over processes, for the loss is already divided by the global count.
     """
+    # Imported here, because that takes a second, which generation does without.
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     # Inputs are not cast: blocks receive fp32 rotary angles and integer positions that must stay what they are.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     model.compute_dtype, model.is_gathered = dtype, False
@@ -171,20 +172,30 @@ def _hide_weights(module) -> None:
         vars(module).pop(name, None)
 
 
+def is_sharded(thing: torch.Tensor | nn.Module) -> bool:
+    """Whether FSDP2 holds this tensor (a DTensor) or this module in parts.
+
+    Told by a method that only those have: importing their classes takes a second, which generation does without.
+    """
+    return hasattr(thing, "full_tensor" if isinstance(thing, torch.Tensor) else "unshard")
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a parameter or gradient, sharded or not."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a sharded tensor (then a collective), or the tensor itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def shard_like(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """`full`, which every rank holds, sharded as `parameter` is."""
-    if not isinstance(parameter, DTensor):
+    if not is_sharded(parameter):
         return full
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(full.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
@@ -195,8 +206,8 @@ def _reshard_without_backward(model, inputs, output) -> None:
             module.reshard()
 
 
-def _sharded(model) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+def _sharded(model) -> list[nn.Module]:
+    return [module for module in model.modules() if is_sharded(module)]
 
 
 @contextlib.contextmanager
@@ -213,7 +224,7 @@ def gathered(model):
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     # an embedding's rows are cast once looked up: a second copy of a tied head's would be for nothing
-    plain = [] if isinstance(model, FSDPModule) else [m for m in model.modules() if not isinstance(m, nn.Embedding)]
+    plain = [] if is_sharded(model) else [m for m in model.modules() if not isinstance(m, nn.Embedding)]
     model.is_gathered = True
     try:
         for module in plain:

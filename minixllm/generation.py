@@ -15,10 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from minixllm.distributed import gathered
+from minixllm.distributed import gathered, is_sharded
 from minixllm.errors import UserError, expect
 from minixllm.models.attention import Packed
 from minixllm.models.fused_cpu import fused
@@ -255,7 +254,7 @@ def _stop_ids(model, tokenizer) -> set[int]:
 
 def _ranks(model) -> int:
     """How many processes share this model."""
-    return dist.get_world_size() if isinstance(model, FSDPModule) else 1
+    return dist.get_world_size() if is_sharded(model) else 1
 
 
 @contextlib.contextmanager

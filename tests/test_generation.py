@@ -408,6 +408,12 @@ def test_command_needs_no_torch_for_help_and_wrong_flags(argv, status, said):
     assert (done.returncode, said in done.stdout + done.stderr) == (status, True), done.stderr
 
 
+def test_command_needs_no_parts_of_torch_that_take_a_second_to_import(directory):
+    code = "import sys; sys.modules |= dict.fromkeys(['sympy', 'torch._dynamo', 'torch.distributed.tensor']); " \
+           f"from minixllm.generate import main; main(['--model', {str(directory)!r}, '--max-new-tokens', '3', 'né'])"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 @pytest.mark.parametrize("how", [{"top_p": 0.9}, {"top_k": 20}, {"top_k": 20, "top_p": 0.8}], ids=str)
 def test_a_draw_does_not_depend_on_the_other_rows(how):
     """Among equal logits, of which bf16 has many, too; and where a row's nucleus is wider than its neighbour's."""

@@ -13,8 +13,8 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor
 
+from minixllm.distributed import is_sharded
 from minixllm.models.lora import LoraLinear
 
 PACK_BYTES = 2**32  # packed weights are a second copy: a model that needs more than this is not packed
@@ -120,7 +120,7 @@ def _packs(linear, dtype: torch.dtype) -> bool:
     """Whether oneDNN can pack this layer's weight: it must be whole, on a CPU, and of a type that this CPU multiplies.
     """
     weight = getattr(linear, "weight", None)  # a layer in NF4 has none
-    whole = weight is not None and weight.is_cpu and not isinstance(weight, DTensor)
+    whole = weight is not None and weight.is_cpu and not is_sharded(weight)
     return (whole and torch.backends.mkldnn.is_available()
             and (dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
-from minixllm.distributed import local
+from minixllm.distributed import is_sharded, local
 from minixllm.errors import UserError
 from minixllm.models.nf4 import nf4_layers
 
@@ -113,7 +112,7 @@ def memory_needed(model, world, settings) -> float:
     # copy to compute with and, if it is trained, its gradient before and while that is reduced.
     group = [p for p in parameters if p not in blocks] + 2 * list(model.blocks[0].parameters())
     gathered = sum((dtype.itemsize + 12 * p.requires_grad) * p.numel() for p in group)
-    if not isinstance(model, FSDPModule):  # cast weights that a backward needs; the head's gradient, before it is added
+    if not is_sharded(model):  # cast weights that a backward needs; the head's gradient, before it is added
         gathered = sum(dtype.itemsize * p.numel() for p in parameters if p.dtype != dtype)
         gathered += sum(4 * p.numel() for p in {model.embedding.weight, model.head.weight} if p.requires_grad)
         gathered += 4 * model.head.weight.numel() * model.head.weight.requires_grad

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
-from minixllm.distributed import full_tensor, is_first
+from minixllm.distributed import full_tensor, is_first, is_sharded
 from minixllm.errors import UserError, expect
 from minixllm.files import read_json, write_json
 from minixllm.models.architectures import ARCHITECTURES
@@ -121,7 +122,7 @@ def build(config, dtype=torch.float32, where="config.json"):
     where: the file that errors name.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             return ARCHITECTURES[config.model_type](config).to(dtype)
     except RuntimeError as error:
         raise UserError(f"{where}: sizes of which no model can be built: {error}") from None
@@ -156,6 +157,13 @@ def initialise(model, seed: int, device="cpu"):
         return full.__getitem__
 
     _fill(model, device, draw)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Embeddings get no random values, which on the meta device would load PyTorch's compiler, for a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return None if function is init.normal_ else function(*args, **(kwargs or {}))
 
 
 def _parse(values: dict, path):
@@ -195,13 +203,14 @@ def _shapes(model) -> dict[str, tuple]:
 def _fill(model, device, source):
     """Fill the base model, giving it storage first. source(name): a function that reads any rows of that tensor."""
     if next(model.parameters()).is_meta:
-        model.to_empty(device=device)
-        model.tie_weights()  # to_empty gives a tied head a storage of its own
+        # What Module.to_empty does; but that loads sympy, for half a second.
+        model._apply(lambda tensor: tensor.new_empty(tensor.shape, device=device))
+        model.tie_weights()  # a tied head has got a storage of its own
     for name, parameter in model.named_parameters():
         if is_adapter(name):
             continue
         read, rows, local = source(name), slice(0, parameter.shape[0]), parameter
-        if isinstance(parameter, DTensor):  # FSDP2 cuts the rows as torch.chunk does: the last share may be short
+        if is_sharded(parameter):  # FSDP2 cuts the rows as torch.chunk does: the last share may be short
             local, mesh = parameter.to_local(), parameter.device_mesh
             start = -(-rows.stop // mesh.size()) * mesh.get_local_rank()
             rows = slice(start, start + len(local))
