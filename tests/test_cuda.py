@@ -22,7 +22,8 @@ from minixllm.models.bloom import Bloom, BloomConfig
 from minixllm.models.llama import Llama, LlamaConfig
 from minixllm.tokenizers.sentencepiece import train_sentencepiece
 from minixllm.training.losses import sft_loss
-from minixllm.weights.hf_directory import initialise, load, save_model
+from minixllm.weights.adapters import load
+from minixllm.weights.hf_directory import initialise, save_model
 
 import eval as evaluation_script
 import train_dpo

@@ -21,7 +21,7 @@ from minixllm.generation import Sampling, choice_logps, generate, generate_text
 from minixllm.models.bloom import Bloom, BloomConfig
 from minixllm.models.llama import Llama, LlamaConfig
 from minixllm.tokenizers.sentencepiece import train_sentencepiece
-from minixllm.weights import hf_directory
+from minixllm.weights import adapters, hf_directory
 
 from conftest import ROOT
 
@@ -358,7 +358,7 @@ def directory(tmp_path_factory):
 
 def test_command_prints_as_it_goes(directory, capsys):
     command.main(["--model", str(directory), "--max-new-tokens", "9", "The capital", "né"])
-    model, tokenizer = hf_directory.load(directory)
+    model, tokenizer = adapters.load(directory)
     prompts = [tokenizer.encode(alpaca(text), add_special_tokens=True) for text in ("The capital", "né")]
     answers = [tokenizer.decode(ids) for ids in generate(model, tokenizer, prompts, 9)]
     assert capsys.readouterr().out == "".join(f"{answer}\n" for answer in answers)

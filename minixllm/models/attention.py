@@ -84,11 +84,9 @@ class Packed:
         self._longest_mask = None
         # Runs of (count, trunk, branches): neighbours of equal length without branches are computed by one call.
         self.runs = []
-        for trunk, branches in self.documents:
-            if self.runs and not branches and self.runs[-1][1:] == (trunk, branches):
-                self.runs[-1] = (self.runs[-1][0] + 1, trunk, branches)
-            else:
-                self.runs.append((1, trunk, branches))
+        for (trunk, branches), run in itertools.groupby(self.documents):
+            count = len(list(run))
+            self.runs += [(1, trunk, branches)] * count if branches else [(count, trunk, branches)]
 
     def attend(self, layer_idx, query, key, value, slopes=None) -> torch.Tensor:
         """query (N, H, D), key and value (N, KV, D) -> (N, H, D); `slopes` (H,) adds ALiBi."""

@@ -50,7 +50,9 @@ def load(directory, dtype=torch.float32, device="cpu"):
     """
     base = base_directory(directory)
     adapter = None if base == Path(directory) else directory
-    model, tokenizer = hf_directory.load(base, dtype, device, adapter)
+    config, tokenizer = hf_directory.read_directory(base, adapter)
+    model = hf_directory.build(config, dtype, base / "config.json")
+    hf_directory.load_weights(model, base, device)
     if adapter:
         merge_adapter(model, adapter)
     return model.eval(), tokenizer

@@ -44,14 +44,6 @@ MODEL_FILES = re.compile(r"\..*"
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def load(directory, dtype=torch.float32, device="cpu", adapter=None):
-    """(model in eval mode, tokenizer) of a Hugging Face directory; `adapter` as for `read_directory`."""
-    config, tokenizer = read_directory(directory, adapter)
-    model = build(config, dtype, Path(directory) / "config.json")
-    load_weights(model, directory, device)
-    return model.eval(), tokenizer
-
-
 def read_directory(directory, adapter=None):
     """(config, tokenizer) of a directory. Raises UserError if the tokenizer has ids beyond the embedding.
 

@@ -6,7 +6,7 @@ import pytest
 
 from minixllm.demo import cldr, feedback
 from minixllm.languages import FEEDBACK_LANGUAGES
-from minixllm.weights.hf_directory import load
+from minixllm.weights.adapters import load
 
 import eval as evaluate
 import train_dpo

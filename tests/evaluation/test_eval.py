@@ -23,7 +23,7 @@ from minixllm.evaluation.predict import Prediction
 from minixllm.evaluation.significance import democratization
 from minixllm.tokenizers.sentencepiece import train_sentencepiece
 from tests.evaluation.test_benchmarks import PAWSX_ROWS, XCOPA_ROWS, lines
-from minixllm.weights import hf_directory
+from minixllm.weights import adapters, hf_directory
 
 import eval as script
 from conftest import PATIENCE, ROOT
@@ -87,7 +87,7 @@ def test_answers_and_likelihoods_are_those_of_each_item_alone(five, tmp_path, ar
     if architecture not in hf_directory.ARCHITECTURES:
         pytest.skip(f"no {architecture}")
     directory = make_model(tmp_path, architecture)
-    model, tokenizer = hf_directory.load(directory)
+    model, tokenizer = adapters.load(directory)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     items = items_of(five)
     predictions = predict.predict(model, tokenizer, items, ALONE, tmp_path / "out",
@@ -113,7 +113,7 @@ def test_answers_and_likelihoods_are_those_of_each_item_alone(five, tmp_path, ar
 
 def test_a_broken_model_is_not_scored(model_directory, five, tmp_path):
     """The largest of log-probabilities that are NaN is the first, which is often right."""
-    model, tokenizer = hf_directory.load(model_directory)
+    model, tokenizer = adapters.load(model_directory)
     with torch.no_grad():
         model.blocks[1].mlp.up_proj.weight[3, 4] = float("nan")
     with pytest.raises(UserError, match="layers.1.mlp.up_proj.weight holds infinite numbers or NaN"):
@@ -123,7 +123,7 @@ def test_a_broken_model_is_not_scored(model_directory, five, tmp_path):
 @pytest.mark.parametrize("architecture, positions, max_length", [("llama", 200, None), ("llama", 1024, 200),
                                                                  ("bloom", None, 200)])
 def test_a_prompt_too_long_is_cut_from_the_article_alone(tmp_path, five, architecture, positions, max_length):
-    model, tokenizer = hf_directory.load(make_model(tmp_path, architecture, positions))
+    model, tokenizer = adapters.load(make_model(tmp_path, architecture, positions))
     article = items_of(five[3:4])[3]
     ids, prompt, cut = predict.fit(tokenizer, article, 180)
     assert 0 < cut < len(article.fields["article"]) and len(ids) <= 180
@@ -220,7 +220,7 @@ def test_answers_leave_room_for_prompts(tmp_path, five, capsys):
 
 def test_a_model_without_positions_is_asked_2048_tokens(tmp_path):
     """BLOOM's ALiBi has no last position, but memory has an end."""
-    model, tokenizer = hf_directory.load(make_model(tmp_path, "bloom"))
+    model, tokenizer = adapters.load(make_model(tmp_path, "bloom"))
     lines(tmp_path / "yoruba_test.jsonl", [{"id": "1", "summary": "dog", "text": " ".join(WORDS * 200)}])
     [prediction] = predict.predict(model, tokenizer, items_of([tmp_path]), ALONE, tmp_path / "out",
                                    predict.How(max_new_tokens=8))
@@ -230,7 +230,7 @@ def test_a_model_without_positions_is_asked_2048_tokens(tmp_path):
 
 def test_a_choice_without_tokens_is_refused(model_directory, five, tmp_path, monkeypatch):
     """It would have probability 1 and win every time."""
-    model, tokenizer = hf_directory.load(model_directory)
+    model, tokenizer = adapters.load(model_directory)
     monkeypatch.setattr(tokenizer, "encode", lambda text, **_: [])
     item = benchmarks.read(five[1], benchmarks.Wanted(limit=1))[0][0]
     with pytest.raises(UserError, match=f"XCOPA {item.group} {item.id}: a choice gives no token"):
@@ -481,7 +481,7 @@ def test_a_signal_says_how_many_items_are_kept(model_directory, many, undisturbe
 
 def test_finished_items_are_kept_one_by_one_and_asked_no_more(model_directory, five, tmp_path, monkeypatch):
     """Also with other batches and other benchmarks beside them: the key is what changes an answer."""
-    model, tokenizer = hf_directory.load(model_directory)
+    model, tokenizer = adapters.load(model_directory)
     items, how = items_of(five[3:]), predict.How(max_new_tokens=6)
     whole = predict.predict(model, tokenizer, items, ALONE, tmp_path / "whole", how)
     generate, asked = predict.generation.generate, []
@@ -505,7 +505,7 @@ def test_finished_items_are_kept_one_by_one_and_asked_no_more(model_directory, f
 
 def test_an_answer_ends_where_its_reading_cannot_change(model_directory, five, tmp_path, monkeypatch):
     """A base model goes on with a further turn, which is not read."""
-    model, tokenizer = hf_directory.load(model_directory)
+    model, tokenizer = adapters.load(model_directory)
     ends = {}
 
     def generate(model, tokenizer, prompts, new, finished, until, **options):
@@ -523,7 +523,7 @@ def test_an_answer_ends_where_its_reading_cannot_change(model_directory, five, t
 
 
 def test_likelihood_alone_generates_nothing_for_choices(model_directory, five, tmp_path, monkeypatch):
-    model, tokenizer = hf_directory.load(model_directory)
+    model, tokenizer = adapters.load(model_directory)
     items = items_of(five[:2])
     both = predict.predict(model, tokenizer, items, ALONE, tmp_path / "both", predict.How(max_new_tokens=2))
     monkeypatch.setattr(predict.generation, "generate", None)
@@ -564,7 +564,7 @@ def test_two_processes_predict_as_one(model_directory, many, undisturbed, tmp_pa
 
 
 def test_other_weights_do_not_continue_a_partial_evaluation(model_directory, five, tmp_path):
-    model, tokenizer = hf_directory.load(model_directory)
+    model, tokenizer = adapters.load(model_directory)
     items = items_of(five[:1])
     first = predict.predict(model, tokenizer, items, ALONE, tmp_path, predict.How(max_new_tokens=8))
     with torch.no_grad():
@@ -663,7 +663,7 @@ def test_accuracies_are_those_of_lm_evaluation_harness(data, tmp_path):
 
     from real_models import smollm2
     directory = smollm2()
-    model, tokenizer = hf_directory.load(directory)
+    model, tokenizer = adapters.load(directory)
     everything = bool(os.environ.get("MINIXLLM_ALL_OF_XCOPA"))
     items = items_of([data / "xcopa"], **{} if everything else {"languages": ("id", "it", "zh"), "limit": 30})
 

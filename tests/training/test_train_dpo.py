@@ -32,7 +32,6 @@ from minixllm.weights import adapters
 from minixllm.training.model import open_model
 from minixllm.weights.hf_directory import (
     initialise,
-    load,
     read_directory,
     read_generation_config,
     save_model,
@@ -196,7 +195,7 @@ def test_a_frozen_reference_is_held_as_it_is_computed_in(arch, models, pairs, tm
 
 
 def test_a_reference_of_weights_held_in_bf16_is_another(models, pairs, tmp_path):
-    model, tokenizer = load(models / "llama")
+    model, tokenizer = adapters.load(models / "llama")
     data, world = TokenCache([pairs], tokenizer, tmp_path, Preferences(200)), distributed.setup("cpu")
     for held in (torch.float32, torch.bfloat16, torch.float32):
         losses.stored_logps(model.to(held), world, data, models / "llama", tmp_path, "torch.float32", 400)
@@ -205,7 +204,7 @@ def test_a_reference_of_weights_held_in_bf16_is_another(models, pairs, tmp_path)
 
 def test_a_cached_reference_is_read_again_and_made_anew_for_other_pairs_or_when_damaged(models, pairs, tmp_path,
                                                                                       monkeypatch):
-    model, tokenizer = load(models / "llama")
+    model, tokenizer = adapters.load(models / "llama")
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join(pairs.read_text().splitlines(True)[::2]))
     data, other = (TokenCache([path], tokenizer, tmp_path, Preferences(200)) for path in (pairs, fewer))
@@ -231,7 +230,7 @@ def test_a_cached_reference_is_read_again_and_made_anew_for_other_pairs_or_when_
 
 
 def test_a_cached_reference_is_of_one_model_in_one_type(models, pairs, tmp_path, monkeypatch):
-    model, tokenizer = load(models / "llama")
+    model, tokenizer = adapters.load(models / "llama")
     data, world, computed = TokenCache([pairs], tokenizer, tmp_path, Preferences(200)), distributed.setup("cpu"), []
     monkeypatch.setattr(losses, "pair_logps", lambda *args: computed.append(1) or pair_logps(*args))
     directory = shutil.copytree(models / "llama", tmp_path / "copy")

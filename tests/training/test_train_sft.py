@@ -20,7 +20,8 @@ from minixllm.generation import generate
 from minixllm.models.llama import LlamaConfig
 from minixllm.tokenizers.sentencepiece import train_sentencepiece
 from minixllm.training import loop
-from minixllm.weights.hf_directory import build, initialise, load, save_model
+from minixllm.weights.adapters import load
+from minixllm.weights.hf_directory import build, initialise, save_model
 
 import train_dpo
 import train_sft

@@ -76,7 +76,7 @@ def test_autotokenizer_gives_our_ids(kind, architecture, tmp_path):
             lora.initialise(model, 0)
             lora.merge(model)
         hf_directory.save_model(model, folder, tokenizer, {"eos_token_id": [2, 5], "top_p": 0.9})
-        model, tokenizer = hf_directory.load(folder)
+        model, tokenizer = adapters.load(folder)
     for folder in (folders[0], folders[-1]):
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
         for text in TEXTS:

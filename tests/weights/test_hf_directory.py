@@ -16,11 +16,11 @@ from minixllm.errors import UserError
 from minixllm.models.llama import LlamaConfig
 from minixllm.tokenizers.sentencepiece import train_sentencepiece
 from minixllm.weights import hf_directory, safetensors_files
+from minixllm.weights.adapters import load
 from minixllm.weights.hf_directory import (
     build,
     check_target,
     initialise,
-    load,
     read_config,
     read_generation_config,
     save_model,

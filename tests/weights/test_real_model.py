@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from minixllm.models.attention import Packed
-from minixllm.weights.hf_directory import load
+from minixllm.weights.adapters import load
 
 from real_models import smollm2
 
