@@ -592,7 +592,7 @@ def test_other_weights_do_not_continue_a_partial_evaluation(model_directory, fiv
     (["--bleu-tokenizer", "13A", "--benchmarks", "{flores}"], "13A: expected 13a, zh, char or a SentencePiece model")])
 def test_mistakes(model_directory, five, tmp_path, monkeypatch, argv, said):
     """All of them before a model answers."""
-    monkeypatch.setattr(hf_directory, "load", None)
+    monkeypatch.setattr(adapters, "load", None)
     argv = [text.format(flores=five[2]) for text in argv]
     base = ["--model", str(model_directory), "--benchmarks", five[0], "--output", str(tmp_path), "--max-new-tokens",
             "2"]
