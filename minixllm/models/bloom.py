@@ -164,12 +164,8 @@ class Bloom(nn.Module):
             tensor.normal_(0.0, self.config.initializer_range, generator=generator)
 
     def forward(self, input_ids, context=None, labels=None, positions=None):
-        """input_ids (N,) laid out as `context` says, or (B, T): B documents of T tokens.
-
-        Returns the logits (N, V) or (B, T, V); with `positions` (M,) only those rows of them, (M, V). With `labels`,
-        already shifted (labels[i] is the token to predict at i, -100 for none), returns instead the labels'
-        log-probabilities in fp32, shaped as the labels, 0 where there is none; the logits are then never held whole.
-        The head is applied in here, because FSDP2 gathers the weights outside the blocks only within this forward.
+        """input_ids (N,) laid out as `context` says, or (B, T): B documents of T tokens -> logits (N, V) or (B, T, V),
+        (M, V) with `positions` (M,); or with `labels` their log-probabilities. See `Llama.forward`.
         """
         shape = input_ids.shape
         if context is None:

@@ -9,8 +9,6 @@ from minixllm.errors import UserError, expect, found
 # not among them: they act in training alone, and are off here.
 COMMON = {"quantization_config": None, "sliding_window": None, "is_encoder_decoder": False,
           "add_cross_attention": False}
-
-
 ADVICE = {"quantization_config": "give the original weights: --base nf4 quantises them as they are read"}
 
 

@@ -105,10 +105,7 @@ class JsonBPE(Tokenizer):
         self.special_texts |= {*self.names.values()} - {None}
         self.read_steps(content)
         texts = {token["content"]: token["id"] for token in added}
-        ordinary = dict(vocab)
-        for text in texts:
-            del ordinary[text]
-        self.pieces = self.read_pieces(model, ordinary)
+        self.pieces = self.read_pieces(model, {text: i for text, i in vocab.items() if text not in texts})
         self.pieces |= {i: text.encode() for text, i in texts.items()}
         for i in self.special:
             self.pieces.pop(i, None)
