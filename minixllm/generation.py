@@ -108,8 +108,8 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, ba
     finished: called as finished(number of the prompt, its continuation) when one ends. until: called in the same way
     after each token; where it is true, the continuation ends there. sampling: the fields of `Sampling`; greedy without.
     A model serves one call at a time, because a call sets its mode and its forwards. With a model sharded by FSDP2 this
-    is a collective: every rank passes the same prompts and gets all the continuations; `finished` tells of its own
-    share. With a plain model each process generates for itself.
+    is a collective: every rank passes the same prompts and gets all the continuations, but calls `finished` only for
+    its own share. With a plain model each process generates for itself.
     Raises UserError for an empty prompt, a token beyond the vocabulary, or a setting out of range.
     """
     answers = {}
@@ -147,7 +147,7 @@ def generate_text(model, tokenizer, prompt: list[int], max_new_tokens: int, **sa
 def choice_logps(model, items, batch_tokens: int = 2048) -> list[list[float]]:
     """Log-probabilities of choices: items of (context ids, [choice ids, ...]) -> for each item, one number per choice.
 
-    A context is computed once for all its choices. batch_tokens: of the items in one forward, unless one has more.
+    A context is computed once for all its choices. batch_tokens: the most tokens in one forward, of several items.
     Raises ValueError for an empty choice, whose probability would be 1 and beat every other, and for an empty context:
     the first token must be predicted from something, such as a BOS. With a model sharded by FSDP2 this is a collective
     over the same items.

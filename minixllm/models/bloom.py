@@ -138,7 +138,7 @@ class Bloom(nn.Module):
         self.tie_weights()
 
     def tie_weights(self):
-        """Makes a tied head the embedding's weight: again, too, after new storage, which unties them silently."""
+        """Makes a tied head the embedding's weight. Call it again after new storage, which unties them."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.word_embeddings.weight
 

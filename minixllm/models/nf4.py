@@ -128,7 +128,7 @@ def nf4_layers(model: nn.Module) -> dict[str, NF4Linear]:
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """x W^T + b. The backward makes W whole a second time: if the forward kept it, all layers' would be held at once."""
+    """x W^T + b. The backward makes W whole again: if the forward kept it, all layers' would be held at once."""
 
     @staticmethod
     def forward(ctx, x, kept, shape, bias):

@@ -110,7 +110,8 @@ def test_an_adapter_directory_opens_as_its_base_with_it_merged(base, arch, tmp_p
     said = "base_model_name_or_path: found '{}', expected the directory of the adapted model"
     save_adapter(model, tmp_path, config, base="meta/llama")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=said.format("meta/llama") + f"; a relative path starts from .*{tmp_path.name}$"):
+    told = said.format("meta/llama") + f"; a relative path starts from .*{tmp_path.name}$"
+    with pytest.raises(UserError, match=told):
         load(tmp_path)
     save_adapter(model, tmp_path, config, base="/meta/llama")
     with pytest.raises(UserError, match=said.format("/meta/llama") + "$"):

@@ -77,7 +77,7 @@ def test_generated_strings(pair):
 
 
 def test_long_runs_take_n_log_n_steps(pair, monkeypatch):
-    """Searching a list, which is quadratic, is for short pieces; of a long one each merge gives two more heap entries."""
+    """Searching a list, which is quadratic, is for short pieces. In a long one each merge adds two heap entries."""
     shape, oracle, ours = pair
     merge, heappop, searched, pops = bpe.Merger.merge, bpe.heapq.heappop, [0], []
     monkeypatch.setattr(bpe.Merger, "merge", lambda self, ids: searched.append(len(ids)) or merge(self, ids))
