@@ -111,16 +111,16 @@ def shard(model, world: World, dtype: torch.dtype):
     Weights, gradients and their reduction stay in the parameters' own type (fp32); the forward and backward compute in
     `dtype`. Gradients are *summed* over processes, for the loss is already divided by the global count.
     """
-    # Imported here, because that takes a second, which generation does without.
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    # Inputs are not cast: blocks receive fp32 rotary angles and integer positions that must stay what they are.
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     model.compute_dtype, model.is_gathered = dtype, False
     if world.size == 1 and all(parameter.dtype in (dtype, torch.float32) for parameter in model.parameters()):
         # Nothing to shard. FSDP2 would copy every weight and gradient whole, the embedding's too: a third of a step.
         _cast_when_called(model, dtype)
         return model
+    # Imported here, because that takes a second, which one process does without.
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    # Inputs are not cast: blocks receive fp32 rotary angles and integer positions that must stay what they are.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*model.blocks, model):
         # The root is needed again at once: the backward begins with the head.
         fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=module is not model)
