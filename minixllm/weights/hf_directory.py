@@ -23,7 +23,10 @@ from minixllm.models.architectures import ARCHITECTURES
 from minixllm.models.lora import is_adapter
 from minixllm.models.nf4 import nf4_layers
 from minixllm.tokenizers import has_tokenizer, load_tokenizer
+from minixllm.tokenizers.base import COMPANIONS
 from minixllm.weights.safetensors_files import (
+    INDEX,
+    SINGLE,
     Stored,
     check_shapes,
     find_tensors,
@@ -35,10 +38,9 @@ from minixllm.weights.safetensors_files import (
 HEAD = "lm_head.weight"
 ROWS = 4096  # two matrices are compared this many rows at a time
 # What a model directory may hold, and what a save may therefore replace; file managers leave hidden files there.
-MODEL_FILES = re.compile(r"\..*"
-                         r"|(config|generation_config|special_tokens_map|added_tokens|vocab|tokenizer(_config)?)\.json"
-                         r"|tokenizer\.model|merges\.txt|chat_template\.jinja"
-                         r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+MODEL_FILES = {"config.json", "generation_config.json", "tokenizer.model", "tokenizer_config.json", *COMPANIONS, SINGLE,
+               INDEX}
+SHARD_OR_HIDDEN = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|\..*")
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -249,7 +251,7 @@ def check_target(directory):
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: found a file, expected a directory or nothing")
     names = os.listdir(directory) if directory.exists() else []
-    if others := [name for name in names if not MODEL_FILES.fullmatch(name)]:
+    if others := [name for name in names if name not in MODEL_FILES and not SHARD_OR_HIDDEN.fullmatch(name)]:
         raise UserError(f"{directory}: holds {min(others)}, which is no part of a model and would be lost; "
                         "expected a new directory or an earlier model's")
 
