@@ -24,23 +24,12 @@ from minixllm.models.lora import is_adapter
 from minixllm.models.nf4 import nf4_layers
 from minixllm.tokenizers import has_tokenizer, load_tokenizer
 from minixllm.tokenizers.base import COMPANIONS
-from minixllm.weights.safetensors_files import (
-    INDEX,
-    SINGLE,
-    Stored,
-    check_shapes,
-    find_tensors,
-    what_instead,
-    what_kind,
-    write_tensors,
-)
+from minixllm.weights.safetensors_files import check_shapes, find_tensors, what_instead, what_kind, write_tensors
 
 HEAD = "lm_head.weight"
-ROWS = 4096  # two matrices are compared this many rows at a time
 # What a model directory may hold, and what a save may therefore replace; file managers leave hidden files there.
-MODEL_FILES = {"config.json", "generation_config.json", "tokenizer.model", "tokenizer_config.json", *COMPANIONS, SINGLE,
-               INDEX}
-SHARD_OR_HIDDEN = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|\..*")
+MODEL_FILES = {"config.json", "generation_config.json", "tokenizer.model", "tokenizer_config.json", *COMPANIONS}
+WEIGHTS_OR_HIDDEN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|\..*")
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -95,7 +84,7 @@ def read_config(directory, adapter=None):
         model_class = ARCHITECTURES[config.model_type]
         named = _by_name(model_class, tensors)
         embedding, head = named.get(model_class.EMBEDDING), named.get(HEAD)
-        if embedding and head and not _equal(embedding, head):
+        if embedding and head and not embedding.equals(head):
             config = dataclasses.replace(config, tie_word_embeddings=False)
     return config
 
@@ -169,7 +158,7 @@ def _parse(values: dict, path):
         raise UserError(f"{path}: {error}") from None
 
 
-def _by_name(model, tensors: dict[str, Stored]) -> dict[str, Stored]:
+def _by_name(model, tensors: dict) -> dict:
     """The tensors by the names that the model, or its class, gives them.
 
     Files of a bare LlamaModel or BloomModel, such as BLOOM's own, lack the first part of each name.
@@ -181,11 +170,6 @@ def _by_name(model, tensors: dict[str, Stored]) -> dict[str, Stored]:
             raise UserError(f"{stored.path}: tensors {named[name].key} and {key} are both {name}")
         named[name] = stored
     return named
-
-
-def _equal(a: Stored, b: Stored) -> bool:
-    some = [slice(i, min(i + ROWS, a.shape[0])) for i in range(0, a.shape[0], ROWS)]
-    return a.shape == b.shape and all(torch.equal(a.read(rows), b.read(rows)) for rows in some)
 
 
 def _shapes(model) -> dict[str, tuple]:
@@ -251,7 +235,7 @@ def check_target(directory):
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: found a file, expected a directory or nothing")
     names = os.listdir(directory) if directory.exists() else []
-    if others := [name for name in names if name not in MODEL_FILES and not SHARD_OR_HIDDEN.fullmatch(name)]:
+    if others := [name for name in names if name not in MODEL_FILES and not WEIGHTS_OR_HIDDEN.fullmatch(name)]:
         raise UserError(f"{directory}: holds {min(others)}, which is no part of a model and would be lost; "
                         "expected a new directory or an earlier model's")
 

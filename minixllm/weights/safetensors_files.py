@@ -22,6 +22,7 @@ FLOATS = ("F32", "BF16", "F16", "F64")  # types by their names in a file
 BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.\w+|position_ids|causal_mask|alibi|(self_)?att(n|ention)\.(masked_)?bias)")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
+ROWS = 4096  # of two tensors that are compared at once
 
 
 class Stored(NamedTuple):
@@ -35,6 +36,11 @@ class Stored(NamedTuple):
     def read(self, slices=...) -> torch.Tensor:
         """The tensor, or a part of it, in the file's dtype."""
         return self.file.get_slice(self.key)[slices]
+
+    def equals(self, other: "Stored") -> bool:
+        """Whether both hold the same numbers; a few thousand rows are read at a time."""
+        parts = [slice(i, min(i + ROWS, self.shape[0])) for i in range(0, self.shape[0], ROWS)]
+        return self.shape == other.shape and all(torch.equal(self.read(rows), other.read(rows)) for rows in parts)
 
 
 def find_tensors(directory) -> dict[str, Stored]:

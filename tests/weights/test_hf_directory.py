@@ -190,7 +190,7 @@ def test_a_single_file_counts_before_a_stale_index(theirs, directory):
 
 
 def test_tying_is_decided_from_config_and_tensors(theirs, directory, monkeypatch):
-    monkeypatch.setattr(hf_directory, "ROWS", 40)  # of the 97
+    monkeypatch.setattr(safetensors_files, "ROWS", 40)  # of the 97
     folder = directory("llama-tied")
     embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     tied = load_model(folder)
