@@ -271,23 +271,19 @@ def _replacing(directory: Path):
 
 
 def _write_directory(model, directory, tokenizer, generation_config, tensors):
-    ids = _special_ids(tokenizer, {"eos_token_id": model.config.eos_token_id} | generation_config)
-    dtype = model.embedding.weight.dtype
+    ids, dtype = {}, model.embedding.weight.dtype
+    if tokenizer is not None:
+        ids = _special_ids(tokenizer, generation_config.get("eos_token_id", model.config.eos_token_id))
+        tokenizer.save(directory, getattr(model.config, "max_position_embeddings", None))
     write_json(directory / "config.json",
                {**model.config.to_dict(), **ids, "torch_dtype": str(dtype).removeprefix("torch.")})
     write_json(directory / "generation_config.json", {**generation_config, **ids})
-    if tokenizer is not None:
-        tokenizer.save(directory, getattr(model.config, "max_position_embeddings", None))
     write_tensors(directory, {name: p.numel() * dtype.itemsize for name, p in model.named_parameters()}, tensors)
 
 
-def _special_ids(tokenizer, kept: dict) -> dict:
-    """The ids of bos, eos and pad: the tokenizer's, and beside its eos the other stop tokens of the source model."""
-    if tokenizer is None:
-        return {key: kept[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in kept}
-    stops = kept.get("eos_token_id")
-    stops = [stop for stop in (stops if isinstance(stops, list) else [stops]) if stop not in (None, tokenizer.eos_id)]
-    if stops and tokenizer.eos_id is not None:
-        stops = [tokenizer.eos_id, *stops]
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops or tokenizer.eos_id,
+def _special_ids(tokenizer, stops) -> dict:
+    """The tokenizer's bos, eos and pad; its eos with the source model's other stop tokens, `stops`, an id or a list."""
+    others = [stop for stop in (stops if isinstance(stops, list) else [stops]) if stop not in (None, tokenizer.eos_id)]
+    eos = [tokenizer.eos_id, *others] if tokenizer.eos_id is not None else others
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos if others else tokenizer.eos_id,
             "pad_token_id": tokenizer.pad_id}

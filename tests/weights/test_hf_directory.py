@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from minixllm.errors import UserError
 from minixllm.models.llama import LlamaConfig
 from minixllm.tokenizers.sentencepiece import train_sentencepiece
-from minixllm.weights import hf_directory, safetensors_files
+from minixllm.weights import safetensors_files
 from minixllm.weights.adapters import load
 from minixllm.weights.hf_directory import (
     build,
