@@ -1,14 +1,12 @@
 """JSON over HTTP for the services: urllib3's pools, proxies and TLS, faults told apart, and keys that never leak."""
 
 import contextlib
-import email.utils
 import functools
-import html.entities
+import html
 import json
 import os
 import re
 import ssl
-import time
 import urllib.parse
 import urllib.request
 
@@ -16,6 +14,7 @@ from minixllm.building.replies import Failure
 from minixllm.errors import UserError
 
 LARGEST = 4 * 2**20   # bytes of an answer; a larger one is no answer to an instruction
+UNCHARGED = {"requests": 1}  # what a request costs that no service worked for
 
 
 class Endpoint:
@@ -26,7 +25,7 @@ class Endpoint:
         self.host, self.path = self.parts.netloc, self.parts.path.rstrip("/")
         self.query = f"?{self.parts.query}" if self.parts.query else ""
         self.variable, self.key = variable, os.environ.get(variable, "").strip() if variable else ""
-        self._spellings = _spellings(self.key) if self.key else None
+        self._unescaped_key = _unescaped(self.key)
         self.headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "minixllm"}
         if self.key:
             self.headers[header] = f"Bearer {self.key}" if header == "Authorization" else self.key
@@ -53,40 +52,56 @@ class Endpoint:
                 raise UserError(f"{self.host}: its certificate is not valid: {certificate.verify_message}") from None
             late = isinstance(error, exceptions.TimeoutError) and not isinstance(error, exceptions.NewConnectionError)
             why = "no answer in time" if late else str(error.__cause__ or error) or type(error).__name__
-            unsent = isinstance(error, (exceptions.ConnectTimeoutError, exceptions.NewConnectionError,
-                                        exceptions.ProxyError, exceptions.SSLError))
-            raise Failure(f"{self.host}: {self.excerpt(why)}", charged=not unsent) from None
+            unsent = isinstance(error, (exceptions.ConnectTimeoutError, exceptions.ProxyError, exceptions.SSLError))
+            raise self.failure(why, used=UNCHARGED if unsent else None) from None
         if len(raw) > LARGEST:
             response.close()
-            raise Failure(f"{self.host}: an answer of more than {LARGEST:,} bytes")
+            raise self.failure(f"an answer of more than {LARGEST:,} bytes")
         said = raw.decode("utf-8", "replace")
         if response.status == 200:
             with contextlib.suppress(ValueError, RecursionError):
                 if isinstance(answer := json.loads(raw), dict):
                     return answer
             raise self.misshapen(said)
-        reason = f"{self.host}: " + self.excerpt(f"{response.status} {response.reason}: {said}")
+        reason = f"{response.status} {response.reason}: {said}"
         if response.status == 401:
-            raise UserError(reason)
+            raise UserError(str(self.failure(reason)))
         limited = response.status == 403 and b"imit" in raw  # Google's way to say 429
         again = limited or response.status in (408, 429) or response.status >= 500
-        raise Failure(reason, again, _seconds(response.headers.get("Retry-After", "")), charged=False)
+        raise self.failure(reason, again, _seconds(response.headers.get("Retry-After", "")), UNCHARGED)
+
+    def failure(self, reason: str, *more, **named) -> Failure:
+        return Failure(f"{self.host}: {self.excerpt(reason)}", *more, **named)
 
     def misshapen(self, answer) -> Failure:
         said = answer if isinstance(answer, str) else json.dumps(answer)
-        return Failure(f"{self.host}: not the JSON that was expected: {self.excerpt(said)}")
+        return self.failure(f"not the JSON that was expected: {said}")
 
     def excerpt(self, text: str) -> str:
         return " ".join(self.clean(text)[:1000].split())[:200]
 
     def clean(self, text: str) -> str:
-        """The text without the key, should the server have repeated it, and without halves of surrogate pairs."""
+        """The text without the key, should the server have repeated it, and without halves of surrogate pairs.
+
+        Only a text that has the key in an escaped form loses its escapes.
+        """
         text = text.encode("utf-8", "replace").decode()
-        if not self._spellings:
+        if not self.key:
             return text
         text = text.replace(self.key, "***")
-        escaped = any(sign in text for sign in "\\%&")  # one of these begins every escape
-        return self._spellings.sub("***", text) if escaped else text
+        if any(sign in text for sign in "\\%&"):  # one of these begins every escape
+            plain = _unescaped(text)
+            if self._unescaped_key in plain:
+                return plain.replace(self._unescaped_key, "***")
+        return text
+
+
+def _unescaped(text: str) -> str:
+    """The text without the escapes of JSON, logs, addresses and HTML, or of one within another."""
+    for _ in range(4):
+        text = re.sub(r"\\+(?:u00|x)([\da-fA-F]{2})", lambda code: chr(int(code[1], 16)), text).replace("\\", "")
+        text = html.unescape(urllib.parse.unquote(text))
+    return text
 
 
 def address(url: str):
@@ -104,18 +119,6 @@ def address(url: str):
                     "passwords belong in the environment, not in it")
 
 
-def _spellings(key: str) -> re.Pattern:
-    """The key as a server may repeat it: each sign as it is, or escaped for JSON, an address, HTML or a log."""
-    def sign(c: str) -> str:
-        code = f"{ord(c):02x}"
-        names = "|".join(sorted(name.rstrip(";") for name, meant in html.entities.html5.items() if meant == c))
-        return (rf"(?:\\{{0,4}}{re.escape(c)}|(?i:\\{{1,4}}(?:u00|x){code}|%(?:25){{0,2}}{code}"
-                rf"|&(?:amp;)*(?:#x0*{code}|#0*{ord(c)}{f'|{names}' if names else ''});?))")
-
-    start = rf"(?=[{re.escape(key[0])}\\%&])"  # most positions are passed over at this first look
-    return re.compile(start + "".join(map(sign, key)))
-
-
 def _pool(parts, timeout: float):
     """urllib3's connections to one server. https goes through the proxy, HTTP or SOCKS, that HTTPS_PROXY (and NO_PROXY)
     or the system's settings name."""
@@ -131,26 +134,23 @@ def _pool(parts, timeout: float):
     else:
         try:
             found = urllib3.util.parse_url(proxy if "://" in proxy else f"http://{proxy}")
-            auth = urllib.parse.unquote(found.auth or "")
-            address = f"{found.scheme}://{found.host}:{found.port or (1080 if found.scheme[0] == 's' else 80)}"
-            if found.host and found.scheme in ("http", "https"):
-                headers = urllib3.make_headers(proxy_basic_auth=auth) if auth else None
-                manager = urllib3.ProxyManager(address, proxy_headers=headers, **options)
-            elif found.host:
-                user, _, password = auth.partition(":")
-                manager = SOCKSProxyManager(address, user or None, password or None, **options)
-            else:
+            auth, proxy = urllib.parse.unquote(found.auth or ""), found._replace(auth=None).url
+            if not found.host:
                 raise ValueError
+            if found.scheme.startswith("socks"):
+                user, _, password = auth.partition(":")
+                manager = SOCKSProxyManager(proxy, user or None, password or None, **options)
+            else:
+                headers = urllib3.make_headers(proxy_basic_auth=auth) if auth else None
+                manager = urllib3.ProxyManager(proxy, proxy_headers=headers, **options)
         except (ValueError, urllib3.exceptions.HTTPError):
             raise UserError("HTTPS_PROXY: expected http://HOST:PORT, found something else") from None  # may be secret
     return manager.connection_from_host(parts.hostname, parts.port, parts.scheme)
 
 
 def _seconds(retry_after: str) -> float | None:
-    """Retry-After is a number of seconds or a date (RFC 9110, section 10.2.3)."""
-    try:
-        seconds = (float(retry_after) if retry_after.strip().isdecimal()
-                   else email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except (ValueError, OverflowError):  # no date, or one beyond all calendars
-        return None
-    return seconds if seconds > 0 else None
+    """What the header says: a number of seconds, or a date (RFC 9110, section 10.2.3)."""
+    import urllib3
+    with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
+        return urllib3.Retry().parse_retry_after(retry_after) or None
+    return None

@@ -7,7 +7,6 @@ candidates answer it; a judge compares each two, in both orders; the best is pai
 import hashlib
 import itertools
 import json
-import math
 import random
 import re
 import statistics
@@ -17,16 +16,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from minixllm import languages
-from minixllm.building import reports, services
+from minixllm.building import estimate, reports, services
 from minixllm.building.filters import identifier, unfit
-from minixllm.building.estimate import Estimate
 from minixllm.building.instructions import chosen_languages
-from minixllm.building.replies import Unusable
-from minixllm.building.runner import LeftOut, Runner, RunnerSettings
+from minixllm.building.replies import LeftOut
+from minixllm.building.runner import Runner, RunnerSettings
 from minixllm.building.services import Prompt
 from minixllm.data import prompts
 from minixllm.data.records import Instruction, place, read_instructions, record_files
@@ -35,21 +32,19 @@ from minixllm.languages import FEEDBACK_LANGUAGES, LANGUAGES
 from minixllm.settings import setting
 
 CRITERIA = ("helpfulness", "correctness", "language")
-DRY_RUN_SAMPLE = 200
-TRIED = 4, 3   # languages, and instructions in each, that are asked first, to see whether the judge can be read
-FEWEST = 10    # comparisons of these that tell
-UNREADABLE = 0.1  # a larger share of verdicts that cannot be read is warned about while the build runs
-EXAMPLES = 5   # of written pairs in the report
+FRUITS = "An apple.", "A ripe pear.", "Plums."  # answers that the judge compares first, to see whether it can be read
+UNREADABLE = 10, 0.1  # verdicts: more of them, and a larger share, are warned about while the build runs
+EXAMPLES = 5          # of written pairs in the report
 
 
 @dataclass
 class FeedbackSettings(RunnerSettings):
     data: list[str] = setting([], "files of instructions with their language, or directories of them, as the build of "
-                                  "instructions leaves them")
+                              "instructions leaves them")
     feedback: str = setting("cross-lingual", "answers in another language than the instruction's, or in the same (the "
-                                             "paper's ablation), as many in all", ("cross-lingual", "monolingual"))
+                            "paper's ablation), as many in all", ("cross-lingual", "monolingual"))
     languages: list[str] = setting([], "two or more of the 100, by code, tag or name; none: the 30 feedback languages. "
-                                       "Beyond the 30, another language is asked for in English")
+                                   "Beyond the 30, another language is asked for in English")
     pairs_each: int = setting(20, "instructions drawn for each ordered pair of languages, 870 of the 30", least=1)
     generators: list[str] = setting(["chat:gpt-4o-mini@https://api.openai.com/v1"], "services that answer in turn")
     candidates: int = setting(4, "answers to each instruction; a judge is asked candidates x (candidates - 1) times",
@@ -75,46 +70,34 @@ def build_pairs(settings: FeedbackSettings) -> bool:
     if len(codes) < 2:
         raise UserError(f"--languages: found only {codes[0]}, expected two or more")
     drawn, files = draw(settings, codes), record_files(settings.data)
-    total = sum(len(places) for places, _ in drawn.values())
+    total = sum(map(len, drawn.values()))
     # each opened once: a local model may well be generator and judge
-    words = dict.fromkeys((*settings.generators, settings.judge))
-    opened = {word: services.service(word, settings.timeout) for word in words}
+    opened = {word: services.writer(word, settings.timeout)
+              for word in dict.fromkeys((*settings.generators, settings.judge))}
     generators, judge = [opened[word] for word in settings.generators], opened[settings.judge]
-    for service in opened.values():
-        if not service.does(Prompt("")):
-            raise UserError(f"{service.name} only translates: expected chat:... or local:... as generator and judge")
     if settings.dry_run:
-        print(estimate(files, drawn, total, generators, judge, settings))
+        sample = estimate.sampled(instructions(files, drawn), total, estimate.SAMPLE, settings.seed)
+        length = sum(len(record.output) for record, _, _ in sample) // len(sample)
+        counter = estimate.Estimate(length, total / len(sample))
+        for item in sample:
+            compare(counter.ask, item, generators, judge, settings)
+        print("\n".join([f"{total:,} instructions, counted on {len(sample)}", *estimate.amounts(*[counter.counts] * 2)]))
         return True
+
     tally, state = Tally(judge, settings.min_margin, identifier()), "pairs.jsonl is not yet written"
-
-    def answer(ask, item):
-        return compare(ask, item, generators, judge, settings)
-
     with Runner(settings, files) as runner:
         for service in opened.values():
             runner.reach(service, settings.max_new_tokens * (service in generators))
-        try_judge(runner, answer, files, drawn, judge)
-        counts = runner.write(Path(settings.output) / "pairs.jsonl", answer, tally.finish, instructions(files, drawn),
-                              total, settings.feedback, named)
+        try_judge(runner, judge, settings.seed)
+        counts = runner.write(
+            Path(settings.output) / "pairs.jsonl", lambda ask, item: compare(ask, item, generators, judge, settings),
+            tally.finish, instructions(files, drawn), total, settings.feedback, named)
         report = counts | tally.report() | {"cost of all stored answers": runner.stored()}
         reports.write(runner.folder, report, reports.feedback_report(report, settings, total))
         for reason, count in report["left_out"].items():
             print(f"no pair out of {count:,} instructions: {reason}")
         state = f"{report['records']:,} pairs out of {total:,} instructions"
     return runner.conclude(state)
-
-
-def try_judge(runner: Runner, answer, files, drawn, judge) -> None:
-    """Raise UserError where no verdict on the first few instructions of several languages can be read."""
-    outcomes, codes = Counter(), set()
-    for (_, code, _), made in runner.map(answer, firsts(files, drawn), math.prod(TRIED), "judge", named):
-        outcomes.update(made.outcomes)
-        codes.update([code] * bool(made.outcomes))
-    if len(codes) > 1 and outcomes["not readable"] == outcomes.total() >= FEWEST:
-        raise UserError(f"{judge.name}: the first {outcomes.total()} comparisons, in {len(codes)} languages, gave no "
-                        "verdict that can be read, expected a judge that answers with the JSON it is asked for")
-    runner.failures.clear()  # they are met again
 
 
 def named(item) -> dict:
@@ -125,19 +108,18 @@ def named(item) -> dict:
 # -- which instruction is asked in which language -------------------------------------------------------------------
 
 
-def draw(settings, codes) -> dict[str, tuple[np.ndarray, list[str]]]:
-    """{language: (which of its records, the language in which each is to be answered)}, all targets equally often."""
+def draw(settings, codes) -> dict[str, dict[int, str]]:
+    """{language: {number of one of its records: the language in which it is to be answered}}, all targets equally often.
+    """
     counts = Counter(code for code, _ in spoken(settings.data))
-    drawn = {}
+    drawn, wanted = {}, settings.pairs_each * (len(codes) - 1)  # for each language, and as many in both kinds
     for code in codes:
         targets = [code] if settings.feedback == "monolingual" else [target for target in codes if target != code]
-        wanted = settings.pairs_each * (len(codes) - 1)  # as many in both
         if counts[code] < wanted:
             raise UserError(f"{' '.join(settings.data)}: {counts[code]:,} records in {LANGUAGES[code].name} ({code}), "
                             f"expected {wanted:,} or more for --pairs-each {settings.pairs_each}")
-        places = np.array(random.Random(f"{settings.seed} {code}").sample(range(counts[code]), wanted))
-        order = np.argsort(places)
-        drawn[code] = places[order], [targets[i % len(targets)] for i in order]
+        numbers = random.Random(f"{settings.seed} {code}").sample(range(counts[code]), wanted)
+        drawn[code] = dict(zip(numbers, itertools.cycle(targets)))
     return drawn
 
 
@@ -145,39 +127,24 @@ def spoken(paths) -> Iterator[tuple[str, Instruction]]:
     """(language, record) of the records in any of the 100, file by file."""
     for path in record_files(paths):
         for record in read_instructions(path):
-            if record.language is None:
-                raise UserError(f"{path}, {place(record.line)}: no field 'language', expected a FLORES code such as "
-                                "spa")
             try:
+                if record.language is None:
+                    raise UserError("no field 'language', expected a FLORES code such as spa")
                 code = languages.find(record.language).code
+                check_text(str(record.extra.get("id")), "id")
             except UserError as error:
                 raise UserError(f"{path}, {place(record.line)}: {error}") from None
-            check_text(str(record.extra.get("id")), f"{path}, {place(record.line)}: id")
             if code in LANGUAGES:
                 yield code, record
 
 
 def instructions(paths, drawn) -> Iterator[tuple[Instruction, str, str]]:
     """(record, its language, the language of the answer) of the drawn records, in the order of the files."""
-    seen, taken = Counter(), Counter()
+    seen = Counter()
     for code, record in spoken(paths):
-        places, targets = drawn.get(code, ((), ()))
-        if taken[code] < len(places) and places[taken[code]] == seen[code]:
-            yield record, code, targets[taken[code]]
-            taken[code] += 1
+        if target := drawn.get(code, {}).get(seen[code]):
+            yield record, code, target
         seen[code] += 1
-
-
-def firsts(paths, drawn) -> Iterator[tuple[Instruction, str, str]]:
-    """The first drawn records of the first languages, TRIED of them."""
-    spread, each = TRIED
-    found = Counter()
-    for item in instructions(paths, drawn):
-        if found[item[1]] < each and (item[1] in found or len(found) < spread):
-            found[item[1]] += 1
-            yield item
-        if found.total() == spread * each:
-            return
 
 
 # -- candidates and their judge -------------------------------------------------------------------------------------
@@ -209,25 +176,40 @@ def compare(ask, item, generators, judge, settings) -> Compared:
         try:
             answer = ask(generator, Prompt(instruction, record.input, "", settings.max_new_tokens, settings.temperature,
                                            settings.seed + number))
-        except Unusable as why:
-            answer = made.unusable.update([(generator.name, str(why))])
+        except LeftOut as out:
+            made.unusable[generator.name, str(out)] += 1
+            continue
         if answer:
             made.answers.setdefault(answer, generator.name)
     texts = list(made.answers)
     for i, j in itertools.combinations(range(len(texts)), 2):
-        verdicts = []
-        for first, second in ((i, j), (j, i)):
-            question, tag = comparison(instruction, record.input, texts[first], texts[second], LANGUAGES[target].name)
-            try:
-                answer = ask(judge, Prompt(question, max_new_tokens=512, seed=settings.seed))
-            except Unusable:
-                answer = ""
-            verdicts.append(read_verdict(answer, tag))
+        verdicts = [judged(ask, judge, (instruction, record.input, texts[first], texts[second], LANGUAGES[target].name),
+                           settings.seed) for first, second in ((i, j), (j, i))]
         readable = None not in verdicts
         made.margins[i, j] = agreed(verdicts[0], -verdicts[1]) if readable else 0.0
         made.outcomes["not readable" if not readable else "decided" if made.margins[i, j] else
                       "orders disagree" if verdicts[0] * verdicts[1] > 0 else "tie"] += 1
     return made
+
+
+def judged(ask, judge, shown: tuple, seed: int) -> float | None:
+    """By how many points, of 10, the judge finds the first answer better; None where that cannot be read."""
+    question, tag = comparison(*shown)
+    try:
+        return read_verdict(ask(judge, Prompt(question, max_new_tokens=512, seed=seed)), tag)
+    except LeftOut:
+        return None
+
+
+def try_judge(runner: Runner, judge, seed: int) -> None:
+    """Raise UserError where none of a few verdicts on short answers can be read."""
+    tried = [("Name a fruit.", "", *answers, "English") for answers in itertools.permutations(FRUITS, 2)]
+    found = [points for _, points in runner.map(lambda ask, shown: judged(ask, judge, shown, seed), tried, len(tried),
+                                                "judge", lambda shown: {"judge": judge.name})]
+    if found and not any(points is not None for points in found):
+        raise UserError(f"{judge.name}: {len(found)} comparisons gave no verdict that can be read, expected a judge that "
+                        "answers with the JSON it is asked for")
+    runner.failures.clear()  # none of the records is missing for it
 
 
 def comparison(instruction: str, input: str, first: str, second: str, language: str) -> tuple[str, str]:
@@ -304,18 +286,6 @@ def choose(count: int, margins: dict, faults: list[str | None], least: float) ->
     return best, worst, margin, ranked[0] != best
 
 
-def estimate(files, drawn, total: int, generators, judge, settings) -> str:
-    """What the build would ask, if all candidates differed and no answer failed."""
-    every = -(-total // DRY_RUN_SAMPLE)
-    sample = list(itertools.islice(instructions(files, drawn), 0, None, every))
-    length = sum(len(record.output) for record, _, _ in sample) // len(sample)
-    counter = Estimate(length, total / len(sample))
-    for item in sample:
-        compare(counter.ask, item, generators, judge, settings)
-    return "\n".join([f"{total:,} instructions, counted on {len(sample)}",
-                      *(f"{name}: {amount:,.0f} {unit}" for (name, unit), amount in counter.counts.items())])
-
-
 # -- the report -----------------------------------------------------------------------------------------------------
 
 
@@ -326,7 +296,7 @@ class Tally:
         self.judge, self.least, self.wrong_language = judge, least, wrong_language
         self.comparisons, self.each, self.unusable, self.margins = Counter(), Counter(), Counter(), Counter()
         self.generators, self.by_language = defaultdict(Counter), defaultdict(Counter)
-        self.examples, self.warn_at = [], FEWEST
+        self.examples, self.warn_at = [], UNREADABLE[0]
 
     def finish(self, item, made: Compared) -> dict:
         """The pair that an instruction gives. Raises LeftOut."""
@@ -337,7 +307,7 @@ class Tally:
             self.generators[generator]["answers"] += 1
             self.by_language[item[2]].update(["answers", fault] if fault else ["answers"])
         unreadable = self.comparisons["not readable"]
-        if unreadable >= self.warn_at and unreadable > UNREADABLE * self.comparisons.total():
+        if unreadable >= self.warn_at and unreadable > UNREADABLE[1] * self.comparisons.total():
             tqdm.write(f"{self.judge.name}: {unreadable:,} of {self.comparisons.total():,} verdicts cannot be read, "
                        "and count as ties", file=sys.stderr)
             self.warn_at = 2 * unreadable
@@ -345,7 +315,7 @@ class Tally:
         try:
             best, worst, margin, vetoed = choose(len(texts), made.margins, faults, self.least)
         except LeftOut as out:
-            raise LeftOut(out.reason, made.instruction, *texts) from None
+            raise LeftOut(str(out), made.instruction, *texts) from None
         record = {"instruction": made.instruction, "input": item[0].input, "chosen": texts[best],
                   "rejected": texts[worst], **named(item), "chosen_by": made.answers[texts[best]],
                   "rejected_by": made.answers[texts[worst]], "judge": self.judge.name, "margin": round(margin, 3),

@@ -8,42 +8,36 @@ the language and back and scoring it against the original. What is visibly broke
 import dataclasses
 import hashlib
 import itertools
-import json
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from minixllm import languages
-from minixllm.building import reports, services
-from minixllm.building.estimate import Estimate
+from minixllm.building import estimate, reports, services
 from minixllm.building.filters import copied, fault, identifier, spaced
-from minixllm.building.replies import Unusable
-from minixllm.building.runner import LeftOut, Runner, RunnerSettings, Stopped
+from minixllm.building.replies import LeftOut
+from minixllm.building.runner import Runner, RunnerSettings, Stopped
 from minixllm.building.services import Prompt, Translate
 from minixllm.data.records import Instruction, place, read_instructions
 from minixllm.errors import UserError, check_text, found
 from minixllm.evaluation import scorers
+from minixllm.files import read_json
 from minixllm.languages import LANGUAGES
 from minixllm.settings import setting
-
-DRY_RUN_SAMPLE = 500
 
 
 @dataclass
 class InstructionSettings(RunnerSettings):
-    data: list[str] = setting([], "English files (JSON or JSONL) of instruction, input and output, optionally with an "
-                                  "id")
+    data: list[str] = setting([], "English files (JSON or JSONL) of instruction, input, output and optionally an id")
     languages: list[str] = setting([], "languages to build, by code, tag or name; none: all 100")
     translator: list[str] = setting(["google", "nllb:nllb"], "translation services: a language is translated by the "
-                                                             "first that knows it; Google, then NLLB (here in a "
-                                                             "directory called nllb), is the paper's choice")
-    generator: str = setting("chat:gpt-4o-mini@https://api.openai.com/v1", "the service that writes answers in the "
-                                                                           "language itself")
+                                    "first that knows it; Google, then NLLB (in a directory called nllb), as the paper")
+    generator: str = setting("chat:gpt-4o-mini@https://api.openai.com/v1",
+                             "the service that writes answers in the language itself")
     quality_sample: int = setting(100, "instructions translated into a language and back, to judge its translations",
                                   least=1)
     min_bleu: float = setting(30.0, "the BLEU that these must reach for a language's answers to be generated; below it "
-                                    "they are translated", least=0)
+                              "they are translated", least=0)
     max_new_tokens: int = setting(1024, "tokens of the longest generated answer; what is longer is left out", least=1)
     temperature: float = setting(0.7, "sampling temperature of the generated answers", least=0)
 
@@ -68,10 +62,7 @@ def build_instructions(settings: InstructionSettings) -> bool:
     if not (settings.data and settings.output):
         raise UserError("expected --data FILE, an English file in Alpaca's format, and --output DIRECTORY")
     total = check_source(settings.data)
-    sample = set(random.Random(settings.seed).sample(range(total), min(settings.quality_sample, total)))
-    generator = services.service(settings.generator, settings.timeout)
-    if not generator.does(Prompt("")):
-        raise UserError(f"--generator {settings.generator} only translates: expected chat:MODEL@URL or local:DIR")
+    generator = services.writer(settings.generator, settings.timeout)
     translators = []
     for word in settings.translator:  # opened as long as a language needs one
         if not all(first_able(translators, code) for code in codes):
@@ -83,9 +74,10 @@ def build_instructions(settings: InstructionSettings) -> bool:
         raise UserError(f"{named}: no translator for {', '.join(unknown)}: expected --translator {named} nllb:DIR, or "
                         "--languages without these")
     if settings.dry_run:
-        print(estimate(settings, total, plans, len(sample)))
+        print(dry_run(settings, total, plans))
         return True
 
+    sample = estimate.sampled(sources(settings.data), total, settings.quality_sample, settings.seed)
     wrong_language, finished = identifier(), 0
     with Runner(settings, settings.data) as runner:
         report = earlier_report(runner.folder)
@@ -102,17 +94,15 @@ def build_instructions(settings: InstructionSettings) -> bool:
     return runner.conclude(f"{finished} of {len(plans)} languages are finished")
 
 
-def write_language(runner: Runner, settings, plan: Plan, sample: set[int], total: int, label: str,
-                   wrong_language) -> dict:
+def write_language(runner: Runner, settings, plan: Plan, sample, total: int, label: str, wrong_language) -> dict:
     """Write the language's file; its entry in the report."""
-    scores = quality(runner, settings.data, sample, plan, label)
+    scores = quality(runner, sample, plan, label)
     if scores["bleu"] < settings.min_bleu:
         plan = dataclasses.replace(plan, generator=None)
     path, seen = Path(settings.output) / f"{plan.code}.jsonl", set()
     counts = runner.write(path, lambda ask, item: make(ask, item[1], plan),
                           lambda item, made: finish(item, made, plan, scores, wrong_language, seen),
-                          sources(settings.data), total, label,
-                          lambda item: {"language": plan.code, "id": identity(*item)})
+                          sources(settings.data), total, label, lambda item: {"language": plan.code, "id": item[0]})
     if not counts["records"]:
         path.unlink()  # trainings, and the build of feedback, refuse files without records
     return {**scores, "translator": plan.translator.name,
@@ -130,13 +120,14 @@ def chosen_languages(words: list[str], default=tuple(LANGUAGES)) -> list[str]:
 # -- the source -----------------------------------------------------------------------------------------------------
 
 
-def sources(paths) -> Iterator[tuple[int, Instruction]]:
-    """(number, record) of the English records, in order; a record's id is its own, or else its number."""
-    number = itertools.count()
-    return ((next(number), record) for path in paths for record in read_instructions(path))
+def sources(paths) -> Iterator[tuple[str, Instruction]]:
+    """(id, record) of the English records, in order."""
+    records = itertools.chain.from_iterable(map(read_instructions, paths))
+    return ((identity(number, record), record) for number, record in enumerate(records))
 
 
 def identity(number: int, record: Instruction) -> str:
+    """A record's own id, or else its number."""
     return str(number if record.extra.get("id") in (None, "") else record.extra["id"])
 
 
@@ -163,23 +154,21 @@ def make(ask, record: Instruction, plan: Plan) -> tuple[str, str, str]:
     input = ask(plan.translator, Translate(record.input, "eng", plan.code))
     if plan.generator is None:
         return instruction, input, ask(plan.translator, Translate(record.output, "eng", plan.code))
-    name = LANGUAGES[plan.code].name
-    system = f"You are a helpful assistant. Whatever you are asked, you answer in {name}."
+    system = f"You are a helpful assistant. Whatever you are asked, you answer in {LANGUAGES[plan.code].name}."
     return instruction, input, ask(plan.generator, Prompt(instruction, input, system, **plan.prompt))
 
 
 def finish(item, made: tuple[str, str, str], plan: Plan, scores: dict, wrong_language, seen: set) -> dict:
     """The record as it is written. seen: digests of the questions before it. Raises LeftOut."""
-    number, record = item
+    own, record = item
     question = hashlib.sha256("\n".join(map(spaced, made[:2])).encode()).digest()[:16]
     reason = (fault(record, made, plan.generator is not None, plan.code, wrong_language)
               or ("duplicate" if question in seen else None))
     if reason:
         raise LeftOut(reason, *made)
     seen.add(question)
-    return {**dict(zip(("instruction", "input", "output"), made)), "language": plan.code,
-            "id": identity(number, record), "translator": plan.translator.name,
-            "generator": plan.generator.name if plan.generator else None,
+    return {**dict(zip(("instruction", "input", "output"), made)), "language": plan.code, "id": own,
+            "translator": plan.translator.name, "generator": plan.generator.name if plan.generator else None,
             "bleu": scores["bleu"], "chrf": scores["chrf"]}
 
 
@@ -189,24 +178,21 @@ def first_able(translators: list, code: str):
     return next((each for each in translators if all(map(each.does, both))), None)
 
 
-def quality(runner: Runner, paths, sample: set[int], plan: Plan, label: str) -> dict:
+def quality(runner: Runner, sample: list, plan: Plan, label: str) -> dict:
     """BLEU and chrF of the sampled instructions, translated there and back (back-translation)."""
-    sampled = [item for item in sources(paths) if item[0] in sample]
-
     def back(ask, item):
         try:
             there = ask(plan.translator, Translate(item[1].instruction, "eng", plan.code))
-            if copied(item[1].instruction, there):
-                return ""  # what was not translated would come back as it was, for a perfect score
-            return ask(plan.translator, Translate(there, plan.code, "eng"))
-        except Unusable:
+            # what was not translated would come back as it was, for a perfect score
+            return "" if copied(item[1].instruction, there) else ask(plan.translator,
+                                                                     Translate(there, plan.code, "eng"))
+        except LeftOut:
             return ""  # it counts as badly translated
 
     pairs = [(text, item[1].instruction) for item, text in runner.map(
-        back, sampled, len(sampled), f"{label} quality",
-        lambda item: {"language": plan.code, "sampled": identity(*item)})]
-    if 2 * len(pairs) < len(sampled):
-        runner.stop(f"{plan.code}: of {len(sampled)} sampled instructions only {len(pairs)} could be translated")
+        back, sample, len(sample), f"{label} quality", lambda item: {"language": plan.code, "sampled": item[0]})]
+    if 2 * len(pairs) < len(sample):
+        runner.stop(f"{plan.code}: of {len(sample)} sampled instructions only {len(pairs)} could be translated")
         raise Stopped
     scores = {"bleu": scorers.bleu(*zip(*pairs)), "chrf": scorers.chrf(*zip(*pairs))}
     return {name: round(score.value, 2) for name, score in scores.items()} | {
@@ -218,36 +204,28 @@ def quality(runner: Runner, paths, sample: set[int], plan: Plan, label: str) -> 
 
 def earlier_report(folder: Path) -> dict:
     """The rows of languages built into the same directory before. Raises UserError for what is no such report."""
-    path = folder / "report.json"
+    report = read_json(path := folder / "report.json")
     try:
-        report = json.loads(path.read_bytes())
         reports.instructions_report(report, 0)
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
         raise UserError(f"{path}: found no report of built languages, expected one, or none: remove it, or choose "
                         "another --output") from None
     return report
 
 
-def estimate(settings, total: int, plans: list[Plan], sampled: int) -> str:
+def dry_run(settings, total: int, plans: list[Plan]) -> str:
     """What the build would ask, if all answers were translated, and if all were generated."""
-    chosen = set(random.Random(settings.seed).sample(range(total), min(DRY_RUN_SAMPLE, total)))
-    records = [record for number, record in sources(settings.data) if number in chosen]
-    answer = sum(len(record.output) for record in records) // len(records)
-    lines = [f"{total:,} records, {len(plans)} languages, counted on {len(records)} records; from all answers "
-             "translated to all generated:"]
-    bounds = []
+    records = [record for _, record in estimate.sampled(sources(settings.data), total, estimate.SAMPLE, settings.seed)]
+    sample, bounds = min(settings.quality_sample, total), []
     for generated in (False, True):
-        bounds.append(estimate := Estimate(answer))
+        counter = estimate.Estimate(sum(len(record.output) for record in records) // len(records))
         for plan in plans:
             plan = plan if generated else dataclasses.replace(plan, generator=None)
             for record in records:
-                estimate.times = total / len(records)
-                make(estimate.ask, record, plan)
-                estimate.times = sampled / len(records)
-                estimate.ask(plan.translator, Translate(record.instruction, plan.code, "eng"))
-    for name, unit in bounds[0].counts | bounds[1].counts:
-        low, high = sorted(round(bound.counts[name, unit]) for bound in bounds)
-        lines.append(f"{name}: {low:,} to {high:,} {unit}" if low < high else f"{name}: {low:,} {unit}")
-    return "\n".join(lines)
+                counter.times = total / len(records)
+                make(counter.ask, record, plan)
+                counter.times = sample / len(records)
+                counter.ask(plan.translator, Translate(record.instruction, plan.code, "eng"))
+        bounds.append(counter.counts)
+    return "\n".join([f"{total:,} records, {len(plans)} languages, counted on {len(records)} records; from all answers "
+                      "translated to all generated:", *estimate.amounts(*bounds)])

@@ -1,7 +1,7 @@
 """What the reply of a chat endpoint is worth: why it ended, its text, and the markup that models leave in it.
 
 Replies become training data. A model that learns from half an answer learns to stop in mid-sentence, and one that
-learns from stray markup writes it. So what is whole is cut out, and what is not makes the reply unusable.
+learns from stray markup writes it. So what is whole is cut out, and what is not leaves the record out.
 """
 
 import re
@@ -10,25 +10,23 @@ import re
 class Failure(Exception):
     """A request got no answer. again: it may get one later, not before `after` seconds where the server said so.
 
-    charged: the service may have worked for it all the same. used: what it cost, where that is known.
+    used: what it cost. None: perhaps all that it could, for the service may have worked for it.
     """
 
-    used: dict | None = None
-
-    def __init__(self, reason: str, again: bool = True, after: float | None = None, charged: bool = True):
+    def __init__(self, reason: str, again: bool = True, after: float | None = None, used: dict | None = None):
         super().__init__(reason)
-        self.again, self.after, self.charged = again, after, charged
+        self.again, self.after, self.used = again, after, used
 
 
-class Unusable(Failure):
-    """The service answered, but with nothing to learn from. The reason says why, in words that can be counted.
+class LeftOut(Failure):
+    """There is nothing to learn from. The reason says why, in words that can be counted; `example` holds such texts.
 
-    lasting: asked again, it would answer the same. A refusal may be decided otherwise another day.
+    lasting: the service would answer the same again. A refusal may be decided otherwise another day.
     """
 
-    def __init__(self, reason: str, lasting: bool = True):
-        super().__init__(reason, again=False)
-        self.lasting = lasting
+    def __init__(self, reason: str, *example: str, lasting: bool = True, used: dict | None = None):
+        super().__init__(reason, again=False, used=used)
+        self.example, self.lasting = [text[:200] for text in example], lasting
 
 
 # The only reasons with which an answer is whole; some servers give none. In lower case, for Gemini says STOP.
@@ -40,25 +38,23 @@ BROKEN = re.compile("(?:.*_)?error|abort(?:ed)?|.*(?:network|time_?out|cancel|un
 def read(reply: dict, asked: str) -> tuple[str, bool]:
     """(the text of a chat completion, whether markup was cut out of it).
 
-    asked: the prompt, whose own markup may be spoken of. Raises Failure for what broke off, Unusable for what is not
+    asked: the prompt, whose own markup may be spoken of. Raises Failure for what broke off, LeftOut for what is not
     whole, and KeyError, TypeError, IndexError or AttributeError for what is no chat completion.
     """
-    error = reply.get("error")
-    choice = reply["choices"][0] if not error else {}
-    message = choice["message"] if not error else {}
-    error = error or choice.get("error") or message.get("error")
+    choice = {"message": {}} if reply.get("error") else reply["choices"][0]
+    message = choice["message"]
+    error = reply.get("error") or choice.get("error") or message.get("error")
     reason = choice.get("finish_reason") or ""
     if error or BROKEN.fullmatch(reason.lower()):
         raise Failure(f"the server broke off: {error or reason}")
     if reason.lower() not in FINISHED:
-        raise Unusable(f"finish reason {reason}", lasting=reason in ("length", "max_tokens", "MAX_TOKENS"))
-    content = message.get("content")
-    refusal = message.get("refusal")
+        raise LeftOut(f"finish reason {reason}", lasting=reason in ("length", "max_tokens", "MAX_TOKENS"))
+    content, refusal = message.get("content"), message.get("refusal")
     if isinstance(content, list):  # of parts: thoughts, text, a refusal
         refusal = refusal or any(part.get("type") == "refusal" for part in content)
         content = "".join(part["text"] for part in content if part.get("type", "text") in ("text", "output_text"))
     if refusal:
-        raise Unusable("refused by the service", lasting=False)
+        raise LeftOut("refused by the service", lasting=False)
     return without_markup((content or "").strip(), asked)  # null: it answered nothing
 
 
@@ -83,14 +79,14 @@ SPEAKER = re.compile(r"(?:assistant|model)(?=\n|<)")  # behind a control token a
 def without_markup(text: str, asked: str) -> tuple[str, bool]:
     """(the text without its thoughts and without control tokens at its ends, whether there were any).
 
-    Raises Unusable where thoughts do not end, or a control token stands in the middle: there somebody else speaks.
+    Raises LeftOut where thoughts do not end, or a control token stands in the middle: there somebody else speaks.
     """
     # Most answers have none of this, and the expressions above are slow: 1 ms for 4,000 characters.
     if not any(sign in text for sign in ("<", "[", "◁", "assistantfinal")) and not CHANNELS.match(text):
         return text, False
     plain = _without_control_tokens(_without_thoughts(_final_channel(text), asked), asked)
     if text and not plain:
-        raise Unusable("nothing but thoughts and markup")
+        raise LeftOut("nothing but thoughts and markup")
     return plain, plain != text
 
 
@@ -99,27 +95,27 @@ def _final_channel(text: str) -> str:
         return text
     finals = [first or second for first, second in FINAL.findall(text)]
     if len(finals) != 1:
-        raise Unusable("channels without one final answer")
+        raise LeftOut("channels without one final answer")
     return finals[0].strip()
 
 
 def _without_thoughts(text: str, asked: str) -> str:
     while start := OPENING.match(text):  # at the start these are no words of the answer, whatever was asked
         if not (end := CLOSING.search(text, start.end())):
-            raise Unusable("thoughts without an end")
+            raise LeftOut("thoughts without an end")
         text = text[end.end():].strip()
     if OPENING.search(asked) or CLOSING.search(asked):
         return text
     pieces, position = [], 0
     while start := OPENING.search(text, position):
         if not (end := CLOSING.search(text, start.end())):
-            raise Unusable("thoughts without an end")
+            raise LeftOut("thoughts without an end")
         pieces.append(text[position:start.start()])
         position = end.end()
     text = "".join([*pieces, text[position:]])
     before, *behind = CLOSING.split(text)
     if len(behind) > 1:
-        raise Unusable("thoughts without a start")
+        raise LeftOut("thoughts without a start")
     return (behind or [before])[0].strip()  # the template itself may have opened the thoughts
 
 
@@ -136,5 +132,5 @@ def _without_control_tokens(text: str, asked: str) -> str:
         text = text[first.end():]
         text = (text[speaker.end():] if (speaker := SPEAKER.match(text)) else text).lstrip()
     if any(map(control, CONTROL.finditer(text))):
-        raise Unusable("a control token in the answer")
+        raise LeftOut("a control token in the answer")
     return text

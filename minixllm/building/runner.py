@@ -1,9 +1,8 @@
-"""Asking services many thousand times: at most so many at once, again after faults, within a budget, never twice.
+"""Asking services many thousand times: at most so many at once, again after faults, within a budget.
 
 What a build writes is a function of its source records and of the answers to what they ask. `Runner.map` computes it
 with many threads, but in the order of the source; `Runner.ask` stores each answer under a hash of its request. So what
-is written depends neither on the order in which answers came nor on how often the build was killed. For that, a request
-is asked by one thread alone, and how it ended, with an answer or without, holds for the whole run.
+is written depends neither on the order in which answers came nor on how often the build was killed.
 """
 
 import contextlib
@@ -24,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minixllm.building.replies import Failure, Unusable
+from minixllm.building.replies import Failure, LeftOut
 from minixllm.building.services import Prompt, Translate, fingerprint
 from minixllm.errors import UserError
 from minixllm.files import atomic_write, write_json_lines
@@ -58,14 +57,6 @@ class RunnerSettings:
                         most=2**32 - 1)
 
 
-class LeftOut(Exception):
-    """A record is not to be written: for what reason, and texts for an example of it."""
-
-    def __init__(self, reason: str, *example: str):
-        super().__init__(reason)
-        self.reason, self.example = reason, [text[:200] for text in example]
-
-
 class Stopped(Exception):
     """The run is ending: nothing more is asked."""
 
@@ -77,37 +68,36 @@ class Runner:
     """
 
     def __init__(self, settings: RunnerSettings, files=()):
-        self.folder = folder = Path(settings.output) / "build"
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(settings.output) / "build"
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.files, self._fingerprint = files, fingerprint(files)
         self.spent, self._reserved = Counter(requests=0, tokens=0, characters=0), Counter()
         self.limits = {unit: limit for unit in self.spent if (limit := getattr(settings, f"budget_{unit}")) is not None}
-        self._changed = threading.Condition()  # for whoever waits for a request under way, or for room in the budget
-        self._under_way = set()  # keys of requests
-        self._stop, self.why_stopped = threading.Event(), None
+        self._changed = threading.Condition()  # guards what threads share; wakes who waits for room in the budget
         self._failed_in_a_row, self._resume_at = Counter(), {}  # by service and how it failed; by service
+        self._stop, self.why_stopped = threading.Event(), None
         self.failures = []  # the records that got no answer, as they are listed
         self.cleaned = 0    # answers, new or stored, from which markup was cut out
-
-        # WAL: a stored answer survives the death of this process at once; exclusive: two builds may not share a folder
-        self._lock = threading.Lock()
-        self._database = sqlite3.connect(folder / "cache.sqlite", timeout=0.1, isolation_level=None,
-                                         check_same_thread=False)
-        try:
-            self._database.executescript("""
-                PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
-                CREATE TABLE IF NOT EXISTS replies (request BLOB PRIMARY KEY, answer TEXT, markup INTEGER,
-                                                    unusable TEXT, tokens INTEGER, characters INTEGER)""")
-            rows = self._database.execute("SELECT request, unusable FROM replies WHERE unusable IS NOT NULL").fetchall()
-        except sqlite3.DatabaseError as error:
-            raise UserError(f"{settings.output}: another build is writing there" if "locked" in str(error) else
-                            f"{folder / 'cache.sqlite'}: {error}") from None
-        self._unanswered = {key: Unusable(reason) for key, reason in rows}  # requests that get no answer in this run
-        for path in (*folder.iterdir(), *folder.parent.iterdir()):
+        self._database = self._open()
+        for path in (*self.folder.iterdir(), *self.folder.parent.iterdir()):
             if HALF_WRITTEN.fullmatch(path.name) and path.is_file():
                 path.unlink()
         self.ahead = AHEAD * settings.concurrency
         self._pool = ThreadPool(settings.concurrency)  # of daemons, which Python does not wait for at its end
+
+    def _open(self) -> sqlite3.Connection:
+        # WAL: a stored answer survives the death of this process at once; exclusive: two builds may not share a folder
+        path = self.folder / "cache.sqlite"
+        database = sqlite3.connect(path, timeout=0.1, isolation_level=None, check_same_thread=False)
+        try:
+            database.executescript("""
+                PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
+                CREATE TABLE IF NOT EXISTS replies (request BLOB PRIMARY KEY, answer TEXT, markup INTEGER,
+                                                    unusable TEXT, tokens INTEGER, characters INTEGER)""")
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{self.folder.parent}: another build is writing there" if "locked" in str(error) else
+                            f"{path}: {error}") from None
+        return database
 
     def __enter__(self):
         return self
@@ -118,7 +108,7 @@ class Runner:
         if kind is not KeyboardInterrupt:
             with contextlib.suppress(KeyboardInterrupt):
                 self._pool.join()  # for the answers that are on their way
-        with self._lock:
+        with self._changed:
             self._database.close()
         if self.failures or error is None or kind is Stopped:
             write_json_lines(self.folder / "failures.jsonl", self.failures)
@@ -128,14 +118,12 @@ class Runner:
         return kind is Stopped
 
     def _query(self, statement: str, *values):
-        with self._lock:
+        with self._changed:
             return self._database.execute(statement, values).fetchone()
 
     def stored(self) -> dict[str, int]:
         """What all the answers have cost that are stored in this folder, whichever run asked for them."""
         return dict(zip(self.spent, self._query("SELECT COUNT(*), TOTAL(tokens), TOTAL(characters) FROM replies")))
-
-    # -- asking
 
     def reach(self, service, max_new_tokens: int = 0) -> None:
         """Ask one short thing, so that a wrong address or key is known before much is asked. Raises UserError.
@@ -149,7 +137,7 @@ class Runner:
             if service.does(shortest := Prompt("", max_new_tokens=max_new_tokens)):
                 self._check_size(service.cost(shortest))
             self._check_size(cost := service.cost(request))
-            with contextlib.suppress(Unusable):  # it is there, and answers
+            with contextlib.suppress(LeftOut):  # it is there, and answers
                 self._insist(service, request, cost, 3)
         except Failure as failure:
             raise UserError(f"{service.name} cannot be asked: {failure}") from None
@@ -158,53 +146,41 @@ class Runner:
         """The answer, stored or new. Raises Failure when there is none in this run, Stopped when the run is ending."""
         if not request.text.strip():
             return ""
+        if self._stop.is_set():
+            raise Stopped
         key = _key(service, request)
-        with self._changed:  # one thread alone asks; whoever wants the same waits, and finds it stored
-            while key in self._under_way:
-                self._changed.wait()
-            self._under_way.add(key)
-        markup = 0
-        try:
-            if self._stop.is_set():
-                raise Stopped
-            if row := self._query("SELECT answer, markup FROM replies WHERE request = ? AND unusable IS NULL", key):
-                # a stored answer parts refusals of single records, but does not tell that the service is there now
-                self._failed_in_a_row[service.name, "refused"] = 0
-                answer, markup = row
-            elif failure := self._unanswered.get(key):
-                raise type(failure)(str(failure))
-            else:
-                answer, markup = self._ask_anew(service, request, key)
-            return answer
-        finally:
-            with self._changed:
-                self.cleaned += markup
-                self._under_way.discard(key)
-                self._changed.notify_all()
+        if row := self._query("SELECT answer, markup, unusable FROM replies WHERE request = ?", key):
+            # a stored answer parts refusals of single records, but does not tell that the service is there now
+            self._failed_in_a_row[service.name, "refused"] = 0
+        else:
+            row = self._ask_anew(service, request, key)
+        answer, markup, unusable = row
+        if unusable is not None:
+            raise LeftOut(unusable)
+        with self._changed:
+            self.cleaned += markup
+        return answer
 
-    def _ask_anew(self, service, request, key: bytes) -> tuple[str, int]:
-        """(the answer, whether markup was cut out of it), which are stored from now on."""
+    def _ask_anew(self, service, request, key: bytes) -> tuple[str | None, int, str | None]:
+        """The row of the new answer. Of threads that ask the same at once, all go on with what was stored first."""
         self._check_size(cost := service.cost(request))  # too large a request fails alone: the service may be well
+        gone, refused = (service.name, "gone"), (service.name, "refused")
+        unusable = None
         try:
             answer, used = self._insist(service, request, cost, ATTEMPTS)
+            self._failed_in_a_row[gone] = self._failed_in_a_row[refused] = 0
+        except LeftOut as out:
+            if not out.lasting:
+                raise
+            answer, used, unusable = None, out.used or cost, str(out)
         except Failure as failure:
-            self._unanswered[key] = failure
-            if isinstance(failure, Unusable):
-                if failure.lasting:
-                    self._store(key, None, failure.used or cost, str(failure))
-            else:
-                kind = service.name, "gone" if failure.again else "refused"
-                self._failed_in_a_row[kind] += 1
-                if self._failed_in_a_row[kind] >= FAILURES_IN_A_ROW:
-                    self.stop(f"{FAILURES_IN_A_ROW} requests in a row failed, the last with: {failure}")
+            self._failed_in_a_row[kind := gone if failure.again else refused] += 1
+            if self._failed_in_a_row[kind] >= FAILURES_IN_A_ROW:
+                self.stop(f"{FAILURES_IN_A_ROW} requests in a row failed, the last with: {failure}")
             raise
-        self._failed_in_a_row[service.name, "gone"] = self._failed_in_a_row[service.name, "refused"] = 0
-        self._store(key, answer, used)
-        return answer, used.get("markup", 0)
-
-    def _store(self, key: bytes, answer: str | None, used: dict, unusable: str | None = None) -> None:
-        self._query("INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?)", key, answer, used.get("markup", 0), unusable,
-                    used.get("tokens", 0), used.get("characters", 0))
+        return self._query("INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET request = request "
+                           "RETURNING answer, markup, unusable", key, answer, used.get("markup", 0), unusable,
+                           used.get("tokens", 0), used.get("characters", 0))
 
     def _insist(self, service, request, cost: dict, attempts: int) -> tuple[str, dict]:
         delay, patience = BACKOFF, LONGEST_WAIT
@@ -226,14 +202,19 @@ class Runner:
                     self._wait(delay * random.uniform(0.5, 1.5))
                     delay *= 2
 
+    def _wait(self, seconds: float) -> None:
+        if self._stop.wait(seconds):
+            raise Stopped
+
     def _once(self, service, request, cost: dict) -> tuple[str, dict]:
+        """Ask, with the request's highest cost taken out of the budget meanwhile."""
         self._reserve(cost)
         used = cost
         try:
             answer, used = service.ask(request)
             return answer, used
         except Failure as failure:
-            used = failure.used or (cost if failure.charged else {"requests": 1})
+            used = failure.used or cost
             raise
         finally:
             with self._changed:
@@ -241,17 +222,13 @@ class Runner:
                 self.spent.update({unit: used[unit] for unit in self.spent if unit in used})
                 self._changed.notify_all()
 
-    def _wait(self, seconds: float) -> None:
-        if self._stop.wait(seconds):
-            raise Stopped
-
     def _check_size(self, cost: dict) -> None:
         if above := {unit: amount for unit, amount in cost.items() if amount > self.limits.get(unit, math.inf)}:
             raise Failure(f"the budget of {_amounts(self.limits)} is too small: one request may need up to "
                           f"{_amounts(above)}")
 
     def _reserve(self, cost: dict) -> None:
-        """Take a request's highest cost out of the budget; wait while only what is on its way stands against it."""
+        """Wait for room in the budget, while only what is on its way stands against it."""
         with self._changed:
             while any(self.spent[unit] + self._reserved[unit] + amount > self.limits.get(unit, math.inf)
                       for unit, amount in cost.items()):
@@ -261,8 +238,6 @@ class Runner:
                     raise Stopped
                 self._changed.wait(0.5)
             self._reserved.update(cost)
-
-    # -- many
 
     def stop(self, why: str) -> None:
         """Ask nothing more; the first reason is kept."""
@@ -319,13 +294,13 @@ class Runner:
         """Write finish(item, task(ask, item)) of every item as JSON lines; see `map`.
 
         Returns the counts of records written, failed, and left out by reason, these with examples. An item is left out
-        where finish raises LeftOut, or an answer that its task asked for is Unusable.
+        where finish raises LeftOut, or its task does, for an answer that it asked for.
         """
         def attempt(ask, item):
             try:
                 return task(ask, item)
-            except Unusable as unusable:
-                return LeftOut(str(unusable))
+            except LeftOut as out:
+                return out
 
         written, failed, reasons, examples, cleaned = 0, len(self.failures), Counter(), {}, self.cleaned
         with atomic_write(path) as file:
@@ -335,9 +310,9 @@ class Runner:
                         raise made
                     record = finish(item, made)
                 except LeftOut as out:
-                    reasons[out.reason] += 1
-                    if reasons[out.reason] <= EXAMPLES:
-                        examples.setdefault(out.reason, []).append({**name(item), "texts": out.example})
+                    reasons[reason := str(out)] += 1
+                    if reasons[reason] <= EXAMPLES:
+                        examples.setdefault(reason, []).append({**name(item), "texts": out.example})
                 else:
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
                     written += 1

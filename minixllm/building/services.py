@@ -9,7 +9,7 @@
                               prompts in a batch, which in bf16 can tip a token that is as likely as another
 
 `service(word)` opens one. It has a `name`, `does(request)`, `cost(request)`, which is an upper bound, and
-`ask(request)`, which returns (answer, what it cost) or raises `Failure`: `Unusable` where the answer came, but is not
+`ask(request)`, which returns (answer, what it cost) or raises `Failure`: `LeftOut` where the answer came, but is not
 whole. "markup" among the costs says that markup was cut out of the answer. Asking again, waiting and remembering are
 the runner's task. Keys come from the environment, go into a header, and are cut out of whatever a server sends back.
 """
@@ -28,8 +28,8 @@ from pathlib import Path
 
 from minixllm import languages
 from minixllm.building import replies
-from minixllm.building.endpoint import Endpoint, address
-from minixllm.building.replies import Failure
+from minixllm.building.endpoint import UNCHARGED, Endpoint, address
+from minixllm.building.replies import Failure, LeftOut
 from minixllm.errors import UserError
 
 GATHERING = 0.02      # seconds that a local model waits for requests: who just got an answer soon asks the next thing
@@ -72,6 +72,14 @@ def service(word: str, timeout: float = 120.0):
     start = re.match("[a-z]{0,9}", word)[0]  # what follows may be secret
     raise UserError(f"no service is written '{start}...': expected google, nllb:DIR, local:DIR or chat:MODEL@URL, such "
                     "as chat:gpt-4o-mini@https://api.openai.com/v1")
+
+
+def writer(word: str, timeout: float):
+    """The service that `word` names, one that answers prompts. Raises UserError."""
+    opened = service(word, timeout)
+    if not opened.does(Prompt("")):
+        raise UserError(f"{opened.name} only translates: expected chat:MODEL@URL or local:DIR")
+    return opened
 
 
 # -- over HTTP -------------------------------------------------------------------------------------------------------
@@ -146,37 +154,40 @@ class Chat:
         return cost | {"characters": len(request.text)} if isinstance(request, Translate) else cost
 
     def ask(self, request) -> tuple[str, dict]:
-        prompt = _prompt(request)
+        prompt, used = _prompt(request), self.cost(request)
         text = f"{prompt.text}\n\n{prompt.input}" if prompt.input else prompt.text
+        answer = self._post(prompt, text)
+        try:
+            tokens = (answer.get("usage") or {}).get("total_tokens")
+            if type(tokens) is int and tokens > 0:
+                used["tokens"] = tokens
+            content, markup = replies.read(answer, text)
+        except LeftOut as out:
+            raise LeftOut(self.endpoint.excerpt(str(out)), lasting=out.lasting, used=used) from None
+        except Failure as failure:
+            raise self.endpoint.failure(str(failure), used=used) from None
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            raise self.endpoint.misshapen(answer) from None
+        if isinstance(request, Translate):  # models like to give the lines around the text back with it
+            content = content.replace(_mark(request), "").strip()
+        return self.endpoint.clean(content), used | {"markup": 1} if markup else used
+
+    def _post(self, prompt: Prompt, text: str) -> dict:
         body = {"model": self.model, self.limit: prompt.max_new_tokens, "seed": prompt.seed,
                 "messages": [{"role": "system", "content": prompt.system}] * bool(prompt.system)
                 + [{"role": "user", "content": text}]}
         if prompt.temperature not in self._refused:
             body["temperature"] = prompt.temperature
         try:
-            answer = self.endpoint.post("/chat/completions", body)
+            return self.endpoint.post("/chat/completions", body)
         except Failure as failure:
-            if failure.again or "temperature" not in body or "temperature" not in str(failure):
-                raise
-            if prompt.temperature not in self._refused:
-                print(f"{self.name} refuses temperature {prompt.temperature:g}: it is asked without", file=sys.stderr)
-            self._refused.add(prompt.temperature)
-            raise Failure(str(failure), charged=False) from None
-        used = self.cost(request)
-        try:
-            tokens = (answer.get("usage") or {}).get("total_tokens")
-            if type(tokens) is int and tokens > 0:
-                used["tokens"] = tokens
-            content, markup = replies.read(answer, text)
-        except Failure as failure:
-            failure.used, reason = used, self.endpoint.excerpt(str(failure))
-            failure.args = (reason if isinstance(failure, replies.Unusable) else f"{self.endpoint.host}: {reason}",)
+            if not failure.again and "temperature" in body and "temperature" in str(failure):
+                if prompt.temperature not in self._refused:
+                    print(f"{self.name} refuses temperature {prompt.temperature:g}: it is asked without",
+                          file=sys.stderr)
+                self._refused.add(prompt.temperature)
+                failure.again = True
             raise
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-            raise self.endpoint.misshapen(answer) from None
-        if isinstance(request, Translate):  # models like to give the lines around the text back with it
-            content = content.replace(_mark(request), "").strip()
-        return self.endpoint.clean(content), used | {"markup": 1} if markup else used
 
 
 # -- on this machine ------------------------------------------------------------------------------------------------
@@ -226,13 +237,13 @@ class _Together:
         try:
             answers = self.answers([request for request, _ in batch])
         except Exception as error:  # out of memory, an unknown language token
-            if isinstance(error, UserError) or len(batch) == 1:
-                failure = error if isinstance(error, UserError) else Failure(f"{self.name}: {error}", again=False)
-                for _, done in batch:
-                    done.set_exception(failure)
-            else:  # that one of them cannot be answered is no fault of the others
-                for each in batch:
+            if len(batch) > 1 and not isinstance(error, UserError):
+                for each in batch:  # that one of them cannot be answered is no fault of the others
                     self._answer([each])
+                return
+            failure = error if isinstance(error, UserError) else Failure(f"{self.name}: {error}", again=False)
+            for _, done in batch:
+                done.set_exception(failure)
         else:
             for (_, done), answer in zip(batch, answers):
                 done.set_result(answer)

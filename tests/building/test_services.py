@@ -19,7 +19,7 @@ import torch
 from minixllm import generation, languages
 from minixllm.building import __main__ as command
 from minixllm.building import services
-from minixllm.building.replies import Failure, Unusable
+from minixllm.building.replies import Failure, LeftOut
 from minixllm.building.services import Prompt, Translate
 from minixllm.errors import UserError
 from minixllm.models.llama import LlamaConfig
@@ -154,7 +154,7 @@ def test_a_finished_answer_is_whole(monkeypatch, reason):
     ("length", True), ("MAX_TOKENS", True), ("content_filter", False), ("SAFETY", False), ("RECITATION", False),
     ("tool_calls", False), ("sensitive", False), ("something new", False)])
 def test_an_answer_that_ended_otherwise_is_unusable(monkeypatch, reason, lasting):
-    with pytest.raises(Unusable, match=f"^finish reason {reason}$") as unusable:
+    with pytest.raises(LeftOut, match=f"^finish reason {reason}$") as unusable:
         answered(monkeypatch, message={"content": "cut"}, finish_reason=reason)
     assert unusable.value.lasting == lasting and unusable.value.used["tokens"] == 1 + 512 + 1024
 
@@ -166,7 +166,7 @@ def test_an_answer_that_ended_otherwise_is_unusable(monkeypatch, reason, lasting
 def test_an_answer_that_broke_off_is_asked_for_again(monkeypatch, reply, choice):
     with pytest.raises(Failure, match="127.0.0.1:9: the server broke off") as failure:
         answered(monkeypatch, reply=reply, **{"message": {"content": "c"}, **choice})
-    assert failure.value.again and failure.value.charged and not isinstance(failure.value, Unusable)
+    assert failure.value.again and failure.value.used and not isinstance(failure.value, LeftOut)
 
 
 def test_an_error_instead_of_choices_is_asked_for_again(monkeypatch):
@@ -187,7 +187,7 @@ def test_content_in_parts(monkeypatch, content, text):
 
 @pytest.mark.parametrize("message", [{"content": None, "refusal": "no"}, {"content": [{"type": "refusal"}]}])
 def test_a_refusal_is_unusable_for_now(monkeypatch, message):
-    with pytest.raises(Unusable, match="refused by the service") as unusable:
+    with pytest.raises(LeftOut, match="refused by the service") as unusable:
         answered(monkeypatch, message=message)
     assert not unusable.value.lasting
 
@@ -218,7 +218,7 @@ def test_whole_markup_is_cut_out(monkeypatch, content):
     "<|channel|>analysis<|message|>x", "analysisThe user", "<|channel|>final<|message|>a<|channel|>final<|message|>b",
     "Short.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nAnd", "Short.</s>More.", "a<|im_end|>b", "</s>"])
 def test_markup_that_is_not_whole_is_unusable(monkeypatch, content):
-    with pytest.raises(Unusable):
+    with pytest.raises(LeftOut):
         answered(monkeypatch, message={"content": content})
 
 
@@ -282,7 +282,7 @@ def test_which_answers_are_worth_another_try(status, body, again):
         with pytest.raises(UserError if again is None else Failure) as error:
             services.service(f"chat:m@http://127.0.0.1:{server.server_port}/v1").ask(Prompt("x"))
         thread.join()
-    assert again is None or (error.value.again, error.value.charged) == (again, status == 200)
+    assert again is None or (error.value.again, error.value.used) == (again, None if status == 200 else {"requests": 1})
 
 
 def test_a_connection_that_the_server_has_closed_is_not_used_again():
@@ -309,10 +309,10 @@ def test_a_translation_comes_without_the_marks_around_its_text(monkeypatch):
 def test_what_was_not_sent_is_not_charged():
     with pytest.raises(Failure, match="refused") as failure:
         services.service("chat:m@http://127.0.0.1:9/v1").ask(Prompt("x"))
-    assert failure.value.again and not failure.value.charged
+    assert failure.value.again and failure.value.used == {"requests": 1}
     with Server(lambda number, body: "cut") as server, pytest.raises(Failure) as failure:
         services.service(f"chat:m@{server.url}").ask(Prompt("x"))
-    assert failure.value.charged
+    assert failure.value.used is None
 
 
 def test_a_key_is_cut_out_in_every_spelling(monkeypatch):
