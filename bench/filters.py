@@ -55,36 +55,37 @@ def main():
     parser.add_argument("--every", type=int, default=5, help="every how manieth line is spoilt")
     args = parser.parse_args()
     texts = {path.stem: path.read_text(encoding="utf-8").splitlines() for path in sorted(args.folder.glob("*.txt"))}
-    english, wrong_language = texts.pop("eng"), filters.identifier()
+    english = texts.pop("eng")
     wordings = collections.defaultdict(list)
     for line in REFUSALS.read_text(encoding="utf-8").splitlines():
         wordings[line.split("\t")[0]].append(line.split("\t")[1])
     draw, rows = random.Random(0), {}
     for code in args.languages or texts:
-        rows[code] = measure(code, texts, english, wordings[code], draw, args.every, wrong_language)
+        rows[code] = measure(code, texts, english, wordings[code], draw, args.every)
         refused, why, passed = rows[code]
         shares = ", ".join(f"{kind} {share:.0f}" for kind, share in passed.items())
         print(f"| {code} | {refused:.1f} | {why} | {shares} |", flush=True)
     most = max((refused, code) for code, (refused, _, _) in rows.items())
     average = sum(refused for refused, _, _ in rows.values()) / len(rows)
-    print(f"\n{len(rows)} languages, good pairs refused: {average:.2f} on average, {most[0]:.1f} at most ({most[1]})\n\n| planted fault | passed, average | at most |\n|---|---|---|")
+    print(f"\n{len(rows)} languages, good pairs refused: {average:.2f} on average, {most[0]:.1f} at most ({most[1]})\n\n"
+          "| planted fault | passed, average | at most |\n|---|---|---|")
     for kind in dict.fromkeys(kind for _, _, passed in rows.values() for kind in passed):
         shares = [(passed[kind], code) for code, (_, _, passed) in rows.items() if kind in passed]
         average = sum(share for share, _ in shares) / len(shares)
         print(f"| {kind} | {average:.1f} | {max(shares)[0]:.0f} ({max(shares)[1]}) |")
 
 
-def measure(code: str, texts: dict, english: list[str], wordings: list[str], draw, every: int, wrong_language):
+def measure(code: str, texts: dict, english: list[str], wordings: list[str], draw, every: int):
     """(percent of good pairs refused, why, {planted fault: percent passed}) of a language."""
     lines, why, passed, tried = texts[code], collections.Counter(), collections.Counter(), collections.Counter()
     for source, target in zip(english, lines):
-        why[filters.fault(Instruction(source, "", source), (target, "", target), False, code, wrong_language)] += 1
+        why[filters.fault(Instruction(source, "", source), (target, "", target), False, code)] += 1
     relatives = set().union({code}, *(each for each in language_id.RELATIVES if code in each))
     others = [texts[draw.choice(sorted(texts.keys() - relatives))][i] for i in range(len(lines))]
     for i in range(every, len(lines), every):
         for kind, case in spoilt(english, lines, others, i).items():
             tried[kind] += 1
-            passed[kind] += filters.fault(*case, code, wrong_language) is None
+            passed[kind] += filters.fault(*case, code) is None
     for refusal in wordings:
         tried["refusal of tests/building"] += 1
         passed["refusal of tests/building"] += not refusals.refuses(refusal, code)

@@ -32,9 +32,8 @@ def main(argv):
                      description=f"{__doc__}\nServices are named so:\n\n{words}")
     try:
         finished = build(settings)
-    except (OSError, sqlite3.Error) as error:  # a full disk above all
-        where = getattr(error, "filename", None) or settings.output
-        raise UserError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
+    except sqlite3.Error as error:  # a full disk above all
+        raise UserError(f"{settings.output}: {error}") from None
     if not finished:
         sys.exit(1)
 

@@ -84,7 +84,8 @@ def build_pairs(settings: FeedbackSettings) -> bool:
         print("\n".join([f"{total:,} instructions, counted on {len(sample)}", *estimate.amounts(*[counter.counts] * 2)]))
         return True
 
-    tally, state = Tally(judge, settings.min_margin, identifier()), "pairs.jsonl is not yet written"
+    identifier()  # which must be installed before anything is asked
+    tally, state = Tally(judge, settings.min_margin), "pairs.jsonl is not yet written"
     with Runner(settings, files) as runner:
         for service in opened.values():
             runner.reach(service, settings.max_new_tokens * (service in generators))
@@ -103,9 +104,6 @@ def build_pairs(settings: FeedbackSettings) -> bool:
 def named(item) -> dict:
     record, code, target = item
     return {"language": code, "response_language": target, "id": record.extra.get("id")}
-
-
-# -- which instruction is asked in which language -------------------------------------------------------------------
 
 
 def draw(settings, codes) -> dict[str, dict[int, str]]:
@@ -145,9 +143,6 @@ def instructions(paths, drawn) -> Iterator[tuple[Instruction, str, str]]:
         if target := drawn.get(code, {}).get(seen[code]):
             yield record, code, target
         seen[code] += 1
-
-
-# -- candidates and their judge -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -286,21 +281,18 @@ def choose(count: int, margins: dict, faults: list[str | None], least: float) ->
     return best, worst, margin, ranked[0] != best
 
 
-# -- the report -----------------------------------------------------------------------------------------------------
-
-
 class Tally:
     """What the report counts, in the order of the records, while `finish` makes pairs of them."""
 
-    def __init__(self, judge, least: float, wrong_language):
-        self.judge, self.least, self.wrong_language = judge, least, wrong_language
+    def __init__(self, judge, least: float):
+        self.judge, self.least = judge, least
         self.comparisons, self.each, self.unusable, self.margins = Counter(), Counter(), Counter(), Counter()
         self.generators, self.by_language = defaultdict(Counter), defaultdict(Counter)
         self.examples, self.warn_at = [], UNREADABLE[0]
 
     def finish(self, item, made: Compared) -> dict:
         """The pair that an instruction gives. Raises LeftOut."""
-        faults = [unfit(text, item[2], self.wrong_language) for text in made.answers]
+        faults = [unfit(text, item[2]) for text in made.answers]
         self.comparisons.update(made.outcomes)
         self.unusable.update(made.unusable)
         for fault, generator in zip(faults, made.answers.values()):

@@ -16,6 +16,7 @@ from minixllm.evaluation import language_id
 from minixllm.languages import LANGUAGES
 
 WORD = re.compile(r"[^\W\d_]+")
+words = WORD.findall
 # What a translation must keep as it is. Addresses are ASCII, for some scripts go on behind them without a space. Of a
 # blank to fill in only the end, for its length may change.
 VERBATIM = re.compile(r"(?:https?://|www\.)(?a:[\w./?=&%#~:+@!$,;*-]*[\w/])|```.*?```|`[^`\n]+`|\{\{?\w*\}?\}|"
@@ -44,11 +45,11 @@ ENGLISH = frozenset(
     other some such an is was be for on at as or if how also while we our he had do does did""".split())
 
 
-def fault(record: Instruction, made: tuple[str, str, str], generated: bool, code: str, wrong_language) -> str | None:
+def fault(record: Instruction, made: tuple[str, str, str], generated: bool, code: str) -> str | None:
     """Why a record is left out; None if no fault is seen.
 
     record: the English original. made: instruction, input and output in the language `code`. generated: the output was
-    not translated but written in that language. wrong_language: the function that identifier() gives.
+    not translated but written in that language.
     """
     instruction, input, output = made
     if not instruction.strip() or not output.strip() or record.input.strip() and not input.strip():
@@ -67,7 +68,7 @@ def fault(record: Instruction, made: tuple[str, str, str], generated: bool, code
     return wrong_language(output, code) or wrong_language(instruction, code)
 
 
-def unfit(answer: str, code: str, wrong_language) -> str | None:
+def unfit(answer: str, code: str) -> str | None:
     """Why an answer is no good, whatever was asked; None if no fault is seen."""
     if refuses(answer, code):
         return "refusal"
@@ -173,29 +174,27 @@ def digits(text: str) -> str:
     return "".join(str(unicodedata.decimal(c, "")) for c in text).lstrip("0")
 
 
-def identifier():
-    """(text, code) -> "wrong language", "partly English" or None.
-
-    Raises UserError where no identifier of languages is installed.
-    """
+def identifier() -> language_id.Identifier:
+    """What tells languages apart. Raises UserError where none is installed."""
     if (found := language_id.identifier()) is None:
         raise UserError("to know in what language answers are takes the package py3langid: pip install 'minixllm[lid]'")
+    return found
 
-    def wrong_language(text: str, code: str) -> str | None:
-        text = VERBATIM.sub(" ", text)  # code is in no language
-        if size(text, code) < 25:  # too short to tell
-            return None
-        if code in found.known:
-            right = found.is_in(text, code)
-        else:  # it is taken for some other language, but hardly for English or for one of another script
-            taken = languages.find(found.classify(text) or code)
-            right = taken.code != "eng" and taken.script == LANGUAGES[code].script
-        if not right:
-            return "wrong language"
-        part = english_part(text, code)
-        return "partly English" if part and code != "eng" and found.is_in(part, "eng") else None
 
-    return wrong_language
+def wrong_language(text: str, code: str) -> str | None:
+    """Whether a text in the language `code` is in another one, or in part in English; None for what is too short."""
+    text, found = VERBATIM.sub(" ", text), identifier()  # code is in no language
+    if size(text, code) < 25:
+        return None
+    if code in found.known:
+        right = found.is_in(text, code)
+    else:  # it is taken for some other language, but hardly for English or for one of another script
+        taken = languages.find(found.classify(text) or code)
+        right = taken.code != "eng" and taken.script == LANGUAGES[code].script
+    if not right:
+        return "wrong language"
+    part = english_part(text, code)
+    return "partly English" if part and code != "eng" and found.is_in(part, "eng") else None
 
 
 def english_part(text: str, code: str) -> str | None:
@@ -216,10 +215,6 @@ def english_part(text: str, code: str) -> str | None:
         if total > best:
             best, part = total, text[start:word.end()]
     return part if best >= 1.4 and running(words(part)) and 10 * size(part) >= size(text) else None
-
-
-def words(text: str) -> list[str]:
-    return WORD.findall(text)
 
 
 def size(text: str, code: str = "eng") -> float:

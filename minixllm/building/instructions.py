@@ -78,14 +78,15 @@ def build_instructions(settings: InstructionSettings) -> bool:
         return True
 
     sample = estimate.sampled(sources(settings.data), total, settings.quality_sample, settings.seed)
-    wrong_language, finished = identifier(), 0
+    identifier()  # which must be installed before anything is asked
+    finished = 0
     with Runner(settings, settings.data) as runner:
         report = earlier_report(runner.folder)
         for service in dict.fromkeys((*(plan.translator for plan in plans), *[generator] * (settings.min_bleu <= 100))):
             runner.reach(service, settings.max_new_tokens * (service is generator))
         for number, plan in enumerate(plans, start=1):
             label = f"{plan.code} {number}/{len(plans)}"
-            report[plan.code] = entry = write_language(runner, settings, plan, sample, total, label, wrong_language)
+            report[plan.code] = entry = write_language(runner, settings, plan, sample, total, label)
             report = {code: report[code] for code in LANGUAGES if code in report}
             reports.write(runner.folder, report, reports.instructions_report(report, settings.min_bleu))
             finished += 1
@@ -94,19 +95,20 @@ def build_instructions(settings: InstructionSettings) -> bool:
     return runner.conclude(f"{finished} of {len(plans)} languages are finished")
 
 
-def write_language(runner: Runner, settings, plan: Plan, sample, total: int, label: str, wrong_language) -> dict:
+def write_language(runner: Runner, settings, plan: Plan, sample: list, total: int, label: str) -> dict:
     """Write the language's file; its entry in the report."""
     scores = quality(runner, sample, plan, label)
     if scores["bleu"] < settings.min_bleu:
         plan = dataclasses.replace(plan, generator=None)
     path, seen = Path(settings.output) / f"{plan.code}.jsonl", set()
+    generator = plan.generator.name if plan.generator else None
+    how = {"translator": plan.translator.name, "generator": generator, "bleu": scores["bleu"], "chrf": scores["chrf"]}
     counts = runner.write(path, lambda ask, item: make(ask, item[1], plan),
-                          lambda item, made: finish(item, made, plan, scores, wrong_language, seen),
-                          sources(settings.data), total, label, lambda item: {"language": plan.code, "id": item[0]})
+                          lambda item, made: finish(item, made, plan, seen) | how, sources(settings.data), total, label,
+                          lambda item: {"language": plan.code, "id": item[0]})
     if not counts["records"]:
         path.unlink()  # trainings, and the build of feedback, refuse files without records
-    return {**scores, "translator": plan.translator.name,
-            "answers": plan.generator.name if plan.generator else "translated", **counts}
+    return {**scores, "translator": plan.translator.name, "answers": generator or "translated", **counts}
 
 
 def chosen_languages(words: list[str], default=tuple(LANGUAGES)) -> list[str]:
@@ -115,9 +117,6 @@ def chosen_languages(words: list[str], default=tuple(LANGUAGES)) -> list[str]:
     if outside := chosen - LANGUAGES.keys():
         raise UserError(f"--languages: {', '.join(sorted(outside))} is none of the 100")
     return [code for code in LANGUAGES if code in chosen] or list(default)
-
-
-# -- the source -----------------------------------------------------------------------------------------------------
 
 
 def sources(paths) -> Iterator[tuple[str, Instruction]]:
@@ -145,9 +144,6 @@ def check_source(paths) -> int:
     return len(seen)
 
 
-# -- making records -------------------------------------------------------------------------------------------------
-
-
 def make(ask, record: Instruction, plan: Plan) -> tuple[str, str, str]:
     """Instruction, input and output in the plan's language; everything comes through ask(service, request)."""
     instruction = ask(plan.translator, Translate(record.instruction, "eng", plan.code))
@@ -158,18 +154,13 @@ def make(ask, record: Instruction, plan: Plan) -> tuple[str, str, str]:
     return instruction, input, ask(plan.generator, Prompt(instruction, input, system, **plan.prompt))
 
 
-def finish(item, made: tuple[str, str, str], plan: Plan, scores: dict, wrong_language, seen: set) -> dict:
+def finish(item, made: tuple[str, str, str], plan: Plan, seen: set) -> dict:
     """The record as it is written. seen: digests of the questions before it. Raises LeftOut."""
-    own, record = item
     question = hashlib.sha256("\n".join(map(spaced, made[:2])).encode()).digest()[:16]
-    reason = (fault(record, made, plan.generator is not None, plan.code, wrong_language)
-              or ("duplicate" if question in seen else None))
-    if reason:
+    if reason := fault(item[1], made, plan.generator is not None, plan.code) or "duplicate" * (question in seen):
         raise LeftOut(reason, *made)
     seen.add(question)
-    return {**dict(zip(("instruction", "input", "output"), made)), "language": plan.code, "id": own,
-            "translator": plan.translator.name, "generator": plan.generator.name if plan.generator else None,
-            "bleu": scores["bleu"], "chrf": scores["chrf"]}
+    return {**dict(zip(("instruction", "input", "output"), made)), "language": plan.code, "id": item[0]}
 
 
 def first_able(translators: list, code: str):
@@ -197,9 +188,6 @@ def quality(runner: Runner, sample: list, plan: Plan, label: str) -> dict:
     scores = {"bleu": scorers.bleu(*zip(*pairs)), "chrf": scorers.chrf(*zip(*pairs))}
     return {name: round(score.value, 2) for name, score in scores.items()} | {
         "signatures": [score.signature for score in scores.values()], "sampled": len(pairs)}
-
-
-# -- what was built, and what would be -----------------------------------------------------------------------------
 
 
 def earlier_report(folder: Path) -> dict:

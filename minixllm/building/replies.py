@@ -58,8 +58,6 @@ def read(reply: dict, asked: str) -> tuple[str, bool]:
     return without_markup((content or "").strip(), asked)  # null: it answered nothing
 
 
-# -- markup ---------------------------------------------------------------------------------------------------------
-
 # What opens and closes a model's thoughts, in the spellings of DeepSeek, Mistral, Kimi, Seed, Cohere, Gemma and others.
 _NAME = r"(?i:(?:\w{1,9}:)?(?:think|thinking|thoughts?|reasoning|reflection|scratchpad))"
 _CAPITALS = "(?:THINK|THINKING|THOUGHT|REASONING)"

@@ -30,13 +30,13 @@ from minixllm.files import atomic_write, write_json_lines
 from minixllm.languages import LANGUAGES
 from minixllm.settings import setting
 
-ATTEMPTS = 8          # over a minute in all: quotas are often by the minute
-BACKOFF = 0.5         # seconds before the second attempt, doubled each time
-LONGEST_WAIT = 3600.0  # seconds that one request waits in all because a server says so; then it has failed
+ATTEMPTS = 8            # over a minute in all: quotas are often by the minute
+BACKOFF = 0.5           # seconds before the second attempt, doubled each time
+LONGEST_WAIT = 3600.0   # seconds that one request waits in all because a server says so; then it has failed
 FAILURES_IN_A_ROW = 40  # of one service, after which it is taken for dead
-AHEAD = 64            # records for each thread to go on with while the first of them waits for its answers
-EXAMPLES = 3          # of each reason for leaving a record out
-LINE_EVERY = 60.0     # seconds between two lines of progress where no terminal shows a bar
+AHEAD = 64              # records for each thread to go on with while the first of them waits for its answers
+EXAMPLES = 3            # of each reason for leaving a record out
+LINE_EVERY = 60.0       # seconds between two lines of progress where no terminal shows a bar
 # what `atomic_write` leaves of a build's files when it is killed
 HALF_WRITTEN = re.compile(rf"\.(({'|'.join(LANGUAGES)}|pairs|failures)\.jsonl|report\.(json|md))\.[a-z0-9_]{{8}}")
 
@@ -46,15 +46,14 @@ class RunnerSettings:
     """What both builds can be told about asking."""
 
     output: str | None = setting(None, "directory of the finished files; its folder build/ has the report, the list of "
-                                       "what failed, and cache.sqlite with every answer")
+                                 "what failed, and cache.sqlite with every answer")
     concurrency: int = setting(16, "how many requests are under way at once", least=1, most=1000)
     timeout: float = setting(120.0, "seconds without a sign of life after which a request is made again", least=0.001)
     budget_requests: int | None = setting(None, "most requests of this run: it stops before there are more", least=1)
     budget_tokens: int | None = setting(None, "most tokens of chat models in this run, prompts and answers", least=1)
     budget_characters: int | None = setting(None, "most characters sent to translators in this run", least=1)
     dry_run: bool = setting(False, "ask nothing: count the requests, characters and tokens, from a sample")
-    seed: int = setting(0, "of the samples and pairs of languages drawn; passed to chat models, too", least=0,
-                        most=2**32 - 1)
+    seed: int = setting(0, "of the samples and pairs drawn; passed to chat models, too", least=0, most=2**32 - 1)
 
 
 class Stopped(Exception):
@@ -76,8 +75,7 @@ class Runner:
         self._changed = threading.Condition()  # guards what threads share; wakes who waits for room in the budget
         self._failed_in_a_row, self._resume_at = Counter(), {}  # by service and how it failed; by service
         self._stop, self.why_stopped = threading.Event(), None
-        self.failures = []  # the records that got no answer, as they are listed
-        self.cleaned = 0    # answers, new or stored, from which markup was cut out
+        self.failures, self.cleaned = [], 0  # what got no answer, as it is listed; answers that markup was cut out of
         self._database = self._open()
         for path in (*self.folder.iterdir(), *self.folder.parent.iterdir()):
             if HALF_WRITTEN.fullmatch(path.name) and path.is_file():

@@ -82,9 +82,6 @@ def writer(word: str, timeout: float):
     return opened
 
 
-# -- over HTTP -------------------------------------------------------------------------------------------------------
-
-
 class Google:
     """Cloud Translation, basic edition: cloud.google.com/translate/docs/reference/rest/v2/translate."""
 
@@ -188,9 +185,6 @@ class Chat:
                 self._refused.add(prompt.temperature)
                 failure.again = True
             raise
-
-
-# -- on this machine ------------------------------------------------------------------------------------------------
 
 
 def fingerprint(paths) -> str:

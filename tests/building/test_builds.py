@@ -879,7 +879,7 @@ def test_an_answer_that_is_cut_off_is_no_candidate():
 
 
 def test_many_verdicts_that_cannot_be_read_are_warned_about(capsys):
-    tally, item = feedback.Tally(Stub(), 1, lambda *_: None), (Instruction("x", "", ""), "deu", "deu")
+    tally, item = feedback.Tally(Stub(), 1), (Instruction("x", "", ""), "deu", "deu")
     for number in range(50):
         outcomes = Counter({"tie": 1, "not readable": 1})
         made = feedback.Compared("x", dict(a="g", b="g"), {(0, 1): 0}, outcomes, Counter())
@@ -927,7 +927,7 @@ def test_a_winner_that_refuses_loops_or_is_off_target_is_vetoed():
         def made(least, answers):
             compared = feedback.Compared("Name", dict(zip(answers, "abc")), {(0, 1): 4.0, (0, 2): 6.0, (1, 2): 7 / 3},
                                          Counter(), Counter())
-            return feedback.Tally(Stub(), least, filters.identifier()).finish(item, compared)
+            return feedback.Tally(Stub(), least).finish(item, compared)
 
         pair = made(1.0, (unfit, german, "Apfel"))
         assert (pair["chosen"], pair["rejected"], pair["vetoed"]) == (german, "Apfel", True)
@@ -1079,7 +1079,7 @@ def test_choice_of_the_pair():
 
 def test_answers_and_instructions_in_the_wrong_language_are_left_out(tmp_path, monkeypatch):
     found = {"ebircseD eht 104th nwot ni a wef sdrow.": "wrong language", "tI sah 205 dlo sesuoh.": "wrong language"}
-    monkeypatch.setattr(instructions, "identifier", lambda: lambda text, code: found.get(text))
+    monkeypatch.setattr(filters, "wrong_language", lambda text, code: found.get(text))
     with Server() as server:
         out = build(server, tmp_path, "--min-bleu", "101", "--languages", "mri")
     report = json.loads((out / "build/report.json").read_text())["mri"]
