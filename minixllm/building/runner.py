@@ -1,10 +1,11 @@
-"""Asking services many thousand times: at most so many at once, again after faults, within a budget.
+"""Asking services many thousand times: at most so many at once, again after faults, within a budget, never twice.
 
 What a build writes is a function of its source records and of the answers to what they ask. `Runner.map` computes it
 with many threads, but in the order of the source; `Runner.ask` stores each answer under a hash of its request. So what
 is written depends neither on the order in which answers came nor on how often the build was killed.
 """
 
+import concurrent.futures
 import contextlib
 import hashlib
 import itertools
@@ -74,6 +75,7 @@ class Runner:
         self.limits = {unit: limit for unit in self.spent if (limit := getattr(settings, f"budget_{unit}")) is not None}
         self._changed = threading.Condition()  # guards what threads share; wakes who waits for room in the budget
         self._failed_in_a_row, self._resume_at = Counter(), {}  # by service and how it failed; by service
+        self._asked = {}  # what came, or will come, of each request that is under way or has failed
         self._stop, self.why_stopped = threading.Event(), None
         self.failures, self.cleaned = [], 0  # what got no answer, as it is listed; answers that markup was cut out of
         self._database = self._open()
@@ -147,11 +149,19 @@ class Runner:
         if self._stop.is_set():
             raise Stopped
         key = _key(service, request)
-        if row := self._query("SELECT answer, markup, unusable FROM replies WHERE request = ?", key):
-            # a stored answer parts refusals of single records, but does not tell that the service is there now
-            self._failed_in_a_row[service.name, "refused"] = 0
+        with self._changed:  # one thread alone asks; whoever wants the same goes on from what came of it
+            asked = self._asked.get(key)
+            mine = self._asked.setdefault(key, concurrent.futures.Future())
+        if asked:
+            row = asked.result()
         else:
-            row = self._ask_anew(service, request, key)
+            try:
+                row = self._stored_or_new(service, request, key)
+            except BaseException as error:  # it holds for the whole run, so that no record goes on where others failed
+                mine.set_exception(error)
+                raise
+            mine.set_result(row)
+            del self._asked[key]  # from now on it is found in the table
         answer, markup, unusable = row
         if unusable is not None:
             raise LeftOut(unusable)
@@ -159,8 +169,12 @@ class Runner:
             self.cleaned += markup
         return answer
 
-    def _ask_anew(self, service, request, key: bytes) -> tuple[str | None, int, str | None]:
-        """The row of the new answer. Of threads that ask the same at once, all go on with what was stored first."""
+    def _stored_or_new(self, service, request, key: bytes) -> tuple[str | None, int, str | None]:
+        """(answer, whether markup was cut out of it, why it is of no use) as the table has it."""
+        if row := self._query("SELECT answer, markup, unusable FROM replies WHERE request = ?", key):
+            # a stored answer parts refusals of single records, but does not tell that the service is there now
+            self._failed_in_a_row[service.name, "refused"] = 0
+            return row
         self._check_size(cost := service.cost(request))  # too large a request fails alone: the service may be well
         gone, refused = (service.name, "gone"), (service.name, "refused")
         unusable = None
@@ -176,9 +190,10 @@ class Runner:
             if self._failed_in_a_row[kind] >= FAILURES_IN_A_ROW:
                 self.stop(f"{FAILURES_IN_A_ROW} requests in a row failed, the last with: {failure}")
             raise
-        return self._query("INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET request = request "
-                           "RETURNING answer, markup, unusable", key, answer, used.get("markup", 0), unusable,
-                           used.get("tokens", 0), used.get("characters", 0))
+        row = answer, used.get("markup", 0), unusable
+        self._query("INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?)", key, *row, used.get("tokens", 0),
+                    used.get("characters", 0))
+        return row
 
     def _insist(self, service, request, cost: dict, attempts: int) -> tuple[str, dict]:
         delay, patience = BACKOFF, LONGEST_WAIT
