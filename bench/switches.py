@@ -4,7 +4,7 @@
 
 Training, tokens a second of full steps on LLaMA, with nothing switched and with one switch at a time:
     rotary, silu, norm, slopes    compiled: the rotation of queries and keys, SiLU x up, RMSNorm, the head's gradients
-    addmm                         the head's bf16 gradient is added to fp32 by one product instead of a product and a sum
+    addmm                         the head's bf16 gradient is added to fp32 by one product, not by a product and a sum
 Decoding, tokens a second of 1, 8 and 64 prompts, greedy: `minixllm.generation` against one step over a cache of fixed
 size, recorded once as a CUDA graph and replayed (on a CPU the same step is simply called).
 """
@@ -23,7 +23,7 @@ from bench import machine
 from minixllm import distributed
 from minixllm.data.stream import Batch
 from minixllm.generation import generate
-from minixllm.models import llama, token_logps
+from minixllm.models import kv_cache, llama, token_logps
 from minixllm.training.losses import sft_loss
 
 PROMPT = 32
@@ -100,8 +100,7 @@ class FixedCache:
         values[self.rows, :, self.position_ids] = value
         unseen = torch.arange(keys.shape[2], device=keys.device) > self.position_ids[:, None]
         mask = torch.zeros_like(unseen, dtype=query.dtype).masked_fill(unseen, -math.inf)[:, None, None]
-        grouped = query.view(len(query), keys.shape[1], -1, query.shape[-1])  # (rows, KV, H / KV, D)
-        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).view(query.shape)
+        return kv_cache._attend_one(query, keys, values, mask)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """What every test may use: the real-data folder, and `torchrun` on this machine."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,8 @@ REAL_GPU = "MINIXLLM_TEST_CUDA" in os.environ
 PATIENCE = 600  # seconds for what takes a few: the machine may be slow, or busy with other things
 if not REAL_GPU:  # the tests and the processes they start run on the CPU, on machines that have GPUs as on others
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# A shell starts what it runs in the background with Ctrl-C ignored, and so would be the processes that tests send it to.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests that run side by side take a core each
     os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -32,7 +32,8 @@ def test_our_side(name):
 
 def test_a_part_that_fails_or_takes_too_long_costs_no_other(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "parts", lambda size: [
-        ("fails", 60, ["-c", "print('so far'); raise SystemExit(3)"]), ("hangs", 1, ["-c", "import time; time.sleep(60)"]),
+        ("fails", 60, ["-c", "print('so far'); raise SystemExit(3)"]),
+        ("hangs", 1, ["-c", "import time; time.sleep(60)"]),
         ("works", 60, ["-c", "print('7 tokens/s')"])])
     monkeypatch.setattr(sys, "argv", ["gpu", str(tmp_path), "--tiny"])
     with pytest.raises(SystemExit) as ended:

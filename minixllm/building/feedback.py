@@ -81,7 +81,8 @@ def build_pairs(settings: FeedbackSettings) -> bool:
         counter = estimate.Estimate(length, total / len(sample))
         for item in sample:
             compare(counter.ask, item, generators, judge, settings)
-        print("\n".join([f"{total:,} instructions, counted on {len(sample)}", *estimate.amounts(*[counter.counts] * 2)]))
+        print("\n".join([f"{total:,} instructions, counted on {len(sample)}",
+                         *estimate.amounts(counter.counts, counter.counts)]))
         return True
 
     identifier()  # which must be installed before anything is asked
@@ -107,8 +108,7 @@ def named(item) -> dict:
 
 
 def draw(settings, codes) -> dict[str, dict[int, str]]:
-    """{language: {number of one of its records: the language in which it is to be answered}}, all targets equally often.
-    """
+    """{language: {number of one of its records: the language to answer it in}}, all of these equally often."""
     counts = Counter(code for code, _ in spoken(settings.data))
     drawn, wanted = {}, settings.pairs_each * (len(codes) - 1)  # for each language, and as many in both kinds
     for code in codes:
@@ -202,8 +202,8 @@ def try_judge(runner: Runner, judge, seed: int) -> None:
     found = [points for _, points in runner.map(lambda ask, shown: judged(ask, judge, shown, seed), tried, len(tried),
                                                 "judge", lambda shown: {"judge": judge.name})]
     if found and not any(points is not None for points in found):
-        raise UserError(f"{judge.name}: {len(found)} comparisons gave no verdict that can be read, expected a judge that "
-                        "answers with the JSON it is asked for")
+        raise UserError(f"{judge.name}: {len(found)} comparisons gave no verdict that can be read, expected a judge "
+                        "that answers with the JSON it is asked for")
     runner.failures.clear()  # none of the records is missing for it
 
 

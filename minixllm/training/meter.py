@@ -33,7 +33,8 @@ class Meter:
         self.per_pair = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
         peak = peak_flops(name)
-        self.peak = peak * world.size if peak and model.compute_dtype == torch.bfloat16 else None  # the table knows bf16 alone
+        # the table knows bf16 alone
+        self.peak = peak * world.size if peak and model.compute_dtype == torch.bfloat16 else None
         self.restart()
 
     def flops(self, micro_batches) -> float:
