@@ -14,6 +14,11 @@ from pathlib import Path
 from minixllm.errors import UserError, check_text
 
 DEEPEST = 100  # levels of nested JSON
+# Files that are often given in place of records or weights, by their first bytes.
+KINDS = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"\x1f\x8b": "a gzip archive",
+         b"PK\x03\x04": "a zip archive, perhaps a PyTorch pickle", b"\x28\xb5\x2f\xfd": "a Zstandard archive",
+         b"\xff\xfe": "text in UTF-16", b"\xfe\xff": "text in UTF-16", b"GGUF": "a GGUF file", b"\x80": "a pickle",
+         b"version https://git-lfs": "a Git LFS pointer whose content was not downloaded"}
 
 
 @contextlib.contextmanager
@@ -65,6 +70,13 @@ def read_json(path) -> dict:
     return value
 
 
+def what_kind(path) -> str | None:
+    """Which of KINDS a file is; None for any other."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    return next((kind for magic, kind in KINDS.items() if start.startswith(magic)), None)
+
+
 def finite(value):
     """The value with None, JSON's null, for every number in it that is not finite: JSON has no NaN and no infinity."""
     if isinstance(value, dict):
@@ -89,23 +101,23 @@ def write_json_lines(path, records) -> None:
 def locked(path, busy: str | None = None):
     """Hold the lock of this name. The kernel drops it when its holder dies, so nobody waits for a dead process.
 
-    busy: what a UserError says if another process holds the lock; without it this process waits. Yields whether the
-    lock is held: some network file systems have no locks, which is said, and the caller decides whether to go on.
+    busy: what a UserError says if another process holds the lock; without it this process waits. Some network file
+    systems have no locks: then a process that would have waited gets the OSError, and any other a warning.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
         except BlockingIOError:
             file.seek(0)
             raise UserError(f"{busy} ({file.read(200) or 'unknown'} holds {path})") from None
         except OSError as error:
+            if not busy:
+                raise
             print(f"{path}: cannot be locked ({error.strerror}): see to it that nothing else writes there",
                   file=sys.stderr)
-            yield False
-        else:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            yield True
+        yield

@@ -8,7 +8,6 @@ import functools
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -23,64 +22,84 @@ MARKUP = (r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>]{1,40}｜>|\[/?INST\]|<</?SYS>>|</?
           r"|### (?:Instruction|Response):")
 
 
-class Encoded(NamedTuple):
-    """What becomes of one record.
-
-    segments: the ids of its prompt and of each answer, or None where the record is left out. counts: see
-    `token_cache.TokenCache.report`. remarks: (what is odd about it, for example this), to be said once a file.
-    """
-
-    language: str
-    segments: list[list[int]] | None
-    counts: Counter
-    remarks: tuple[tuple[str, str], ...]
-
-
 @dataclass(frozen=True)
-class Instructions:
-    """Instruction tuning: records are Alpaca's, and the answer with its EOS is learnt.
+class Encoder:
+    """What both kinds share: a record is a prompt with one answer or two, its segments.
 
-    max_length: tokens of the longest record. too_long: whether a longer one is left out ("drop"), or keeps its prompt
-    and as much of its answer as fits, without EOS ("truncate"). train_on_prompt: learn every token but the first, as
-    the paper did.
+    A kind has `read` (the records of a file), `encode` (the ids of one record's segments) and `counted`.
+    max_length: tokens of the longest record, which is its prompt and its longer answer. too_long: whether a longer one
+    is left out ("drop"), or keeps as much of its answers as fits, without EOS ("truncate").
     """
 
     max_length: int
     too_long: str = "drop"
+
+    train_on_prompt = False
+
+    def _encode(self, tokenizer, spoken, prompt: str, own_texts, answers):
+        """Prompt and answers are tokenised apart, so that no token spans their boundary. The prompt begins with BOS
+        exactly when the model's own tokenizer adds one, and EOS ends each answer.
+
+        spoken: the languages that the record names; prompt: what the model is shown; own_texts: what of it is the
+        record's. Returns (its language; its segments, or None where it is left out; counts as in
+        `token_cache.TokenCache.report`; remarks on what is odd about it, each with an example, to be said once a file).
+        """
+        language, remarks = _languages(*spoken)
+        remarks += _markup(tokenizer, *own_texts, *answers)
+        prompt_ids = tokenizer.encode_prompt(prompt)
+        ids = [tokenizer.encode(answer) + [tokenizer.eos_id] for answer in answers]
+        counts, segments = Counter(records=1), None
+        # empty or equal as text, or to the tokenizer, which may drop characters or turn some into others
+        if not all(map(str.strip, (prompt, *answers))) or not prompt_ids or min(map(len, ids)) == 1:
+            counts["empty"] = 1
+        elif answers[0].strip() in map(str.strip, answers[1:]) or ids[0] in ids[1:]:
+            counts["equal"] = 1
+        else:
+            counts.update(tokens=sum(map(len, ids)) - len(ids), characters=sum(map(len, answers)))
+            segments = [prompt_ids, *ids]
+            if len(prompt_ids) + max(map(len, ids)) > self.max_length:
+                segments = self._cut(prompt_ids, ids, tokenizer.bos_id) if self.too_long == "truncate" else None
+                counts["truncated" if segments else "too_long"] = 1
+        return language, segments, counts, remarks
+
+    def _cut(self, prompt: list[int], answers: list[list[int]], bos_id) -> list[list[int]] | None:
+        """The segments, cut to max_length; None where they teach nothing."""
+        answers = [answer[:max(0, self.max_length - len(prompt))] for answer in answers]
+        return [prompt, *answers] if answers[0] and answers[0] not in answers[1:] else None
+
+    def example(self, segments: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """(input_ids, labels) of a record, int64.
+
+        Each answer is predicted from the prompt's last token and its own tokens but the last. The rest of the prompt
+        comes first, and once.
+        """
+        prompt, *answers = segments
+        inputs = [part for answer in answers for part in (prompt[-1:], answer[:-1])]
+        learnt = prompt[1:] if self.train_on_prompt else np.full(len(prompt) - 1, IGNORE)
+        return np.concatenate([prompt[:-1], *inputs]), np.concatenate([learnt, *answers])
+
+    def document(self, lengths: list[int]):
+        """The record as `attention.Packed` takes it, from the lengths of its segments: its length with one answer, and
+        with two (length of the trunk, [of each branch]), so that their prompt is computed once."""
+        prompt, *answers = lengths
+        return sum(lengths) - 1 if len(answers) == 1 else (prompt - 1, answers)
+
+
+@dataclass(frozen=True)
+class Instructions(Encoder):
+    """Instruction tuning: records are Alpaca's, and the answer with its EOS is learnt.
+
+    train_on_prompt: learn every token but the first, as the paper did.
+    """
+
     train_on_prompt: bool = False
 
     unit = "records"
     read = staticmethod(read_instructions)
 
-    def encode(self, record: Instruction, tokenizer) -> Encoded:
-        """Prompt and answer are tokenised apart, so that no token spans their boundary. The prompt begins with BOS
-        exactly when the model's own tokenizer adds one.
-        """
-        language, remarks = _languages(record.language)
-        remarks += _markup(tokenizer, record.instruction, record.input, record.output)
-        answer = tokenizer.encode(record.output) + [tokenizer.eos_id]
-        if not record.output.strip() or len(answer) == 1:  # a tokenizer may drop characters
-            return Encoded(language, None, Counter(records=1, empty=1), remarks)
-        prompt = tokenizer.encode_prompt(prompts.alpaca(record.instruction, record.input))
-        counts = Counter(records=1, tokens=len(answer) - 1, characters=len(record.output))
-        if len(prompt) + len(answer) > self.max_length:
-            if self.too_long == "drop" or len(prompt) >= self.max_length:
-                return Encoded(language, None, counts + Counter(too_long=1), remarks)
-            counts["truncated"] = 1
-            answer = answer[:self.max_length - len(prompt)]
-        return Encoded(language, [prompt, answer], counts, remarks)
-
-    def example(self, segments: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """(input_ids, labels), int64 of the record's length."""
-        ids = np.concatenate(segments)
-        labels = ids[1:].copy()
-        if not self.train_on_prompt:
-            labels[:len(segments[0]) - 1] = IGNORE
-        return ids[:-1], labels
-
-    def document(self, segments: list[int]) -> int:
-        """The record as `attention.Packed` takes it, from the lengths of its segments: its length."""
-        return sum(segments) - 1
+    def encode(self, record: Instruction, tokenizer):
+        own_texts = record.instruction, record.input
+        return self._encode(tokenizer, [record.language], prompts.alpaca(*own_texts), own_texts, [record.output])
 
     def counted(self, segments: np.ndarray) -> np.ndarray:
         """What each record adds to the count that a loss is divided by, (n,) from (n, 2): its supervised tokens."""
@@ -88,17 +107,12 @@ class Instructions:
 
 
 @dataclass(frozen=True)
-class Preferences:
-    """Preference optimisation: a pair is one document of two branches, so that its prompt is computed once.
+class Preferences(Encoder):
+    """Preference optimisation: the answers of a pair are the two branches of one document.
 
-    Its trunk is the prompt but for the last token; the branches are that last token followed by the chosen answer, and
-    by the rejected one. A pair is too long when its prompt and its longer answer have more than max_length tokens.
-    "truncate" then cuts a prompt of over half of max_length to that half: BOS, and its end, where the request stands.
-    The answers keep their beginnings; a pair whose answers no longer differ is left out as too long.
+    Where a pair is cut, a prompt of over half of max_length is cut to that half first. A pair whose answers then no
+    longer differ is left out as too long.
     """
-
-    max_length: int
-    too_long: str = "drop"
 
     unit = "pairs"
 
@@ -106,39 +120,17 @@ class Preferences:
     def read(path, progress, leave_out):
         return read_preferences(path, progress)
 
-    def encode(self, record: Preference, tokenizer) -> Encoded:
-        language, remarks = _languages(record.language, record.response_language)
-        text, chosen, rejected = prompts.preference(record), record.chosen, record.rejected
-        own_text = (record.instruction, record.input) if record.prompt is None else (record.prompt,)
-        remarks += _markup(tokenizer, *own_text, chosen, rejected)
-        prompt = tokenizer.encode_prompt(text)
-        answers = [tokenizer.encode(answer) + [tokenizer.eos_id] for answer in (chosen, rejected)]
-        # empty or equal as text, or to the tokenizer, which may drop characters or turn some into others
-        if not all(map(str.strip, (text, chosen, rejected))) or not prompt or min(map(len, answers)) == 1:
-            return Encoded(language, None, Counter(records=1, empty=1), remarks)
-        if chosen.strip() == rejected.strip() or answers[0] == answers[1]:
-            return Encoded(language, None, Counter(records=1, equal=1), remarks)
-        counts = Counter(records=1, tokens=sum(map(len, answers)) - 2, characters=len(chosen) + len(rejected))
-        if len(prompt) + max(map(len, answers)) > self.max_length:
-            half = max(1, self.max_length // 2)
-            if len(prompt) > half:
-                bos = prompt[:1] if prompt[0] == tokenizer.bos_id else []
-                prompt = bos + prompt[len(prompt) - half + len(bos):]
-            answers = [answer[:self.max_length - len(prompt)] for answer in answers]
-            if self.too_long == "drop" or answers[0] == answers[1]:
-                return Encoded(language, None, counts + Counter(too_long=1), remarks)
-            counts["truncated"] = 1
-        return Encoded(language, [prompt, *answers], counts, remarks)
+    def encode(self, record: Preference, tokenizer):
+        own_texts = (record.instruction, record.input) if record.prompt is None else [record.prompt]
+        return self._encode(tokenizer, (record.language, record.response_language), prompts.preference(record),
+                            own_texts, (record.chosen, record.rejected))
 
-    def example(self, segments: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """(input_ids, labels), int64 of the pair's length: trunk, chosen branch, rejected branch."""
-        prompt, chosen, rejected = segments
-        ids = np.concatenate([prompt, chosen[:-1], prompt[-1:], rejected[:-1]])
-        return ids, np.concatenate([np.full(len(prompt) - 1, IGNORE), chosen, rejected])
-
-    def document(self, segments: list[int]) -> tuple[int, list[int]]:
-        """(length of the trunk, [of each branch])."""
-        return segments[0] - 1, segments[1:]
+    def _cut(self, prompt, answers, bos_id):
+        half = max(1, self.max_length // 2)
+        if len(prompt) > half:  # BOS stays, and the end of the prompt, where the request stands
+            bos = prompt[:1] if prompt[0] == bos_id else []
+            prompt = bos + prompt[len(prompt) - half + len(bos):]
+        return super()._cut(prompt, answers, bos_id)
 
     def counted(self, segments: np.ndarray) -> np.ndarray:
         """A loss is divided by the number of pairs."""
@@ -154,8 +146,8 @@ def _languages(*names: str | None) -> tuple[str, tuple]:
             known = languages.lookup(name)
             codes.append(known[0].code if known else name)
             if not known:
-                remarks.append((f"name the language {name[:40]!r}, which is not known: no request can be made for it",
-                                ""))
+                remarks.append((f"name the language {name[:40]!r}, which is not known, so that no request can be made "
+                                "for it", ""))
     return ">".join(dict.fromkeys(codes or [UNKNOWN])), tuple(remarks)
 
 

@@ -12,12 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from minixllm.errors import UserError, expect, found
+from minixllm.files import what_kind
 
-LONGEST_LINE = 16 * 2**20     # bytes; a longer line is a broken file, not an instruction
-# What records are often kept in but not read from, by a file's first bytes.
-OTHER_FORMATS = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"\x1f\x8b": "a gzip archive",
-                 b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "a Zstandard archive",
-                 b"\xff\xfe": "text in UTF-16", b"\xfe\xff": "text in UTF-16"}
+LONGEST_LINE = 16 * 2**20  # bytes; a longer line is a broken file, not an instruction
 ARCHIVES = (".gz", ".zst", ".xz", ".bz2", ".zip")
 INSTRUCTION_FIELDS = "instruction, output and optionally input, language; or messages"
 PREFERENCE_FIELDS = ("instruction, chosen, rejected and optionally input, language, response_language; or prompt, "
@@ -61,7 +58,7 @@ def read_instructions(path, progress: Callable[[int], None] | None = None,
                 raise UserError(f"{where}: {chat}: found turns of {', '.join(roles)[:80] or 'nobody'}, expected one of "
                                 "the user and one of the assistant")
         instruction, output = (_text(entry, where, INSTRUCTION_FIELDS, name) for name in ("instruction", "output"))
-        input, language = (_text(entry, where, None, name) for name in ("input", "language"))
+        input, language = (_optional(entry, where, name) for name in ("input", "language"))
         yield Instruction(instruction, input or "", output, language, entry, line)
 
 
@@ -104,27 +101,27 @@ def read_preferences(path, progress: Callable[[int], None] | None = None) -> Ite
     """
     for line, entry in read_objects(path, progress):
         where, prompt, instruction = f"{path}, {place(line)}", None, ""
-        if "instruction" in entry or (prompt := _text(entry, where, None, "prompt")) is None:
+        if "instruction" in entry or (prompt := _optional(entry, where, "prompt")) is None:
             instruction = _text(entry, where, PREFERENCE_FIELDS, "instruction")
         chosen = _text(entry, where, PREFERENCE_FIELDS, "chosen", "prefered_output")
         rejected = _text(entry, where, PREFERENCE_FIELDS, "rejected", "rejected_output")
-        input, *spoken = (_text(entry, where, None, name) for name in ("input", "language", "response_language"))
+        input, *spoken = (_optional(entry, where, name) for name in ("input", "language", "response_language"))
         yield Preference(instruction, input or "", chosen, rejected, *spoken, prompt, entry, line)
 
 
-def _text(entry: dict, where: str, needed: str | None, *names: str) -> str | None:
-    """The text of the field under the first of its names that is there.
-
-    needed: what the entry should hold, for a field that must be there. Any other may be absent or null: None.
-    """
+def _text(entry: dict, where: str, expected: str, *names: str) -> str:
+    """The text of the field that has one of these names. expected: what errors say an entry should hold."""
     for name in names:
-        if (value := entry.get(name)) is not None or needed and name in entry:
-            return expect(value, str, f"{where}: {name}")
-    if needed:
-        there = ", ".join(sorted(entry)) or "none"
-        raise UserError(f"{where}: no field {names[0]!r}: found {there[:80]}{'...' * (len(there) > 80)}; expected "
-                        f"{needed}")
-    return None
+        if name in entry:
+            return expect(entry[name], str, f"{where}: {name}")
+    there = ", ".join(sorted(entry)) or "none"
+    raise UserError(f"{where}: no field {names[0]!r}: found {there[:80]}{'...' * (len(there) > 80)}; "
+                    f"expected {expected}")
+
+
+def _optional(entry: dict, where: str, name: str) -> str | None:
+    """The text of a field that may be absent or null."""
+    return None if entry.get(name) is None else expect(entry[name], str, f"{where}: {name}")
 
 
 def record_files(paths) -> list[Path]:
@@ -175,19 +172,14 @@ def read_objects(path, progress: Callable[[int], None] | None = None) -> Iterato
 
     Raises UserError for what is neither, and for a file without records.
     """
-    path, empty = _check_file(Path(path)), True
-    try:
-        with open(path, "rb") as file:
-            start = file.read(4096)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a .json or .jsonl file") from None
-    if kind := next((kind for magic, kind in OTHER_FORMATS.items() if start.startswith(magic)), None):
+    path, line = _check_file(Path(path)), 0
+    if kind := what_kind(path):
         raise UserError(f"{path}: found {kind}, expected JSON or JSONL in UTF-8")
-    is_array = start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    with open(path, "rb") as file:
+        is_array = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
     for line, entry in (_array if is_array else _lines)(path, progress or (lambda size: None)):
-        empty = False
         yield line, expect(entry, dict, f"{path}, {place(line)}")
-    if empty:
+    if not line:
         raise UserError(f"{path}: holds no records, expected one or more")
 
 
@@ -198,14 +190,12 @@ def place(line: int) -> str:
 
 def _lines(path: Path, progress) -> Iterator[tuple[int, object]]:
     with open(path, "rb") as file:
-        number = 0
-        while raw := file.readline(LONGEST_LINE + 1):
-            number += 1
+        lines = iter(lambda: file.readline(LONGEST_LINE + 1), b"")
+        for number, raw in enumerate(lines, 1):
             if len(raw) > LONGEST_LINE:
                 raise UserError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes, expected a record a line")
             progress(len(raw))
-            raw = raw.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip()
-            if raw:
+            if raw := raw.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip():
                 yield number, _parse(raw, path, number)
 
 

@@ -25,12 +25,11 @@ from minixllm.data.records import place
 from minixllm.errors import UserError
 from minixllm.files import locked
 
-FORMAT = 3                  # to be raised when other ids or other files come of the same inputs (a test holds the ids)
+FORMAT = 4                  # to be raised when other ids or other files come of the same inputs (a test holds the ids)
 CHUNK = 1000                # records a worker tokenises at a time
 PARALLEL_FROM = 64 * 2**20  # bytes of records from which starting worker processes pays
-ARRAYS = ("segments", "offsets", "languages", "lines", "files")
 LEFT_OUT = ("too_long", "empty", "equal")  # why a record is not kept; equal: the two answers of a pair
-SEVERAL_TURNS = "are chats of more or less than one exchange: left out"
+SEVERAL_TURNS = "are chats of more or less than one exchange, which are left out"
 
 
 def kept(counts: Counter) -> int:
@@ -43,10 +42,10 @@ class TokenCache:
 
     encoder: `datasets.Instructions` or `datasets.Preferences`, which reads records and makes ids and labels of them.
 
-    tokens: those of all records, end to end; offsets (n + 1,) int64: where each record's begin; segments (n, S) int32:
-    how many belong to its prompt and its answers; lengths (n,): the tokens it takes in a batch; counted (n,): what it
-    adds to the count that a loss is divided by; languages (n,): indices into language_names; lines, files (n,): where
-    it was read; report: {language: a Counter of its records, of those in LEFT_OUT, of those truncated (kept, cut
+    tokens: those of all records, end to end; segments (n, S): how many of a record's belong to its prompt and to each
+    answer; offsets (n + 1,): where its tokens begin; lengths (n,): the tokens it takes in a batch; counted (n,): what
+    it adds to the count that a loss is divided by; languages (n,): indices into language_names; lines, files (n,):
+    where it was read; report: {language: a Counter of its records, of those in LEFT_OUT, of those truncated (kept, cut
     short), and of the answers' tokens and characters before any cut}; remarks: what is odd about a file's records, in
     lines to print; key: a hash of all that the ids depend on.
     Raises UserError for records that cannot be read or encoded, when none is left, and where the cache cannot be kept.
@@ -72,12 +71,13 @@ class TokenCache:
     def _map(self, directory: Path):
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         self.language_names = meta["languages"]
-        self.report = {language: Counter(counts) for language, counts in meta["counts"].items()}
+        self.report = {language: Counter(counts) for language, counts in meta["report"].items()}
         self.remarks = _in_words(self.paths, meta["remarks"])
-        # plain views of the maps: slicing an np.memmap costs microseconds each time
+        # np.asarray gives plain views of the maps: slicing an np.memmap costs microseconds each time
         self.tokens = np.asarray(np.memmap(directory / "tokens.bin", dtype=meta["dtype"], mode="r"))
-        arrays = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
-        self.segments, self.offsets, self.languages, self.lines, self.files = map(np.asarray, arrays)
+        records = np.asarray(np.load(directory / "records.npy", mmap_mode="r"))
+        self.segments, (self.languages, self.lines, self.files) = records[:, :-3], records[:, -3:].T
+        self.offsets = np.concatenate([[0], np.cumsum(self.segments.sum(1, dtype=np.int64))])
         if len(self.tokens) != self.offsets[-1]:
             raise ValueError(f"{len(self.tokens)} tokens, expected {self.offsets[-1]}")
         self.lengths = self.segments.sum(1, dtype=np.int32) - 1
@@ -109,9 +109,7 @@ class TokenCache:
 
     def total(self) -> str:
         """What was kept, left out and cut, over all languages."""
-        counts = sum(self.report.values(), Counter())
-        left_out = ", ".join(f"{counts[reason]:,} {reason.replace('_', ' ')}" for reason in LEFT_OUT)
-        return f"{kept(counts):,} {self.encoder.unit}; left out {left_out}; {counts['truncated']:,} truncated"
+        return _total(self.report, self.encoder.unit)
 
     def summary(self) -> str:
         """A table, one line a language: what was kept, left out and cut, where anything was, and how many tokens a
@@ -135,13 +133,17 @@ def file_digest(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+def _total(report: dict[str, Counter], unit: str) -> str:
+    counts = sum(report.values(), Counter())
+    left_out = ", ".join(f"{counts[reason]:,} {reason.replace('_', ' ')}" for reason in LEFT_OUT)
+    return f"{kept(counts):,} {unit}; left out {left_out}; {counts['truncated']:,} truncated"
+
+
 def _in_words(paths, remarks) -> list[str]:
-    """A line for each (file number, what its records are, how many, the line of the first, what it holds)."""
-    lines = []
-    for number, what, count, line, example in remarks:
-        first = f"{place(line)}{f': {example!r}' if example else ''}"
-        lines.append(f"{paths[number]}: {count:,} records {what} (the first: {first})")
-    return lines if len(lines) <= 20 else [*lines[:20], f"and {len(lines) - 20} more remarks of this kind"]
+    """A line for each (file number, what its records do, how many, the line of the first, what it holds)."""
+    lines = [f"{paths[number]}: records that {what}: {count:,}, the first in {place(line)}"
+             + (f": {example!r}" if example else "") for number, what, count, line, example in remarks]
+    return lines if len(lines) <= 20 else [*lines[:20], f"more remarks of this kind: {len(lines) - 20}"]
 
 
 def _build(directory: Path, paths, tokenizer, encoder, workers):
@@ -149,10 +151,7 @@ def _build(directory: Path, paths, tokenizer, encoder, workers):
     this machine wait for it."""
     unfinished = directory.with_suffix(".unfinished")
     try:
-        with locked(directory.with_suffix(".lock")) as alone:
-            if not alone:
-                raise UserError(f"{directory.parent}: no place for a token cache: its disk has no file locks, without "
-                                "which two processes would build one cache; --cache names another directory")
+        with locked(directory.with_suffix(".lock")):
             shutil.rmtree(unfinished, ignore_errors=True)  # what a killed builder left
             if not directory.exists():
                 unfinished.mkdir()
@@ -162,47 +161,42 @@ def _build(directory: Path, paths, tokenizer, encoder, workers):
                 finally:
                     shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"{directory}: the token cache cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{directory}: the token cache cannot be written: {error.strerror or error}; --cache names "
+                        "another directory") from error
 
 
 def _write(folder: Path, paths, tokenizer, encoder, workers):
     """The files of a cache. Chunks of records are read here, encoded here or by workers, and written in their order."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    names, counts, parts, remarks = {}, defaultdict(Counter), [], {}
-    size = sum(path.stat().st_size for path in paths)
+    names, report, parts, remarks = {}, defaultdict(Counter), [], {}
+
+    def remark(number, what, line, example=""):
+        remarks.setdefault((number, what), [0, line, example])[0] += 1
 
     def records():
         for number, path in enumerate(paths):
             for record in encoder.read(path, bar.update, lambda line: remark(number, SEVERAL_TURNS, line)):
                 yield number, path, record
 
-    def remark(number, what, line, example=""):
-        remarks.setdefault((number, what), [0, line, example])[0] += 1
-
+    size = sum(path.stat().st_size for path in paths)
     with (tqdm(desc="Tokenising", total=size, unit="B", unit_scale=True, mininterval=0.5) as bar,
           open(folder / "tokens.bin", "wb") as file):
-        for tokens, rows, chunk_counts, chunk_remarks in _encoded(records(), encoder, tokenizer, size, workers):
+        for tokens, rows, counts, odd in _encoded(records(), encoder, tokenizer, size, workers):
             file.write(tokens.astype(dtype).tobytes())
+            for row in rows:
+                row[-3] = names.setdefault(row[-3], len(names))
             if rows:
-                segments, spoken, lines, files = zip(*rows)
-                ids = [names.setdefault(name, len(names)) for name in spoken]
-                parts.append([np.array(segments, np.int32), np.array(ids, np.int32), np.array(lines),
-                              np.array(files, np.int32)])
-            for language, each in chunk_counts.items():
-                counts[language] += each
-            for each in chunk_remarks:
+                parts.append(np.array(rows, np.int32))
+            for language, each in counts.items():
+                report[language] += each
+            for each in odd:
                 remark(*each)
     remarks = [[*key, *value] for key, value in remarks.items()]
     if not parts:
-        total = sum(counts.values(), Counter())
-        raise UserError(f"{', '.join(map(str, paths))}: nothing left to learn from: of {total['records']:,} records "
-                        f"{total['too_long']:,} are too long, {total['empty']:,} empty, {total['equal']:,} pairs of "
-                        f"equals. {' '.join(_in_words(paths, remarks)[:1])}")
-    segments, ids, lines, files = map(np.concatenate, zip(*parts))
-    offsets = np.concatenate([[0], np.cumsum(segments.sum(1, dtype=np.int64))])
-    for name, array in zip(ARRAYS, (segments, offsets, ids, lines, files), strict=True):
-        np.save(folder / f"{name}.npy", array)
-    meta = {"dtype": dtype.name, "languages": list(names), "counts": counts, "remarks": remarks}
+        raise UserError(f"{', '.join(map(str, paths))}: nothing left to learn from: {_total(report, encoder.unit)}. "
+                        f"{' '.join(_in_words(paths, remarks)[:1])}")
+    np.save(folder / "records.npy", np.concatenate(parts))
+    meta = {"dtype": dtype.name, "languages": list(names), "report": report, "remarks": remarks}
     (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
     for path in folder.iterdir():  # or a power cut might leave files empty that have their names
         with open(path, "rb") as file:
@@ -213,7 +207,7 @@ def _encoded(records, encoder, tokenizer, size: int, workers: int | None):
     """Yield the encoded chunks of (file number, path, record) in order, by worker processes if there is much to do."""
     chunks = iter(lambda: list(itertools.islice(records, CHUNK)), [])
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()    # not on a Mac
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # not on a Mac
         workers = cores if size >= PARALLEL_FROM else 1
     if workers == 1:
         yield from (_encode_chunk(chunk, encoder, tokenizer) for chunk in chunks)
@@ -244,8 +238,8 @@ def _encode_in_worker(chunk):
 
 
 def _encode_chunk(chunk, encoder, tokenizer):
-    """(tokens; (length of each segment, language, line, file number) of each record kept; {language: counts}; remarks
-    as `_write` takes them)."""
+    """(tokens; [length of each segment, language, line, file number] for each record that is kept; {language: counts};
+    remarks as `_write` takes them)."""
     tokens, rows, counts, remarks = [], [], defaultdict(Counter), []
     for number, path, record in chunk:
         try:
@@ -254,8 +248,7 @@ def _encode_chunk(chunk, encoder, tokenizer):
             raise UserError(f"{path}, {place(record.line)}: {error}") from None
         counts[language] += each
         remarks += [(number, what, record.line, example) for what, example in odd]
-        if segments is not None:
-            for segment in segments:
-                tokens += segment
-            rows.append(([len(segment) for segment in segments], language, record.line, number))
+        if segments:
+            tokens += itertools.chain.from_iterable(segments)
+            rows.append([*map(len, segments), language, record.line, number])
     return np.array(tokens, np.int32), rows, dict(counts), remarks

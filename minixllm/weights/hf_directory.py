@@ -18,13 +18,13 @@ from torch.overrides import TorchFunctionMode
 
 from minixllm.distributed import full_tensor, is_first, is_sharded
 from minixllm.errors import UserError, expect
-from minixllm.files import read_json, write_json
+from minixllm.files import read_json, what_kind, write_json
 from minixllm.models.architectures import ARCHITECTURES
 from minixllm.models.lora import is_adapter
 from minixllm.models.nf4 import nf4_layers
 from minixllm.tokenizers import has_tokenizer, load_tokenizer
 from minixllm.tokenizers.base import COMPANIONS
-from minixllm.weights.safetensors_files import check_shapes, find_tensors, what_instead, what_kind, write_tensors
+from minixllm.weights.safetensors_files import check_shapes, find_tensors, what_instead, write_tensors
 
 HEAD = "lm_head.weight"
 # What a model directory may hold, and what a save may therefore replace; file managers leave hidden files there.
@@ -59,7 +59,7 @@ def read_config(directory, adapter=None):
     directory = Path(directory)
     path, is_adapted = directory / "config.json", (directory / "adapter_config.json").exists()
     if not directory.is_dir():
-        found = what_kind(directory, "a file") if directory.exists() else "nothing there"
+        found = what_kind(directory) or "a file" if directory.exists() else "nothing there"
         raise UserError(f"{directory}: found {found}, expected a Hugging Face model directory on this disk, such as "
                         "`hf download NAME --local-dir DIR` makes")
     if not path.exists():

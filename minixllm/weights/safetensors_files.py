@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minixllm.errors import UserError, expect
-from minixllm.files import read_json, write_json
+from minixllm.files import read_json, what_kind, write_json
 
 FLOATS = ("F32", "BF16", "F16", "F64")  # types by their names in a file
 # Buffers that older programs wrote beside the weights. They follow from the config, whatever their type.
@@ -97,7 +97,8 @@ def read_header(path) -> dict[str, Stored]:
         # "pread" does not map the file: mapped pages would count as this process's memory until the file is closed.
         file = safe_open(path, framework="pt", backend="pread")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: expected a safetensors file, found {what_kind(path)} ({error})") from None
+        found = what_kind(path) or "an empty, truncated or corrupt one"
+        raise UserError(f"{path}: expected a safetensors file, found {found} ({error})") from None
     tensors = {}
     for key in file.keys():
         if not BUFFERS.fullmatch(key):
@@ -115,16 +116,6 @@ def fingerprint(directory) -> str:
         middle = slice(stored.shape[0] // 2, stored.shape[0] // 2 + 1) if stored.shape else ...
         digest.update(stored.read(middle).contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
-
-
-def what_kind(path, otherwise: str = "a truncated or corrupt one") -> str:
-    """What a file given in place of safetensors is, told by its first bytes; `otherwise` if they are unknown."""
-    with open(path, "rb") as file:
-        start = file.read(64)
-    known = {b"GGUF": "a GGUF file", b"PK\x03\x04": "a PyTorch pickle", b"\x80": "a pickle",
-             b"version https://git-lfs": "a Git LFS pointer whose content was not downloaded"}
-    kind = next((kind for magic, kind in known.items() if start.startswith(magic)), otherwise)
-    return kind if start else "an empty file"
 
 
 def what_instead(directory) -> str:

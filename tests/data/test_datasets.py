@@ -33,6 +33,9 @@ from minixllm.tokenizers.sentencepiece import train_sentencepiece
 from minixllm.training.losses import answer_logps, label_logps
 
 
+ARRAYS = ("tokens", "segments", "offsets", "languages", "lines", "files")
+
+
 class Bytes:
     """A tokenizer of bytes, ids 3 to 258; pad is eos, as with many a model."""
 
@@ -140,7 +143,7 @@ def test_too_long_is_dropped_or_cut_and_counted(tmp_path):
 def test_nothing_left_is_an_error_and_leaves_nothing(tmp_path):
     """There is no data set in which every token is masked."""
     for entry in ({"instruction": "a", "output": ""}, {"instruction": "a" * 600, "output": "b"}):
-        with pytest.raises(UserError, match="one.jsonl: nothing left to learn from: of 1 records"):
+        with pytest.raises(UserError, match="one.jsonl: nothing left to learn from: 0 (records|pairs); left out"):
             one(tmp_path, entry=entry)
     with pytest.raises(UserError, match="one.jsonl, line 1: no field 'output'"):
         one(tmp_path, entry={"instruction": "a"})
@@ -190,11 +193,11 @@ def test_the_key_names_what_decides_the_ids(tmp_path):
     hashed = hashlib.sha256()
     for data in (SFTData(sft, Bytes(), 500, tmp_path, too_long="truncate"), SFTData(sft, Bytes(), 500, tmp_path),
                  PreferenceData(pairs, Bytes(), 400, tmp_path, too_long="truncate")):
-        for name in ("tokens", *token_cache.ARRAYS):
+        for name in ARRAYS:
             hashed.update(getattr(data, name).astype(np.int64).tobytes())
         hashed.update(json.dumps([data.language_names, sorted(map(list, data.report.items()), key=str)],
                                  sort_keys=True).encode())
-    assert (token_cache.FORMAT, hashed.hexdigest()[:16]) == (3, "2edf14500ad360e5")
+    assert (token_cache.FORMAT, hashed.hexdigest()[:16]) == (4, "2edf14500ad360e5")
 
 
 def test_what_is_odd_is_said_once_a_file_with_a_count(tmp_path, monkeypatch):
@@ -208,13 +211,14 @@ def test_what_is_odd_is_said_once_a_file_with_a_count(tmp_path, monkeypatch):
     for workers in (1, 2):
         data = SFTData([first, second], Bytes(), 400, tmp_path / f"cache{workers}", workers)
         assert sorted(data.remarks) == [
-            f"{first}: 2 records name the language 'Klingon', which is not known: no request can be made for it (the "
-            "first: line 2)",
-            f"{first}: 5 records hold a chat template or special tokens, which are read as mere text (the first: line 5: "
-            "'<|im_start|>')",
-            f"{second}: 1 records are chats of more or less than one exchange: left out (the first: line 1)",
-            f"{second}: 1 records hold a chat template or special tokens, which are read as mere text (the first: line 3: "
-            "'</s>')"]
+            f"{first}: records that hold a chat template or special tokens, which are read as mere text: 5, the first in "
+            "line 5: '<|im_start|>'",
+            f"{first}: records that name the language 'Klingon', which is not known, so that no request can be made for "
+            "it: 2, the first in line 2",
+            f"{second}: records that are chats of more or less than one exchange, which are left out: 1, the first in line "
+            "1",
+            f"{second}: records that hold a chat template or special tokens, which are read as mere text: 1, the first in "
+            "line 3: '</s>'"]
         assert data.summary().endswith("\n".join(data.remarks)) and len(data) == 12
         assert sorted(data.report) == ["Klingon", "por", "und"]
     pair = {"instruction": "Say", "chosen": "a", "rejected": "b", "language": "en"}
@@ -223,8 +227,10 @@ def test_what_is_odd_is_said_once_a_file_with_a_count(tmp_path, monkeypatch):
     data = PreferenceData(path, Bytes(), 400, tmp_path / "cache")
     assert data.language_names == ["eng>tgl", "eng>tlh", "eng", "und"]
     assert [remark.split(": ", 1)[1] for remark in data.remarks] == [
-        "2 records name the language 'tlh', which is not known: no request can be made for it (the first: line 3)",
-        "1 records hold a chat template or special tokens, which are read as mere text (the first: line 6: '<|begin|>')"]
+        "records that name the language 'tlh', which is not known, so that no request can be made for it: 2, the first in "
+        "line 3",
+        "records that hold a chat template or special tokens, which are read as mere text: 1, the first in line 6: "
+        "'<|begin|>'"]
     assert data.read(0)[0].tolist() == Bytes().encode_prompt(prompts.alpaca("Say Please return the results in Tagalog."))
     assert data.read(2)[0].tolist() == Bytes().encode_prompt(prompts.alpaca("Say"))
     many = write(tmp_path / "many.jsonl", [klingon | {"language": f"xx{k}"} for k in range(50)])
@@ -236,7 +242,7 @@ def test_several_processes_give_what_one_gives(tmp_path, monkeypatch):
     paths = [write(tmp_path / "a.jsonl", some_records(40)), write(tmp_path / "b.jsonl", some_records(30, seed=1))]
     alone = SFTData(paths, Bytes(), 400, tmp_path / "alone", workers=1)
     pooled = SFTData(paths, Bytes(), 400, tmp_path / "pooled", workers=2)
-    for name in ("tokens", *token_cache.ARRAYS):
+    for name in ARRAYS:
         np.testing.assert_array_equal(getattr(alone, name), getattr(pooled, name))
     assert alone.report == pooled.report and alone.language_names == pooled.language_names
     assert pooled.where(45) == f"{paths[1]}, line 6" and not any(c["too_long"] for c in pooled.report.values())
@@ -286,13 +292,14 @@ def test_a_builder_that_was_killed_leaves_no_cache(tmp_path):
 
 
 def test_a_disk_without_locks_is_refused(tmp_path, monkeypatch, capsys):
-    """Two processes would build one cache there, as on some network file systems."""
+    """Two processes would build one cache there, as on some network file systems. It is said once."""
     def flock(file, how):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(UserError, match="cache: no place for a token cache: its disk has no file locks"):
+    with pytest.raises(UserError, match="the token cache cannot be written: No locks available; --cache names another directory"):
         one(tmp_path)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_built_cache_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
@@ -301,7 +308,7 @@ def test_a_built_cache_is_read_where_nothing_can_be_written(tmp_path, monkeypatc
     assert len(one(tmp_path)) == len(data)
 
 
-@pytest.mark.parametrize("name", ["offsets.npy", "lines.npy", "meta.json"])
+@pytest.mark.parametrize("name", ["tokens.bin", "records.npy", "meta.json"])
 def test_a_file_that_a_power_cut_left_empty_is_damage(tmp_path, name):
     data = one(tmp_path)
     (tmp_path / "cache" / data.key / name).write_bytes(b"")
@@ -700,7 +707,7 @@ def test_how_much_of_a_long_pair_is_kept(tmp_path):
     half = (n + 9) // 2
     assert read(9, n + 9) == [prompt[-half:], [x] * 9 + [2]]
     assert read(3 * n, 2 * n + 20) == [prompt, [x] * (n + 20)]
-    with pytest.raises(UserError, match="nothing left to learn from: of 1 records"):
+    with pytest.raises(UserError, match="nothing left to learn from: 0 (records|pairs); left out"):
         read(9, 1)
 
 

@@ -77,6 +77,7 @@ def test_any_json_reads_as_json_reads_it(tmp_path, entries, indent, ascii):
     ("instruction,output\nSay hi,hi\n", r"line 1: not JSON .*; expected an object \{\.\.\.\} in each line"),
     (b"PAR1\x15\x04\xff", "a.jsonl: found a Parquet file, expected JSON or JSONL in UTF-8"),
     (b"\x1f\x8b\x08\x00...", "a.jsonl: found a gzip archive, expected JSON or JSONL"),
+    ("version https://git-lfs.github.com/spec/v1\n", "a.jsonl: found a Git LFS pointer whose content was not downl"),
     (GOOD.encode("utf-16"), "a.jsonl: found text in UTF-16, expected JSON or JSONL in UTF-8"),
     ('{"instruction": "a", "output": 7}', r"line 1: output: found 7, expected text"),
     ('{"instruction": "a", "output": null}', r"line 1: output: found None, expected text"),

@@ -251,9 +251,9 @@ WEIGHTS = {
     "gguf": (lambda d: (d / "model.safetensors").rename(d / "model-q4.gguf"), "model-q4.gguf.*GGUF"),
     "renamed gguf": (lambda d: (d / "model.safetensors").write_bytes(b"GGUF" + bytes(99)),
                      "model.safetensors: expected a safetensors file, found a GGUF file"),
-    "renamed pickle": (lambda d: torch.save({}, d / "model.safetensors"), "found a PyTorch pickle"),
+    "renamed pickle": (lambda d: torch.save({}, d / "model.safetensors"), "found a zip archive, perhaps a PyT"),
     "lfs": (lambda d: (d / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"), "Git LFS"),
-    "empty": (lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors: .* an empty file"),
+    "empty": (lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors: .* an empty, truncated"),
     "truncated": (lambda d: shorten(d / "model.safetensors"), "model.safetensors: .* truncated or corrupt"),
     "corrupt": (lambda d: (d / "model.safetensors").write_bytes(bytes([9]) * 9999), "truncated or corrupt"),
     "no directory": (lambda d: d.rename(d.with_name("moved")), "found nothing there, expected a Hugging Face"),
@@ -343,7 +343,8 @@ def test_damaged_config(directory, damage, words):
     assert folder.name in str(caught.value)
 
 
-@pytest.mark.parametrize("content, words", [(b"GGUF" + bytes(9), "a GGUF file"), (b"PK\x03\x04", "a PyTorch pickle")])
+@pytest.mark.parametrize("content, words", [(b"GGUF" + bytes(9), "a GGUF file"),
+                                            (b"PK\x03\x04", "a zip archive, perhaps a PyTorch pickle")])
 def test_a_file_in_place_of_a_directory(tmp_path, content, words):
     (tmp_path / "model").write_bytes(content)
     with pytest.raises(UserError, match=f"found {words}, expected a Hugging Face model directory"):
