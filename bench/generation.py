@@ -44,11 +44,11 @@ def their_batch(model, prompts, new: int, **sampling) -> list[list[int]]:
 
 def bytes_read(model, rows: int, new: int) -> int:
     """What the steps of decoding must read: every layer's weights a step, and each row's past."""
-    weights = sum(p.numel() for p in model.blocks.parameters()) + model.head.weight.numel()
+    weights = sum(p.numel() for p in model.blocks.parameters()) + model.lm_head.weight.numel()
     seen = rows * sum(range(PROMPT + 1, PROMPT + new))
     key_heads = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
     past = seen * 2 * key_heads * model.config.head_dim * model.config.num_hidden_layers
-    width = model.head.weight.element_size()
+    width = model.lm_head.weight.element_size()
     return width * (new - 1) * weights + (4 if machine.DEVICE == "cpu" else width) * past  # a CPU's cache is fp32
 
 

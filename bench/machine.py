@@ -30,6 +30,7 @@ SIZES = {"llama": LLAMA, "bloom": BLOOM}
 def ours(architecture: str, size: dict, dtype=torch.float32):
     """A model with random weights, made on the device."""
     from minixllm.models.architectures import ARCHITECTURES
+    from minixllm.weights.hf_directory import initial
     model_class = ARCHITECTURES[architecture]
     with torch.device("meta"):
         model = model_class(model_class.config_class.from_dict({**size, "eos_token_id": None})).to(dtype)
@@ -37,7 +38,7 @@ def ours(architecture: str, size: dict, dtype=torch.float32):
     model.tie_weights()
     generator = torch.Generator(DEVICE).manual_seed(0)
     for name, parameter in model.named_parameters():
-        model.init_weights(name, parameter.data, generator)
+        initial(name, parameter.data, 0.02, generator)
     return model
 
 

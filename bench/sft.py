@@ -219,7 +219,7 @@ def main():
         from minixllm.models.architectures import ARCHITECTURES
         model_class = ARCHITECTURES[args.model]
         model = model_class(model_class.config_class.from_dict(size))
-    head = model.head.weight.numel()
+    head = model.lm_head.weight.numel()
     body = sum(parameter.numel() for parameter in model.blocks.parameters() if parameter.ndim == 2)
     flops = 4 if args.lora else 6  # of a token, for each weight
     state = (dtype.itemsize if args.lora else 16) * sum(parameter.numel() for parameter in model.parameters()) / 1e9

@@ -87,7 +87,7 @@ class FixedCache:
     """A context of one new token a row over a cache of fixed size: every step has the same shapes, as a graph needs."""
 
     def __init__(self, model, rows: int, capacity: int):
-        config, weight = model.config, model.head.weight
+        config, weight = model.config, model.lm_head.weight
         shape = (config.num_hidden_layers, 2, rows, config.num_key_value_heads, capacity, config.head_dim)
         self.layers = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.rows = torch.arange(rows, device=weight.device)

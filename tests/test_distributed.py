@@ -70,10 +70,10 @@ def test_gathered_weights_are_cast_once(monkeypatch):
     with torch.no_grad():
         expected = model(documents(0))
         with distributed.gathered(model):
-            assert model.head.weight.dtype == model.blocks[0].mlp.up_proj.weight.dtype == torch.bfloat16
+            assert model.lm_head.weight.dtype == model.blocks[0].mlp.up_proj.weight.dtype == torch.bfloat16
             monkeypatch.setattr(distributed, "_show_weights", None)  # would fail if called
             assert torch.equal(model(documents(0)), expected)
-    assert all(p.dtype == torch.float32 for p in (*model.parameters(), model.head.weight))
+    assert all(p.dtype == torch.float32 for p in (*model.parameters(), model.lm_head.weight))
 
 
 def test_positions_stay_fp32_under_bf16():

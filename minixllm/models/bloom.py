@@ -150,19 +150,6 @@ class Bloom(nn.Module):
     def embedding(self) -> nn.Embedding:
         return self.transformer.word_embeddings
 
-    @property
-    def head(self) -> nn.Linear:
-        return self.lm_head
-
-    def init_weights(self, name: str, tensor: torch.Tensor, generator: torch.Generator):
-        """Fills the whole tensor of one parameter as Hugging Face initialises it."""
-        if name.endswith(("layernorm.weight", "ln_f.weight")):
-            tensor.fill_(1.0)
-        elif name.endswith(".bias"):
-            tensor.zero_()
-        else:
-            tensor.normal_(0.0, self.config.initializer_range, generator=generator)
-
     def forward(self, input_ids, context=None, labels=None, positions=None):
         """input_ids (N,) laid out as `context` says, or (B, T): B documents of T tokens -> logits (N, V) or (B, T, V),
         (M, V) with `positions` (M,); or with `labels` their log-probabilities. See `Llama.forward`.

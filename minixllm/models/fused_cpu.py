@@ -100,7 +100,7 @@ def fused(model):
     would be larger than PACK_BYTES. A layer is fused when it is first called, with its adapters enabled or disabled as
     they are then.
     """
-    modules = [*model.blocks, model.head] if hasattr(model, "fused_block") else []
+    modules = [*model.blocks, model.lm_head] if hasattr(model, "fused_block") else []
     linears = [linear for module in modules for linear in module.modules() if isinstance(linear, nn.Linear)]
     dtype = getattr(model, "compute_dtype", next(model.parameters()).dtype)
     size = sum(linear.in_features * linear.out_features for linear in linears) * dtype.itemsize
@@ -108,7 +108,7 @@ def fused(model):
         modules = []
     try:
         for module in modules:
-            fuse = functools.partial(Product if module is model.head else model.fused_block, module, dtype=dtype)
+            fuse = functools.partial(Product if module is model.lm_head else model.fused_block, module, dtype=dtype)
             module.forward = _unless_gradients(module.forward, functools.cache(fuse))
         yield
     finally:

@@ -220,19 +220,6 @@ class Llama(nn.Module):
     def embedding(self) -> nn.Embedding:
         return self.model.embed_tokens
 
-    @property
-    def head(self) -> nn.Linear:
-        return self.lm_head
-
-    def init_weights(self, name: str, tensor: torch.Tensor, generator: torch.Generator):
-        """Fills the whole tensor of one parameter as Hugging Face initialises it."""
-        if name.endswith("norm.weight"):
-            tensor.fill_(1.0)
-        elif name.endswith(".bias"):
-            tensor.zero_()
-        else:
-            tensor.normal_(0.0, self.config.initializer_range, generator=generator)
-
     def forward(self, input_ids, context=None, labels=None, positions=None):
         """input_ids (N,) laid out as `context` says, or (B, T): B documents of T tokens.
 

@@ -86,7 +86,7 @@ def add_lora(model: nn.Module, settings: LoraSettings):
     expect(settings.lora_r, int, "lora_r", least=1)
     model.requires_grad_(False)
     for name, layer in targeted(model, settings.lora_targets).items():
-        if layer is model.head:
+        if layer is model.lm_head:
             raise UserError(f"LoRA target {name!r}: found the head, expected layers below it: the head gets no adapter")
         kind = LoraNF4Linear if isinstance(layer, NF4Linear) else LoraLinear
         model.set_submodule(name, kind(layer, settings))

@@ -24,7 +24,7 @@ class Meter:
     """Tokens a second and model FLOP/s utilisation (Chowdhery et al. 2022, PaLM, appendix B) from step to step."""
 
     def __init__(self, model, world):
-        config, head = model.config, model.head.weight
+        config, head = model.config, model.lm_head.weight
         # A weight costs 2 FLOPs a token in the forward, 2 in the backward for the activations, and 2 if it is trained.
         linear = [m for m in model.blocks.modules() if isinstance(m, nn.Linear)]  # adapters are layers of their own
         self.per_token = sum((6 if any(p.requires_grad for p in m.parameters(recurse=False)) else 4)
@@ -115,8 +115,8 @@ def memory_needed(model, world, settings) -> float:
     gathered = sum((dtype.itemsize + 12 * p.requires_grad) * p.numel() for p in group)
     if not is_sharded(model):  # cast weights that a backward needs; the head's gradient, before it is added
         gathered = sum(dtype.itemsize * p.numel() for p in parameters if p.dtype != dtype)
-        gathered += sum(4 * p.numel() for p in {model.embedding.weight, model.head.weight} if p.requires_grad)
-        gathered += 4 * model.head.weight.numel() * model.head.weight.requires_grad
+        gathered += sum(4 * p.numel() for p in {model.embedding.weight, model.lm_head.weight} if p.requires_grad)
+        gathered += 4 * model.lm_head.weight.numel() * model.lm_head.weight.requires_grad
     tokens = settings.micro_batch_size * settings.max_length
     # Each linear layer keeps its input, and what stands between two of them keeps about as much again, in fp32.
     widths = sum(m.in_features * dtype.itemsize + m.out_features * 4

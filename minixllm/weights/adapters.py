@@ -106,7 +106,7 @@ def merge_adapter(model, directory):
         raise UserError(f"{path.with_name('adapter_config.json')}: target_modules: {error}") from None
     stored, shapes = read_header(path), {}
     for name, layer in layers.items():
-        if layer is model.head and model.config.tie_word_embeddings:
+        if layer is model.lm_head and model.config.tie_word_embeddings:
             raise UserError(f"{path}: found an adapter of {name}, which is the embedding, too (tie_word_embeddings): "
                             "expected a model with a head of its own")
         out_features, in_features = layer.weight.shape

@@ -135,11 +135,16 @@ def initialise(model, seed: int, device="cpu"):
     generator, shapes = torch.Generator().manual_seed(seed), _shapes(model)
 
     def draw(name):
-        full = torch.empty(shapes[name])
-        model.init_weights(name, full, generator)
-        return full.__getitem__
+        return initial(name, torch.empty(shapes[name]), model.config.initializer_range, generator).__getitem__
 
     _fill(model, device, draw)
+
+
+def initial(name: str, tensor: torch.Tensor, std: float, generator) -> torch.Tensor:
+    """Fill the whole tensor of one parameter as Hugging Face does: biases are 0, weights of norms 1, others Gaussian."""
+    if name.endswith(".bias"):
+        return tensor.zero_()
+    return tensor.fill_(1.0) if tensor.dim() == 1 else tensor.normal_(0.0, std, generator=generator)
 
 
 class _Undrawn(TorchFunctionMode):

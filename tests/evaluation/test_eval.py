@@ -568,7 +568,7 @@ def test_other_weights_do_not_continue_a_partial_evaluation(model_directory, fiv
     items = items_of(five[:1])
     first = predict.predict(model, tokenizer, items, ALONE, tmp_path, predict.How(max_new_tokens=8))
     with torch.no_grad():
-        model.head.weight.neg_()
+        model.lm_head.weight.neg_()
     second = predict.predict(model, tokenizer, items, ALONE, tmp_path, predict.How(max_new_tokens=8))
     assert first[0].logps != second[0].logps
     predict.forget(tmp_path)

@@ -49,7 +49,7 @@ def logits(model):
 def test_logits_are_those_of_the_modules(model):
     expected = logits(model)
     with fused_cpu.fused(model):
-        assert all("forward" in vars(module) for module in (*model.blocks, model.head))
+        assert all("forward" in vars(module) for module in (*model.blocks, model.lm_head))
         found = logits(model)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
     assert not torch.equal(found, expected)  # it was another computation
@@ -109,10 +109,10 @@ def test_a_block_is_packed_when_it_is_first_called(model, monkeypatch):
     with fused_cpu.fused(model):
         assert not packed
         model(ids, labels=ids)  # which forms no output of the head
-        assert packed and (model.head,) not in packed
+        assert packed and (model.lm_head,) not in packed
         count = len(packed)
         model(ids)
-        assert len(packed) == count + 1 and packed[-1] == (model.head,)
+        assert len(packed) == count + 1 and packed[-1] == (model.lm_head,)
 
 
 @torch.no_grad()
@@ -134,7 +134,7 @@ def test_where_they_cannot_serve_nothing_changes(model, why, monkeypatch):
     size = 4 * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     monkeypatch.setattr(fused_cpu, "PACK_BYTES", size)
     with fused_cpu.fused(model):
-        assert "forward" in vars(model.head)
+        assert "forward" in vars(model.lm_head)
     if why == "too large":
         monkeypatch.setattr(fused_cpu, "PACK_BYTES", size - 1)
     elif why == "no oneDNN":

@@ -194,12 +194,12 @@ def test_tying_is_decided_from_config_and_tensors(theirs, directory, monkeypatch
     folder = directory("llama-tied")
     embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     tied = load_model(folder)
-    assert tied.head.weight is tied.embedding.weight  # to_empty() alone would have untied them
+    assert tied.lm_head.weight is tied.embedding.weight  # to_empty() alone would have untied them
     reference = logits_of(tied)
 
     rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": embedding}))  # as torch's own files had it
     model = load_model(folder)
-    assert model.head.weight is model.embedding.weight and torch.equal(logits_of(model), reference)
+    assert model.lm_head.weight is model.embedding.weight and torch.equal(logits_of(model), reference)
 
     rewrite(folder, lambda tensors: {k: t for k, t in tensors.items() if k != "model.embed_tokens.weight"})
     assert torch.equal(logits_of(load_model(folder)), reference)  # stored once, under the head's name
@@ -207,7 +207,7 @@ def test_tying_is_decided_from_config_and_tensors(theirs, directory, monkeypatch
     rewrite(folder, lambda tensors: tensors.update({"model.embed_tokens.weight": embedding,
                                                     "lm_head.weight": embedding + (torch.arange(97) == 96)[:, None]}))
     model = load_model(folder)
-    assert model.head.weight is not model.embedding.weight and not model.config.tie_word_embeddings
+    assert model.lm_head.weight is not model.embedding.weight and not model.config.tie_word_embeddings
     opened = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     same(logits_of(model), logits_of(opened))
 
@@ -373,6 +373,13 @@ def small(vocab_size):
     model = build(LlamaConfig(**LLAMA | {"vocab_size": vocab_size}))
     initialise(model, 0)
     return model
+
+
+def test_initial_weights_are_those_of_transformers():
+    model = build(LlamaConfig(**LLAMA | {"attention_bias": True, "initializer_range": 0.5}))
+    initialise(model, 0)
+    assert model.model["norm"].weight.eq(1).all() and model.blocks[0].self_attn.q_proj.bias.eq(0).all()
+    assert 0.4 < model.embedding.weight.std() < 0.6
 
 
 def test_load_gives_model_and_tokenizer(tokenizer, tmp_path):
@@ -573,7 +580,7 @@ def check(directory, out):
     load_weights(model, directory)
     assert sum(read) < 0.52 * total, (sum(read), total)
     if model.config.tie_word_embeddings:
-        assert model.head.weight is model.embedding.weight
+        assert model.lm_head.weight is model.embedding.weight
     ids = torch.arange(48).reshape(2, 24) * 7 % 96
     with torch.no_grad():
         logits = model(ids)

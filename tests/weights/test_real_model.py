@@ -25,7 +25,7 @@ def pair():
 @torch.no_grad()
 def test_logits_equal_transformers(pair):
     ours, tokenizer, theirs, _ = pair
-    assert ours.head.weight is ours.embedding.weight
+    assert ours.lm_head.weight is ours.embedding.weight
     ids = torch.tensor([tokenizer.encode(PROMPT + " Paris. Its 2,161,000 inhabitants have many names for it.")])
     logits = theirs(ids).logits
     assert (ours(ids) - logits).abs().max() <= 1e-4 * logits.abs().max()
