@@ -11,7 +11,6 @@ from pathlib import Path
 
 from minixllm.errors import UserError, found
 
-
 TABLE = Path(__file__).with_name("languages.tsv")
 
 
@@ -23,6 +22,8 @@ class Language:
     own_name: str
     script: str  # ISO 15924
     tier: str  # "high", "mid" or "low"
+    google: str  # Google Cloud Translation's code, or nothing where it lacks the language
+    nllb: str  # NLLB's code
 
 
 def _read_table() -> tuple[dict, dict, dict]:
@@ -62,27 +63,6 @@ FEEDBACK_LANGUAGES = (
     "ara ces hin hye kir yor mon "  # Self-Instruct*
     "rus por ben urd fas ell pol fin amh"
 ).split()
-
-
-# Those of the 100 that Google Cloud Translation's neural model did not offer when it had 133 languages (the list of May
-# 2022, cloud.google.com/translate/docs/languages, which stood until the paper was written; it has grown since).
-# NLLB-200 has them all.
-NOT_ON_GOOGLE = "ast ful kam kea luo oci umb wol".split()
-_GOOGLE_CODES = {"zho_simpl": "zh-CN", "zho_trad": "zh-TW", "nob": "no"}
-# Where FLORES-200's codes, which NLLB uses, are not the FLORES-101 code and the script.
-_FLORES200 = {"ara": "arb", "ful": "fuv", "lav": "lvs", "msa": "zsm", "mon": "khk", "orm": "gaz", "pus": "pbt",
-              "fas": "pes", "uzb": "uzn", "zho_simpl": "zho", "zho_trad": "zho", "Kore": "Hang"}
-
-
-def google_code(code: str) -> str | None:
-    """Google Cloud Translation's code for English or one of the 100; None where it has none."""
-    return None if code in NOT_ON_GOOGLE else _GOOGLE_CODES.get(code, find(code).tag)
-
-
-def nllb_code(code: str) -> str:
-    """NLLB's code: zho_Hans for zho_simpl."""
-    script = find(code).script
-    return f"{_FLORES200.get(code, code)}_{_FLORES200.get(script, script)}"
 
 
 def lookup(text: str) -> tuple[Language, tuple[str, ...]] | None:

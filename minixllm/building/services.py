@@ -94,14 +94,15 @@ class Google:
         self.name = "google" if at == self.URL.removeprefix("https://") else f"google@{at}"
 
     def does(self, request) -> bool:
-        return isinstance(request, Translate) and all(map(languages.google_code, (request.source, request.target)))
+        return isinstance(request, Translate) and all(
+            languages.find(code).google for code in (request.source, request.target))
 
     def cost(self, request) -> dict:
         return {"requests": 1, "characters": len(request.text)}
 
     def ask(self, request: Translate) -> tuple[str, dict]:
-        answer = self.endpoint.post("", {"q": request.text, "source": languages.google_code(request.source),
-                                         "target": languages.google_code(request.target), "format": "text"})
+        answer = self.endpoint.post("", {"q": request.text, "source": languages.find(request.source).google,
+                                         "target": languages.find(request.target).google, "format": "text"})
         try:
             text, = (entry["translatedText"] for entry in answer["data"]["translations"])
             return self.endpoint.clean(text), self.cost(request)
@@ -290,8 +291,8 @@ class Nllb(_Together):
                     todo += [(parts, i, request, ids[at:at + 400]) for at in range(0, len(ids), 400)]
                     parts[i] = ""
         results = self.model.translate_batch(
-            [[languages.nllb_code(request.source), *ids, "</s>"] for _, _, request, ids in todo],
-            target_prefix=[[languages.nllb_code(request.target)] for _, _, request, _ in todo],
+            [[languages.find(request.source).nllb, *ids, "</s>"] for _, _, request, ids in todo],
+            target_prefix=[[languages.find(request.target).nllb] for _, _, request, _ in todo],
             beam_size=4, max_decoding_length=512, max_batch_size=2048, batch_type="tokens")
         for (parts, i, _, _), result in zip(todo, results):
             parts[i] = f"{parts[i]} {self.pieces.decode(result.hypotheses[0][1:])}".strip()

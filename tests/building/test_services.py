@@ -45,17 +45,13 @@ def alpaca(folder):
 
 
 def test_which_service_translates_what():
-    assert (
-        languages.google_code("zho_simpl") == "zh-CN"
-        and languages.google_code("nob") == "no"
-        and languages.google_code("eng") == "en"
-    )
-    assert [code for code in languages.LANGUAGES if languages.google_code(code) is None] == sorted(
-        languages.NOT_ON_GOOGLE, key=list(languages.LANGUAGES).index)
+    assert [languages.find(code).google for code in ("zho_simpl", "nob", "eng", "deu")] == ["zh-CN", "no", "en", "de"]
+    lacking = [code for code, language in languages.LANGUAGES.items() if not language.google]
+    assert sorted(lacking) == ["ast", "ful", "kam", "kea", "luo", "oci", "umb", "wol"]
     from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
-    codes = [languages.nllb_code(code) for code in (*languages.LANGUAGES, "eng", "zho_trad")]
+    codes = [languages.find(code).nllb for code in (*languages.LANGUAGES, "eng", "zho_trad")]
     assert set(codes) <= set(FAIRSEQ_LANGUAGE_CODES) and len(set(codes)) == 102
-    assert languages.nllb_code("ara") == "arb_Arab" and languages.nllb_code("kor") == "kor_Hang"
+    assert languages.find("ara").nllb == "arb_Arab" and languages.find("kor").nllb == "kor_Hang"
 
 
 def test_texts_are_cut_into_sentences_without_loss():
