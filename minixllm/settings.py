@@ -57,21 +57,17 @@ def parse(cls, argv=None, embedded: dict | None = None, needs=("model", "data"),
         _add_flag(parser, name, field, hints[name], embedded)
     flags = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
 
-    recipe = {}
-    if "config" in flags:
-        recipe = _read_recipe(flags.pop("config"), fields, hints)
+    recipe = _read_recipe(flags.pop("config"), fields, hints) if "config" in flags else {}
+    for name, value in flags.items():
+        if type(value) in (int, float):  # argparse has made it
+            expect(value, type(value), f"--{name.replace('_', '-')}", **fields[name].metadata["bounds"])
     alone = not any(name in recipe | flags for name in needs)
     values = {}
     for layer in (embedded if alone else {}, recipe, flags):  # each beats those before it
         if "epochs" in layer:
             values.pop("steps", None)  # the two name one thing
         values |= layer
-    settings = cls(**values)
-    for name, field in fields.items():
-        value, (kind, _) = getattr(settings, name), _scalar(hints[name])
-        if kind in (int, float) and value is not None:
-            expect(value, kind, f"--{name.replace('_', '-')}", **field.metadata["bounds"])
-    return settings
+    return cls(**values)
 
 
 def run(main) -> None:
@@ -166,16 +162,17 @@ def _read_recipe(path, fields, hints) -> dict:
         name = key.replace("-", "_")
         if name not in fields:
             raise UserError(f"{path}: unknown key {found(key)}{_nearest(name, fields)}")
-        values[name] = _checked(f"{path}: {key}", value, hints[name], fields[name].metadata["choices"])
+        values[name] = _checked(f"{path}: {key}", value, fields[name], hints[name])
     return values
 
 
-def _checked(where, value, hint, choices):
-    """A TOML value as the field's type; an int stands for a float, too, and one value for a list of one."""
+def _checked(where, value, field, hint):
+    """A value as the field's type; an int stands for a float, too, and one value for a list of one."""
     kind, several = _scalar(hint)
     values = value if several and isinstance(value, list) else [value]
     for item in values:
-        expect(item, kind, where, choices=choices)
+        expect(item, kind, where, choices=field.metadata["choices"],
+               **(field.metadata["bounds"] if kind in (int, float) else {}))
         if kind is str and "\0" in item:
             raise UserError(f"{where}: found {found(item)}, expected text without the character NUL")
     values = [kind(item) for item in values]

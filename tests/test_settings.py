@@ -30,6 +30,7 @@ def test_defaults_flags_and_recipe(tmp_path):
     recipe.write_text('data = "x.json"\nbatch-size = 8\nlearning_rate = 1\nresume = true\n')
     assert parse(Settings, ["--config", str(recipe), "--batch-size", "4", "--no-resume"]) == Settings(
         data=["x.json"], batch_size=4, learning_rate=1.0, resume=False)
+    assert parse(Settings, ["--model", "caf\udce9"]).model == "caf\udce9"  # a name of a file need not be UTF-8
 
 
 def test_epochs_and_steps_name_one_thing(tmp_path):
@@ -113,7 +114,7 @@ def test_bad_flags(argv, said):
     ("data = [1]", ["recipe.toml: data: found 1, expected text"]),
     ('dtype = "fp8"', ["dtype: found 'fp8', expected one of auto, float32"]),
     ("resume = 1", ["resume", "found 1, expected true or false"]),
-    ("batch_size = 1000", ["--batch-size: found 1000"]),
+    ("batch_size = 1000", ["recipe.toml: batch_size: found 1000, expected a whole number of at least 1 and"]),
     ("batch_size = = 3", ["recipe.toml", "not TOML", "line 1"]),
     ("[training]\nbatch_size = 3", ["unknown key 'training'"]),
     ("model = " + "[" * 2000, ["recipe.toml: not TOML: nested too deeply"]),
@@ -121,7 +122,7 @@ def test_bad_flags(argv, said):
     ("batch_size = " + "9" * 4000, ["recipe.toml: batch_size: found 999", "expected a whole number"]),
     ("batch_size = " + "9" * 5000, ["recipe.toml: not TOML: Exceeds the limit"]),
     ("learning_rate = 1" + "0" * 400, ["learning_rate: found 1000", "expected a number"]),
-    ("learning_rate = 1e300", ["--learning-rate: found 1e+300, expected a number above 0"]),
+    ("learning_rate = 1e300", ["recipe.toml: learning_rate: found 1e+300, expected a number above 0"]),
     ('model = "a\\u0000b"', ["model: found 'a\\x00b', expected text without the character NUL"]),
     ('model = "a\0b"', ["recipe.toml: not TOML"]),
     ("model = '\udcff'", ["recipe.toml: not TOML"]),
