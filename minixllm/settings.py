@@ -18,7 +18,6 @@ import re
 import sys
 import tomllib
 import types
-import typing
 from pathlib import Path
 
 from minixllm.errors import UserError, expect, found
@@ -48,16 +47,15 @@ def parse(cls, argv=None, embedded: dict | None = None, needs=("model", "data"),
     settings `needs` is given by flag or recipe; --help shows both. Raises UserError for whatever the user got wrong.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
     embedded = embedded or {}
     parser = Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--config", metavar="RECIPE.toml", help="a TOML file of these settings; flags beat it")
-    for name, field in fields.items():
-        _add_flag(parser, name, field, hints[name], embedded)
+    for field in fields.values():
+        _add_flag(parser, field, embedded)
     flags = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
 
-    recipe = _read_recipe(flags.pop("config"), fields, hints) if "config" in flags else {}
+    recipe = _read_recipe(flags.pop("config"), fields) if "config" in flags else {}
     for name, value in flags.items():
         if type(value) in (int, float):  # argparse has made it
             expect(value, type(value), f"--{name.replace('_', '-')}", **fields[name].metadata["bounds"])
@@ -128,8 +126,8 @@ class Parser(argparse.ArgumentParser):
         return known
 
 
-def _add_flag(parser, name, field, hint, embedded):
-    kind, several = _scalar(hint)
+def _add_flag(parser, field, embedded):
+    name, (kind, several) = field.name, _scalar(field)
     default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
     shown = _show(default)
     if name in embedded and embedded[name] != default:
@@ -148,7 +146,7 @@ def _add_flag(parser, name, field, hint, embedded):
     parser.add_argument(flag, **options, help=f"{field.metadata['help']} (default: {shown})".replace("%", "%%"))
 
 
-def _read_recipe(path, fields, hints) -> dict:
+def _read_recipe(path, fields) -> dict:
     try:
         with open(path, "rb") as file:
             table = tomllib.load(file)
@@ -162,13 +160,13 @@ def _read_recipe(path, fields, hints) -> dict:
         name = key.replace("-", "_")
         if name not in fields:
             raise UserError(f"{path}: unknown key {found(key)}{_nearest(name, fields)}")
-        values[name] = _checked(f"{path}: {key}", value, fields[name], hints[name])
+        values[name] = _checked(f"{path}: {key}", value, fields[name])
     return values
 
 
-def _checked(where, value, field, hint):
+def _checked(where, value, field):
     """A value as the field's type; an int stands for a float, too, and one value for a list of one."""
-    kind, several = _scalar(hint)
+    kind, several = _scalar(field)
     values = value if several and isinstance(value, list) else [value]
     for item in values:
         expect(item, kind, where, choices=field.metadata["choices"],
@@ -179,13 +177,10 @@ def _checked(where, value, field, hint):
     return values if several else values[0]
 
 
-def _scalar(hint):
-    """(type, whether a list of it) of a field's annotation: T, T | None or list[T]."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        hint = next(arg for arg in typing.get_args(hint) if arg is not types.NoneType)
-    if typing.get_origin(hint) is list:
-        return typing.get_args(hint)[0], True
-    return hint, False
+def _scalar(field):
+    """(type, whether a list of it) of a field whose annotation is T, T | None or list[T]."""
+    kind = field.type.__args__[0] if isinstance(field.type, types.UnionType) else field.type
+    return (kind.__args__[0], True) if isinstance(kind, types.GenericAlias) else (kind, False)
 
 
 def _nearest(name, names) -> str:

@@ -71,28 +71,14 @@ class Extension:
     """
 
     def __init__(self, cache: KVCache, past: list[int], lengths: list[int], device):
-        self.cache = cache
+        self.cache, self.past, self.lengths = cache, past, lengths
         # By numpy: on a few numbers its operations take a tenth of the time of torch's.
         counts, ends = np.array(lengths), np.cumsum(lengths)
         rows = np.arange(len(lengths)).repeat(counts)
         places = np.arange(ends[-1]) + (np.array(past) + counts - ends)[rows]
         self.position_ids, self.last, self.rows = (  # rows (N,): each token's row
             torch.from_numpy(ids).to(device) for ids in (places, ends - 1, rows))
-        # Neighbouring rows with one new token each share a call, which covers the longest of them. On a CPU only a few
-        # rows share one, so that little is computed beyond the ends of shorter rows. A row with several new tokens has
-        # a call of its own.
-        together = TOGETHER if self.rows.is_cpu else len(lengths)
-        self.masks = None  # one for each part, made in the first layer and used in all
-        self.parts, start = [], 0
-        for single, run in itertools.groupby(range(len(lengths)), key=lambda row: lengths[row] == 1):
-            run = [row for row in run if lengths[row]]
-            size = together if single else 1
-            for rows in (run[i:i + size] for i in range(0, len(run), size)):
-                seen = [past[row] + lengths[row] for row in rows]
-                end = start + sum(lengths[row] for row in rows)
-                self.parts.append((slice(start, end), slice(rows[0], rows[-1] + 1), max(seen),
-                                   _distances(seen).to(device) if single else None))
-                start = end
+        self.calls = None  # of attention: planned in the first layer, and the same in all
 
     def attend(self, layer_idx, query, key, value, slopes=None) -> torch.Tensor:
         """query (N, H, D), key and value (N, KV, D) of the new tokens -> (N, H, D); `slopes` (H,) adds ALiBi."""
@@ -101,41 +87,50 @@ class Extension:
         query, key, value = (x.to(keys.dtype) for x in (query, key, value))
         keys[self.rows, :, self.position_ids] = key
         values[self.rows, :, self.position_ids] = value
-        if self.masks is None:
-            self.masks = self._make_masks(slopes, query, key.shape[1])
+        if self.calls is None:
+            self.calls = list(self._plan(slopes, query, key.shape[1]))
         outputs = []
-        for (tokens, rows, longest, distances), mask in zip(self.parts, self.masks):
-            k, v = keys[rows, :, :longest], values[rows, :, :longest]  # (rows, KV, longest, D)
-            if distances is None:
-                k, v = k[0].transpose(0, 1), v[0].transpose(0, 1)
-                outputs.append(causal_attention(query[tokens], k, v, slopes, mask))
-            else:
-                outputs.append(_attend_one(query[tokens], k, v, mask))
+        for tokens, rows, longest, single, mask in self.calls:
+            q, k, v = query[tokens], keys[rows, :, :longest], values[rows, :, :longest]  # k, v (rows, KV, longest, D)
+            outputs.append(_attend_one(q, k, v, mask) if single else
+                           causal_attention(q, k[0].transpose(0, 1), v[0].transpose(0, 1), slopes, mask))
         return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).to(dtype)
 
-    def _make_masks(self, slopes, query, key_heads: int) -> list:
-        """What each part adds to its scores: (rows, 1 or KV, 1 or H / KV, longest) for one query a row."""
-        longest = max((longest for _, _, longest, distances in self.parts if distances is None), default=0)
+    def _plan(self, slopes, query, key_heads: int):
+        """Yields the calls of attention: (its tokens, its rows, how many of their keys, whether each row has a single
+        query, the mask).
+
+        Neighbouring rows with one new token each share a call, which covers the longest of them. On a CPU only a few
+        rows share one, so that little is computed beyond the ends of shorter rows. A row with several new tokens has a
+        call of its own.
+        """
+        seen = [past + new for past, new in zip(self.past, self.lengths)]
+        longest = max((total for total, new in zip(seen, self.lengths) if new > 1), default=0)
         causal = None if slopes is None else causal_mask(longest, slopes, query.dtype, query.device)
-        masks = []
-        for _, _, _, distances in self.parts:
-            if distances is None:
-                masks.append(causal)
-            elif slopes is None:
-                masks.append(distances.masked_fill(distances > -math.inf, 0).to(query.dtype))
-            else:
-                masks.append((slopes.view(key_heads, -1, 1) * distances).to(query.dtype))
-        return masks
+        start = 0
+        for single, run in itertools.groupby(range(len(seen)), key=lambda row: self.lengths[row] == 1):
+            run = [row for row in run if self.lengths[row]]
+            size = 1 if not single else TOGETHER if query.is_cpu else len(run)
+            for rows in (run[i:i + size] for i in range(0, len(run), size)):
+                end = start + sum(self.lengths[row] for row in rows)
+                totals = [seen[row] for row in rows]
+                mask = _mask_of_single(totals, slopes, query, key_heads) if single else causal
+                yield slice(start, end), slice(rows[0], rows[-1] + 1), max(totals), single, mask
+                start = end
 
 
-def _distances(seen: list[int]) -> torch.Tensor:
-    """The distance of each key to the newest token of its row, a number <= 0, or -inf beyond the row's end.
+def _mask_of_single(seen: list[int], slopes, query, key_heads: int) -> torch.Tensor:
+    """What is added to the scores of one query a row, by the distance of each key to it, a number <= 0; -inf beyond the
+    row's end.
 
-    seen: how many tokens each row has. Returns (rows, 1, 1, longest).
+    seen: how many tokens each row has. Returns (rows, 1 or KV, 1 or H / KV, longest).
     """
-    seen = torch.tensor(seen)[:, None]
-    distances = torch.arange(seen.max()) - (seen - 1)
-    return distances.float().masked_fill(distances > 0, -math.inf)[:, None, None]
+    totals = torch.tensor(seen)[:, None]
+    distances = (torch.arange(max(seen)) - (totals - 1)).float()
+    distances = distances.masked_fill(distances > 0, -math.inf)[:, None, None].to(query.device)
+    if slopes is None:
+        return distances.masked_fill(distances > -math.inf, 0).to(query.dtype)
+    return (slopes.view(key_heads, -1, 1) * distances).to(query.dtype)
 
 
 def _attend_one(query, keys, values, mask) -> torch.Tensor:
