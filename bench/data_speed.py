@@ -77,7 +77,7 @@ def _run(send, stage, *args):
 def build(folder, workers):
     tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
     start = time.perf_counter()
-    data = TokenCache(folder / "records.jsonl", tokenizer, folder / f"cache{workers}", Instructions(512), workers)
+    data = TokenCache([folder / "records.jsonl"], tokenizer, folder / f"cache{workers}", Instructions(512), workers)
     seconds = time.perf_counter() - start
     return f"{len(data) / seconds:,.0f} records/s, {len(data.tokens) / seconds:,.0f} tokens/s"
 
@@ -85,7 +85,7 @@ def build(folder, workers):
 def draw(folder):
     tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
     start = time.perf_counter()
-    data = TokenCache(folder / "records.jsonl", tokenizer, folder / "cache1", Instructions(512))
+    data = TokenCache([folder / "records.jsonl"], tokenizer, folder / "cache1", Instructions(512))
     opened = time.perf_counter()
     stream = Stream(data, 0, 32, 8, 512)
     planned = time.perf_counter()

@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all, JSON in them, and locks."""
+"""Files that appear whole or not at all, JSON in them, what kind of file one is, and locks."""
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -75,6 +76,12 @@ def what_kind(path) -> str | None:
     with open(path, "rb") as file:
         start = file.read(64)
     return next((kind for magic, kind in KINDS.items() if start.startswith(magic)), None)
+
+
+def digest(path) -> str:
+    """The sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def finite(value):

@@ -50,7 +50,7 @@ SCRIPTS = {*(language.script.lower() for language in _KNOWN.values()), "hang", "
 SCRIPT_NAMES = {"simplified": "hans", "traditional": "hant", "cyrillic": "cyrl", "latin": "latn"}
 REGION = re.compile("[a-z]{2}|[0-9]{3}")  # ISO 3166 and UN M.49
 TRADITIONAL = {"hant", "tw", "hk", "mo"}  # Chinese is written in traditional characters there
-OWN = {"zho_simpl": {"cn"}, "zho_trad": {"tw"}, "kor": {"hang"}}  # adds nothing, as little as the script of the table
+OWN = {"zho_simpl": {"cn"}, "zho_trad": {"tw"}, "kor": {"hang"}}  # these say no more than the language by itself does
 # CLDR replaces these codes by a language and a region or script.
 REGIONAL = {"prs": "fa-AF", "drw": "fa-AF", "tnf": "fa-AF", "swc": "sw-CD", "cnr": "sr-ME", "sh": "sr-Latn",
             "hbs": "sr-Latn"}

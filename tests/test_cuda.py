@@ -121,7 +121,7 @@ def test_a_micro_batch_waits_for_the_gpu_at_its_head_alone(files, arch):
     """Its inputs and masks are made and sent while the GPU is still at the micro-batch before."""
     with pretend_cuda() as moves:
         model, tokenizer = load(files / arch, device="cuda")
-        batch = collate(TokenCache(files / "sft.jsonl", tokenizer, files / "cache", Instructions(999)), range(3))
+        batch = collate(TokenCache([files / "sft.jsonl"], tokenizer, files / "cache", Instructions(999)), range(3))
         moves.waits.clear()
         sft_loss(model, batch)[0].backward()
     assert +moves.waits == {"nonzero": 1, "__bool__": 1}

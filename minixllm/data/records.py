@@ -138,8 +138,7 @@ def record_files(paths) -> list[Path]:
         inside = sorted(file for file in path.iterdir() if not file.name.startswith("."))
         records = [file for suffix in (".json", ".jsonl") for file in inside if file.suffix.lower() == suffix]
         # A data set saved by `datasets` has JSON files of its own, which hold no records.
-        if any((path / name).exists() for name in ("state.json", "dataset_dict.json")) and (
-                [*path.glob("*.arrow"), *path.glob("*/*.arrow")]):
+        if {"state.json", "dataset_dict.json"} & {file.name for file in inside} and any(path.rglob("*.arrow")):
             raise UserError(f"{path}: found an Arrow data set, as `datasets` saves it, expected JSON or JSONL; its "
                             "to_json(file) writes that")
         packed = [file.name for file in inside if file.suffix in ARCHIVES and file.with_suffix("") not in records]

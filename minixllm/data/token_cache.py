@@ -23,7 +23,7 @@ from minixllm import languages
 from minixllm.data import prompts
 from minixllm.data.records import place
 from minixllm.errors import UserError
-from minixllm.files import locked
+from minixllm.files import digest, locked
 
 FORMAT = 4                  # to be raised when other ids or other files come of the same inputs (a test holds the ids)
 CHUNK = 1000                # records a worker tokenises at a time
@@ -52,13 +52,12 @@ class TokenCache:
     """
 
     def __init__(self, paths, tokenizer, cache_dir, encoder, workers: int | None = None):
-        self.paths = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
-        self.encoder = encoder
+        self.paths, self.encoder = list(map(Path, paths)), encoder
         if tokenizer.eos_id is None:
             raise UserError("the tokenizer has no end-of-sequence token: answers could not be closed")
         tables = [prompts.REQUESTS, languages.TABLE]
         inputs = [FORMAT, type(encoder).__name__, encoder.max_length, encoder.too_long, tokenizer.fingerprint,
-                  prompts.WITH_INPUT, prompts.WITHOUT_INPUT, *map(file_digest, self.paths + tables)]
+                  prompts.WITH_INPUT, prompts.WITHOUT_INPUT, *map(digest, self.paths + tables)]
         self.key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
         directory = Path(cache_dir) / self.key
         if not directory.exists():
@@ -122,15 +121,6 @@ class TokenCache:
             cost = counts["tokens"] / max(counts["characters"], 1)
             lines.append(f"{language:<22}{kept(counts):>10,}{values}{cost:>18.3f}")
         return "\n".join(lines + self.remarks)
-
-
-def file_digest(path: Path) -> str:
-    """The sha256 of a file's bytes."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _total(report: dict[str, Counter], unit: str) -> str:

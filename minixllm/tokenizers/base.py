@@ -28,7 +28,7 @@ class Tokenizer:
     """
 
     FILE: str                   # the name of the file that holds the vocabulary
-    FLAGS = ()                  # of add_bos_token and add_eos_token: what tokenizer_config.json always says
+    FLAGS = ()                  # those of add_bos_token and add_eos_token that tokenizer_config.json must have
     BAD_BYTES = "replace"       # how bytes that are no UTF-8 are decoded (codecs' error handlers)
     spaced = frozenset()
     trims = False               # whether all spaces at the beginning of a text are dropped, and not only the first

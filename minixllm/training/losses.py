@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minixllm.data.stream import in_order
-from minixllm.data.token_cache import file_digest
-from minixllm.files import atomic_write
+from minixllm.files import atomic_write, digest
 from minixllm.models import lora
 from minixllm.models.attention import Packed, to_device
 
@@ -146,7 +145,7 @@ def stored_logps(model, world, data, directory, folder, dtype: str, tokens: int)
     path = table = None
     if world.first:
         files = [Path(directory) / "config.json", *sorted(Path(directory).glob("*.safetensors"))]
-        inputs = [data.key, *map(file_digest, files), str(model.embedding.weight.dtype), dtype]
+        inputs = [data.key, *map(digest, files), str(model.embedding.weight.dtype), dtype]
         path = Path(folder) / f"reference-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]}.npy"
         table = _read_table(path, len(data))
     table = world.gather(table)[0]

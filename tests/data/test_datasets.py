@@ -55,11 +55,12 @@ class Bytes:
 
 
 def SFTData(paths, tokenizer, max_length, cache, workers=None, **options):
+    paths = paths if isinstance(paths, list) else [paths]
     return TokenCache(paths, tokenizer, cache, Instructions(max_length, **options), workers)
 
 
-def PreferenceData(paths, tokenizer, max_length, cache, **options):
-    return TokenCache(paths, tokenizer, cache, Preferences(max_length, **options))
+def PreferenceData(path, tokenizer, max_length, cache, **options):
+    return TokenCache([path], tokenizer, cache, Preferences(max_length, **options))
 
 
 def write(path, entries):
