@@ -24,7 +24,6 @@ from minixllm.demo import cldr
 from minixllm.demo.exact_match import describe, exact_match
 from minixllm.files import write_json
 from minixllm.generation import answer
-from minixllm.models.architectures import ARCHITECTURES
 from minixllm.settings import STOPPED, parse, run, setting
 from minixllm.tokenizers import load_tokenizer
 from minixllm.training.held_out import held_out_loss
@@ -33,7 +32,7 @@ from minixllm.training.losses import sft_loss
 from minixllm.training.model import open_model, save_trained
 from minixllm.training.run_directory import exclusive_output
 from minixllm.training.settings import OUTPUT, TrainingSettings
-from minixllm.weights.hf_directory import read_directory, read_generation_config
+from minixllm.weights.hf_directory import ARCHITECTURES, read_directory, read_generation_config
 
 
 @dataclass

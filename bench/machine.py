@@ -29,8 +29,7 @@ SIZES = {"llama": LLAMA, "bloom": BLOOM}
 
 def ours(architecture: str, size: dict, dtype=torch.float32):
     """A model with random weights, made on the device."""
-    from minixllm.models.architectures import ARCHITECTURES
-    from minixllm.weights.hf_directory import initial
+    from minixllm.weights.hf_directory import ARCHITECTURES, initial
     model_class = ARCHITECTURES[architecture]
     with torch.device("meta"):
         model = model_class(model_class.config_class.from_dict({**size, "eos_token_id": None})).to(dtype)

@@ -215,8 +215,9 @@ def main():
         if done.returncode == 0:
             results[side].append(json.loads(done.stdout.splitlines()[-1]))
     peak = machine.peak_flops(dtype)
+    from minixllm.weights.hf_directory import ARCHITECTURES
+
     with torch.device("meta"):
-        from minixllm.models.architectures import ARCHITECTURES
         model_class = ARCHITECTURES[args.model]
         model = model_class(model_class.config_class.from_dict(size))
     head = model.lm_head.weight.numel()

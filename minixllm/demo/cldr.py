@@ -30,7 +30,7 @@ from minixllm.errors import UserError
 from minixllm.files import write_json_lines
 from minixllm.languages import FEEDBACK_LANGUAGES, LANGUAGES
 from minixllm.tokenizers.sentencepiece import train_sentencepiece
-from minixllm.models.architectures import ARCHITECTURES
+from minixllm.weights.hf_directory import ARCHITECTURES
 
 # The settings that make a small model learn most in five minutes on two cores (in place of the scripts' defaults).
 # Many small steps on short prompts: a row is one record, of about 18 tokens.

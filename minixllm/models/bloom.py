@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from minixllm.errors import UserError, found
 from minixllm.models import fused_cpu
 from minixllm.models.attention import Packed, alibi_slopes
-from minixllm.models.config import read_settings, refuse
+from minixllm.models.config import read_settings
 from minixllm.models.token_logps import token_logps
 
 
@@ -52,7 +52,6 @@ class BloomConfig:
     @classmethod
     def from_dict(cls, config: dict) -> "BloomConfig":
         """Reads config.json. Raises UserError naming a key whose value is absurd or asks for something not built."""
-        refuse(config, {"model_type": cls.model_type})
         spellings = {"n_embed": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
         for old, name in spellings.items():
             if config.get(old) is not None:

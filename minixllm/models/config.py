@@ -12,22 +12,19 @@ COMMON = {"quantization_config": None, "sliding_window": None, "is_encoder_decod
 ADVICE = {"quantization_config": "give the original weights: --base nf4 quantises them as they are read"}
 
 
-def refuse(config: dict, expected: dict) -> None:
-    """Raises UserError for a key of `expected`, or of COMMON, that `config` sets to another value."""
-    for key, value in {**COMMON, **expected}.items():
-        if config.get(key, value) != value:
-            expected_value = "none" if value is None else repr(value)
-            raise UserError(f"{key}: found {found(config[key])}, expected {expected_value} "
-                            f"({ADVICE.get(key, 'nothing else is supported')})")
-
-
-def read_settings(cls, config: dict):
+def read_settings(cls, config: dict, built: dict | None = None):
     """An instance of the dataclass `cls` from those keys of `config` that are its fields, types and ranges checked.
 
     A whole number is at least 1, any other number above 0. Where the field's type has `| None`, null stands for the
-    default. A token id may be any whole number (old files have a pad of -1), and the eos a list of them. Raises
-    UserError naming the key, what was found and what was expected.
+    default. A token id may be any whole number (old files have a pad of -1), and the eos a list of them.
+    built: beside COMMON, what other keys must be if they are there. Raises UserError naming the key, what was found and
+    what was expected.
     """
+    for key, value in {"model_type": cls.model_type, **COMMON, **(built or {})}.items():
+        if config.get(key, value) != value:
+            expected = "none" if value is None else repr(value)
+            raise UserError(f"{key}: found {found(config[key])}, expected {expected} "
+                            f"({ADVICE.get(key, 'nothing else is supported')})")
     settings = {}
     for field in dataclasses.fields(cls):
         name, optional = field.name, isinstance(field.type, types.UnionType)

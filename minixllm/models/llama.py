@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from minixllm.errors import UserError, expect, found
 from minixllm.models import fused_cpu
 from minixllm.models.attention import Packed
-from minixllm.models.config import read_settings, refuse
+from minixllm.models.config import read_settings
 from minixllm.models.token_logps import token_logps
 
 
@@ -65,11 +65,11 @@ class LlamaConfig:
 
         Raises UserError naming a key whose value is absurd or asks for something that is not built.
         """
-        refuse(config, {"model_type": cls.model_type, "hidden_act": "silu", "partial_rotary_factor": 1})
         rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
         scaling = _rope_scaling(rope, config.get("max_position_embeddings", cls.max_position_embeddings))
         theta = rope.get("rope_theta", config.get("rope_theta", cls.rope_theta))
-        return read_settings(cls, {**config, "rope_theta": theta, "rope_scaling": scaling})
+        return read_settings(cls, {**config, "rope_theta": theta, "rope_scaling": scaling},
+                             {"hidden_act": "silu", "partial_rotary_factor": 1})
 
     def to_dict(self) -> dict:
         """The contents of config.json, in a spelling that transformers 4 and 5 both read."""

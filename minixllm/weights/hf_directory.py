@@ -19,20 +19,19 @@ from torch.overrides import TorchFunctionMode
 from minixllm.distributed import full_tensor, is_first, is_sharded
 from minixllm.errors import UserError, expect
 from minixllm.files import read_json, what_kind, write_json
-from minixllm.models.architectures import ARCHITECTURES
+from minixllm.models.bloom import Bloom
+from minixllm.models.llama import Llama
 from minixllm.models.lora import is_adapter
 from minixllm.models.nf4 import nf4_layers
 from minixllm.tokenizers import has_tokenizer, load_tokenizer
 from minixllm.tokenizers.base import COMPANIONS
 from minixllm.weights.safetensors_files import check_shapes, find_tensors, what_instead, write_tensors
 
+ARCHITECTURES = {model.config_class.model_type: model for model in (Llama, Bloom)}  # by config.json's model_type
 HEAD = "lm_head.weight"
 # What a model directory may hold, and what a save may therefore replace; file managers leave hidden files there.
 MODEL_FILES = {"config.json", "generation_config.json", "tokenizer.model", "tokenizer_config.json", *COMPANIONS}
 WEIGHTS_OR_HIDDEN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|\..*")
-
-
-# ---------------------------------------------------------------------------------------------------------- reading
 
 
 def read_directory(directory, adapter=None):
@@ -201,9 +200,6 @@ def _fill(model, device, source):
             local.copy_(read(rows))
     for name, layer in nf4_layers(model).items():  # quantised one by one: only one whole tensor is held at a time
         layer.load(source(name)(...).to(layer.codes.device))
-
-
-# ---------------------------------------------------------------------------------------------------------- writing
 
 
 def save_model(model, directory, tokenizer=None, generation_config=None):
