@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import sys
 import tempfile
@@ -42,6 +43,33 @@ def atomic_write(path, mode: str = "w"):
         if isinstance(error, OSError) and error.errno:
             error.filename = error.filename or str(path)  # a full disk does not say where
         raise
+
+
+@contextlib.contextmanager
+def replacing(directory):
+    """A new directory to write files into. It takes the place of `directory` when the block ends well and its files are
+    on the disk, and is removed otherwise."""
+    directory = Path(directory)
+    partial, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("partial", "old"))
+
+    def clean_up():
+        if old.exists() and not directory.exists():  # stopped between the two renames below
+            os.rename(old, directory)
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    clean_up()  # an earlier process may have been killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in partial.iterdir():  # or a power cut might leave files empty that have their names
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        if directory.exists():
+            os.rename(directory, old)
+        os.rename(partial, directory)
+    finally:
+        clean_up()
 
 
 def read_json(path) -> dict:

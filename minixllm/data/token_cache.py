@@ -11,7 +11,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import shutil
 import threading
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -23,7 +22,7 @@ from minixllm import languages
 from minixllm.data import prompts
 from minixllm.data.records import place
 from minixllm.errors import UserError
-from minixllm.files import digest, locked
+from minixllm.files import digest, locked, replacing
 
 FORMAT = 4                  # to be raised when other ids or other files come of the same inputs (a test holds the ids)
 CHUNK = 1000                # records a worker tokenises at a time
@@ -139,17 +138,11 @@ def _in_words(paths, remarks) -> list[str]:
 def _build(directory: Path, paths, tokenizer, encoder, workers):
     """Tokenise every record into `directory`, which appears whole or not at all. One process builds, and the others on
     this machine wait for it."""
-    unfinished = directory.with_suffix(".unfinished")
     try:
         with locked(directory.with_suffix(".lock")):
-            shutil.rmtree(unfinished, ignore_errors=True)  # what a killed builder left
             if not directory.exists():
-                unfinished.mkdir()
-                try:
-                    _write(unfinished, paths, tokenizer, encoder, workers)
-                    os.replace(unfinished, directory)
-                finally:
-                    shutil.rmtree(unfinished, ignore_errors=True)
+                with replacing(directory) as partial:
+                    _write(partial, paths, tokenizer, encoder, workers)
     except OSError as error:
         raise UserError(f"{directory}: the token cache cannot be written: {error.strerror or error}; --cache names "
                         "another directory") from error
@@ -188,9 +181,6 @@ def _write(folder: Path, paths, tokenizer, encoder, workers):
     np.save(folder / "records.npy", np.concatenate(parts))
     meta = {"dtype": dtype.name, "languages": list(names), "report": report, "remarks": remarks}
     (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
-    for path in folder.iterdir():  # or a power cut might leave files empty that have their names
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
 
 
 def _encoded(records, encoder, tokenizer, size: int, workers: int | None):

@@ -5,7 +5,7 @@ import hashlib
 from pathlib import Path
 
 from minixllm.errors import UserError, check_text
-from minixllm.files import atomic_write, read_json, write_json
+from minixllm.files import read_json, write_json
 
 # The other files of a tokenizer in a model directory. `save` carries them along.
 COMPANIONS = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -109,15 +109,13 @@ class Tokenizer:
         flags = {"add_bos_token": bool(self.prefix), "add_eos_token": bool(self.suffix)}
         config |= {key: value for key, value in flags.items() if key in config or key in self.FLAGS}
         config["add_prefix_space"] = self.adds_space
-        with atomic_write(directory / self.FILE, "wb") as file:
-            file.write(self.model_bytes)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / self.FILE).write_bytes(self.model_bytes)
         write_json(directory / "tokenizer_config.json", config)
         for companion in COMPANIONS:
-            original = self.path.parent / companion
+            original = self.path.with_name(companion)
             if companion != self.FILE and original.exists():
-                content = original.read_bytes()  # before the write: the directory may be the original's
-                with atomic_write(directory / companion, "wb") as file:
-                    file.write(content)
+                (directory / companion).write_bytes(original.read_bytes())
 
 
 class TextStream:

@@ -4,11 +4,9 @@ Reading takes the memory of the model plus one tensor, and each rank reads only 
 one tensor at a time, and the directory appears whole or not at all.
 """
 
-import contextlib
 import dataclasses
 import os
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -18,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from minixllm.distributed import full_tensor, is_first, is_sharded
 from minixllm.errors import UserError, expect
-from minixllm.files import read_json, what_kind, write_json
+from minixllm.files import read_json, replacing, what_kind, write_json
 from minixllm.models.bloom import Bloom
 from minixllm.models.llama import Llama
 from minixllm.models.lora import is_adapter
@@ -215,7 +213,7 @@ def save_model(model, directory, tokenizer=None, generation_config=None):
     if is_first():
         try:
             check_target(directory)
-            with _replacing(directory) as partial:
+            with replacing(directory) as partial:
                 _write_directory(model, partial, tokenizer, generation_config or {}, tensors)
         except Exception as caught:
             error = caught
@@ -247,28 +245,6 @@ def _gather(model):
     for name, parameter in model.named_parameters():
         assert not is_adapter(name), "merge the adapters before the model is saved"
         yield full_tensor(parameter.to(model.embedding.weight.dtype))
-
-
-@contextlib.contextmanager
-def _replacing(directory: Path):
-    """A new directory to write into. It takes the place of `directory` when the block ends well, or is removed."""
-    partial, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("partial", "old"))
-
-    def clean_up():
-        if old.exists() and not directory.exists():  # stopped between the two renames below
-            os.rename(old, directory)
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-    clean_up()  # an earlier save may have been killed
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if directory.exists():
-            os.rename(directory, old)
-        os.rename(partial, directory)
-    finally:
-        clean_up()
 
 
 def _write_directory(model, directory, tokenizer, generation_config, tensors):

@@ -5,7 +5,6 @@ one such file, or shards beside an index. Pickle files are never read, nor any f
 """
 
 import hashlib
-import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -142,8 +141,6 @@ def write_tensors(directory, sizes: dict[str, int], tensors):
         file_name = SINGLE if count == 1 else f"model-{i:05}-of-{count:05}.safetensors"
         shard = {name: next(tensors).cpu().contiguous() for name in names}
         save_file(shard, Path(directory) / file_name, metadata={"format": "pt"})
-        with open(Path(directory) / file_name, "rb+") as file:
-            os.fsync(file.fileno())  # on the disk, before the directory takes its name
         weight_map |= dict.fromkeys(names, file_name)
         del shard  # free its memory before the next one is gathered
     if count > 1:

@@ -284,7 +284,7 @@ def test_a_builder_that_was_killed_leaves_no_cache(tmp_path):
     path = write(tmp_path / "a.jsonl", some_records(200))
     child = multiprocessing.get_context("fork").Process(target=SFTData, args=(path, Slow(), 400, tmp_path / "cache"))
     child.start()
-    while not list(tmp_path.glob("cache/*.unfinished/tokens.bin")):
+    while not list(tmp_path.glob("cache/.*.partial/tokens.bin")):
         time.sleep(0.01)
     child.kill()
     child.join(60)
@@ -360,7 +360,7 @@ def test_damage_and_a_full_disk_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
         one(tmp_path, max_length=300)
-    assert not list((tmp_path / "cache").glob("*.unfinished"))
+    assert not list((tmp_path / "cache").glob(".*.partial"))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="the token cache cannot be written: Not a directory"):
         SFTData(tmp_path / "one.jsonl", Bytes(), 512, tmp_path / "file" / "cache")
