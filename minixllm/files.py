@@ -47,8 +47,7 @@ def atomic_write(path, mode: str = "w"):
 
 @contextlib.contextmanager
 def replacing(directory):
-    """A new directory to write files into. It takes the place of `directory` when the block ends well and its files are
-    on the disk, and is removed otherwise."""
+    """A new directory for files. When the block ends well it replaces `directory`, and is removed otherwise."""
     directory = Path(directory)
     partial, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("partial", "old"))
 
@@ -75,8 +74,7 @@ def replacing(directory):
 def read_json(path) -> dict:
     """The object in a JSON file, {} where there is no file; UserError where it is damaged or no object.
 
-    What is read may be written later, at the end of a training run: an object that `write_json` could not write is
-    refused here.
+    What is read may be written when a training run ends. So what `write_json` could not write is refused here.
     """
     try:
         content = Path(path).read_bytes()

@@ -103,8 +103,7 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, ba
              finished=None, until=None, **sampling) -> list[list[int]]:
     """Continues each prompt, token ids to token ids, up to the EOS (left out) or `max_new_tokens`.
 
-    batch_tokens: the KV cache's size. As many prompts run at once as fit into it, at least one; each needs room for the
-    longest prompt and the longest answer.
+    batch_tokens: the KV cache's size. Each prompt takes the room of the longest prompt and answer; one runs at least.
     finished: called as finished(number of the prompt, its continuation) when one ends. until: called in the same way
     after each token; where it is true, the continuation ends there. sampling: the fields of `Sampling`; greedy without.
     A model serves one call at a time, because a call sets its mode and its forwards. With a model sharded by FSDP2 this
@@ -149,8 +148,7 @@ def choice_logps(model, items, batch_tokens: int = 2048) -> list[list[float]]:
 
     A context is computed once for all its choices. batch_tokens: the most tokens in one forward, of several items.
     Raises ValueError for an empty choice, whose probability would be 1 and beat every other, and for an empty context:
-    the first token must be predicted from something, such as a BOS. With a model sharded by FSDP2 this is a collective
-    over the same items.
+    the first token must be predicted from something, such as a BOS. With a sharded model this is a collective.
     """
     for number, (context, choices) in enumerate(items):
         if not context or not all(choices):

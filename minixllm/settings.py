@@ -69,9 +69,10 @@ def parse(cls, argv=None, embedded: dict | None = None, needs=("model", "data"),
 
 
 def run(main) -> None:
-    """Run a script's `main(argv)` and end the process: with the status that it returns, or 0; with 2 and one line on
-    stderr for what a user can mend (a UserError, a full disk, a file that may not be read, too little memory, a lost
-    process); with 130, STOPPED, after Ctrl-C.
+    """Run a script's `main(argv)` and end the process with the status that it returns, or 0.
+
+    For what a user can mend (a UserError, a full disk, too little memory, a lost process) one line on stderr and the
+    status 2; after Ctrl-C STOPPED.
     """
     script, status = Path(sys.argv[0]).name, 0
     guard, several = contextlib.nullcontext(), int(os.environ.get("WORLD_SIZE", 1)) > 1

@@ -70,8 +70,7 @@ class Encoder:
     def example(self, segments: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """(input_ids, labels) of a record, int64.
 
-        Each answer is predicted from the prompt's last token and its own tokens but the last. The rest of the prompt
-        comes first, and once.
+        The prompt but for its last token comes once, then that token and all but the last of each answer.
         """
         prompt, *answers = segments
         inputs = [part for answer in answers for part in (prompt[-1:], answer[:-1])]
@@ -110,8 +109,7 @@ class Instructions(Encoder):
 class Preferences(Encoder):
     """Preference optimisation: the answers of a pair are the two branches of one document.
 
-    Where a pair is cut, a prompt of over half of max_length is cut to that half first. A pair whose answers then no
-    longer differ is left out as too long.
+    A prompt of over half of max_length is first cut to that half. Pairs whose cut answers are equal are left out.
     """
 
     unit = "pairs"

@@ -93,11 +93,10 @@ class Preference:
 
 
 def read_preferences(path, progress: Callable[[int], None] | None = None) -> Iterator[Preference]:
-    """Yield the pairs of a file: `instruction`, `chosen`, `rejected`, and optionally `input`, `language` and
-    `response_language`.
+    """Yield the pairs of a file. Raises UserError naming file and line.
 
-    Also read are the spelling of the paper's released scripts (`prefered_output`, `rejected_output`) and TRL's standard
-    one (`prompt`, `chosen`, `rejected`, all text). Raises UserError naming file and line.
+    They have `instruction`, `chosen`, `rejected` and optionally `input`, `language`, `response_language`; or are spelt
+    as in the paper's released scripts (`prefered_output`, `rejected_output`) or TRL's (`prompt`, `chosen`, `rejected`).
     """
     for line, entry in read_objects(path, progress):
         where, prompt, instruction = f"{path}, {place(line)}", None, ""
@@ -127,8 +126,7 @@ def _optional(entry: dict, where: str, name: str) -> str | None:
 def record_files(paths) -> list[Path]:
     """The files named, and the .json and .jsonl files of the directories named; hidden ones are passed over.
 
-    Raises UserError for what is no file, for a directory without files of records, and for archives in a directory,
-    which would silently not be read.
+    Raises UserError for what is no file, a directory without such files, and archives in one, which are not read.
     """
     files = []
     for path in map(Path, paths):

@@ -110,8 +110,7 @@ class TokenCache:
         return _total(self.report, self.encoder.unit)
 
     def summary(self) -> str:
-        """A table, one line a language: what was kept, left out and cut, where anything was, and how many tokens a
-        character costs; below it the remarks."""
+        """What was kept, left out and cut of each language, and its tokens a character, in a table; and the remarks."""
         shown = [name for name in (*LEFT_OUT, "truncated") if any(counts[name] for counts in self.report.values())]
         lines = [f"{'language':<22}{'kept':>10}" + "".join(f"{name.replace('_', ' '):>11}" for name in shown)
                  + f"{'tokens/character':>18}"]
@@ -136,8 +135,7 @@ def _in_words(paths, remarks) -> list[str]:
 
 
 def _build(directory: Path, paths, tokenizer, encoder, workers):
-    """Tokenise every record into `directory`, which appears whole or not at all. One process builds, and the others on
-    this machine wait for it."""
+    """Tokenise every record into `directory`. One process builds, and the others on this machine wait for it."""
     try:
         with locked(directory.with_suffix(".lock")):
             if not directory.exists():

@@ -97,8 +97,7 @@ class Packed:
         dtype = query.dtype
         query, key, value = query.float(), key.float(), value.float()
         lengths = [length for count, trunk, branches in self.runs for length in (count * trunk, *branches)]
-        # Each tensor is split once, because a split's backward is one concatenation. The backward of every single slice
-        # would fill N rows with zeros.
+        # Each tensor is split once: the backward is one concatenation, where each slice would fill N rows with zeros.
         parts = zip(query.split(lengths), key.split(lengths), value.split(lengths))
         mask = self._mask(slopes)
         outputs = []
@@ -183,7 +182,6 @@ class Packed:
 @functools.cache
 def _compiled_flex():
     # torch.compile makes one variant for each combination of: keys with or without gradients, one block or several,
-    # fixed or changing sizes. Beyond its usual limit of eight variants, attention would run unfused and hold H x N x N
-    # numbers.
+    # fixed or changing sizes. Beyond eight, its usual limit, attention would run unfused and hold H x N x N numbers.
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(flex_attention)

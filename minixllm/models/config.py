@@ -17,8 +17,7 @@ def read_settings(cls, config: dict, built: dict | None = None):
 
     A whole number is at least 1, any other number above 0. Where the field's type has `| None`, null stands for the
     default. A token id may be any whole number (old files have a pad of -1), and the eos a list of them.
-    built: beside COMMON, what other keys must be if they are there. Raises UserError naming the key, what was found and
-    what was expected.
+    built: other keys than COMMON with what is built. Raises UserError naming the key, what was found and expected.
     """
     for key, value in {"model_type": cls.model_type, **COMMON, **(built or {})}.items():
         if config.get(key, value) != value:

@@ -97,8 +97,7 @@ def fused(model):
     """In this block the model's forwards without gradients are fused; forwards with gradients stay the modules' own.
 
     Nothing changes where oneDNN cannot serve (on a GPU, for sharded weights), or where the second copy of the weights
-    would be larger than PACK_BYTES. A layer is fused when it is first called, with its adapters enabled or disabled as
-    they are then.
+    would be larger than PACK_BYTES. Whether a layer's adapters are enabled is decided at its first call.
     """
     modules = [*model.blocks, model.lm_head] if hasattr(model, "fused_block") else []
     linears = [linear for module in modules for linear in module.modules() if isinstance(linear, nn.Linear)]

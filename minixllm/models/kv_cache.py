@@ -97,12 +97,10 @@ class Extension:
         return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).to(dtype)
 
     def _plan(self, slopes, query, key_heads: int):
-        """Yields the calls of attention: (its tokens, its rows, how many of their keys, whether each row has a single
-        query, the mask).
+        """Yields (tokens, rows, how many keys, whether each row has a single query, mask) for each call of attention.
 
-        Neighbouring rows with one new token each share a call, which covers the longest of them. On a CPU only a few
-        rows share one, so that little is computed beyond the ends of shorter rows. A row with several new tokens has a
-        call of its own.
+        Neighbouring rows with one new token each share a call, which covers the longest of them: on a CPU only a few,
+        so that little is computed beyond the ends of shorter rows. A row with several new tokens has its own call.
         """
         seen = [past + new for past, new in zip(self.past, self.lengths)]
         longest = max((total for total, new in zip(seen, self.lengths) if new > 1), default=0)
@@ -120,13 +118,9 @@ class Extension:
 
 
 def _mask_of_single(seen: list[int], slopes, query, key_heads: int) -> torch.Tensor:
-    """What is added to the scores of one query a row, by the distance of each key to it, a number <= 0; -inf beyond the
-    row's end.
-
-    seen: how many tokens each row has. Returns (rows, 1 or KV, 1 or H / KV, longest).
+    """What is added to the scores of one query a row, which sees `seen` tokens: (rows, 1 or KV, 1 or H / KV, longest).
     """
-    totals = torch.tensor(seen)[:, None]
-    distances = (torch.arange(max(seen)) - (totals - 1)).float()
+    distances = (torch.arange(max(seen)) - (torch.tensor(seen)[:, None] - 1)).float()  # of keys to the query: <= 0
     distances = distances.masked_fill(distances > 0, -math.inf)[:, None, None].to(query.device)
     if slopes is None:
         return distances.masked_fill(distances > -math.inf, 0).to(query.dtype)
@@ -137,6 +131,5 @@ def _attend_one(query, keys, values, mask) -> torch.Tensor:
     """One query a row: query (rows, H, D), keys and values (rows, KV, longest, D) -> (rows, H, D)."""
     B, H, D = query.shape
     KV = keys.shape[1]
-    # Grouped-query attention: the query heads that share a key head become queries of that head, so that its keys are
-    # read once and never repeated.
+    # Grouped-query attention: the query heads that share a key head become its queries, so that its keys are read once.
     return F.scaled_dot_product_attention(query.view(B, KV, H // KV, D), keys, values, attn_mask=mask).view(B, H, D)

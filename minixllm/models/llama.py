@@ -96,8 +96,7 @@ def _rope_scaling(rope: dict, max_position_embeddings: int) -> dict | None:
 
 def rotary_angles(config: LlamaConfig, position_ids: torch.Tensor):
     """RoPE, rotary position embedding: pair i of a query or key turns by position * theta^(-2i / D) (Su et al. 2021,
-    arXiv 2104.09864, eq. 34). A pair is the dimensions i and i + D/2, as in Hugging Face's weights; the paper's is two
-    neighbours.
+    arXiv 2104.09864, eq. 34). A pair is the dimensions i and i + D/2, as in Hugging Face, and 2i, 2i + 1 in the paper.
 
     position_ids (N,) -> cosines and sines, (N, 1, D) each, the first half of the sines negated as `rotate` needs them.
     They are fp32 in every model, because bf16 cannot tell position 256 from 257.

@@ -62,8 +62,7 @@ class LoraNF4Linear(LoraLinear, NF4Linear):
 def targeted(model: nn.Module, targets) -> dict[str, nn.Linear]:
     """The linear layers whose names end with one of `targets`; the architecture's usual ones where there are none.
 
-    targets: a list of names, or as PEFT has it a regular expression for whole names. Raises UserError for a target that
-    names no linear layer.
+    targets: a list of names, or as in PEFT a regular expression for whole names. UserError if one names no layer.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     chosen = {}

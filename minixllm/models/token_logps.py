@@ -98,8 +98,7 @@ def _to_gradients(logits, labels):
 def _add_product(grad, grad_logits, hidden):
     """grad (V, d) fp32, or None at first, + grad_logits (chunk, V)^T hidden (chunk, d).
 
-    A bf16 product is added to fp32 a block at a time, which stays in the caches: the whole product would have to be
-    written to memory and read again.
+    A bf16 product is added to fp32 a block at a time: the whole would have to be written to memory and read again.
     """
     hidden = hidden.to(grad_logits.dtype)
     if grad is None:

@@ -1,7 +1,6 @@
 """Byte-level BPE: text -> pieces (a regular expression) -> bytes -> merges by rank -> ids.
 
-Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (BPE over bytes, each of them written
-as a printable character).
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". A byte is a printable character.
 """
 
 import functools

@@ -1,7 +1,6 @@
 """LoRA adapters on disk in PEFT's format, both ways.
 
-That is adapter_config.json and adapter_model.safetensors. A tensor is named `base_model.model.{layer}.lora_A.weight`,
-the layer's name being the base model's own.
+These are adapter_config.json and adapter_model.safetensors, with tensors `base_model.model.{layer}.lora_A.weight`.
 """
 
 import os

@@ -138,7 +138,7 @@ def initialise(model, seed: int, device="cpu"):
 
 
 def initial(name: str, tensor: torch.Tensor, std: float, generator) -> torch.Tensor:
-    """Fill the whole tensor of one parameter as Hugging Face does: biases are 0, weights of norms 1, others Gaussian."""
+    """Fill the whole tensor of one parameter as Hugging Face does: biases 0, weights of norms 1, others Gaussian."""
     if name.endswith(".bias"):
         return tensor.zero_()
     return tensor.fill_(1.0) if tensor.dim() == 1 else tensor.normal_(0.0, std, generator=generator)

@@ -183,8 +183,8 @@ def test_rebuilt_exactly_when_its_inputs_change(tmp_path, monkeypatch):
 
 
 def test_the_key_names_what_decides_the_ids(tmp_path):
-    """Whoever changes the ids or files that the same inputs give raises FORMAT, so that no old cache is read: then write
-    the new digest here, too."""
+    """Whoever changes the ids or files that the same inputs give raises FORMAT, so that no old cache is read: then
+    write the new digest here, too."""
     sft = write(tmp_path / "sft.jsonl", [
         {"instruction": "Sag ü", "input": "x", "output": "üü", "language": "de"}, {"instruction": "a", "output": " "},
         {"instruction": "Long", "output": "x" * 400, "language": "Klingon"}])
@@ -206,33 +206,32 @@ def test_what_is_odd_is_said_once_a_file_with_a_count(tmp_path, monkeypatch):
     monkeypatch.setattr(token_cache, "CHUNK", 2)
     plain, klingon = {"instruction": "a", "output": "b", "language": "pt-BR"}, {"instruction": "a", "output": "b"}
     texts = ["<|im_start|>user", "[INST] a [/INST]", "</s>", "<start_of_turn>x", "### Instruction:", "if a < b | c > d"]
-    first = write(tmp_path / "a.jsonl", [plain, klingon | {"language": "Klingon"}, plain, klingon | {"language": "Klingon"},
-                                         *({"instruction": text, "output": "b"} for text in texts)])
+    named = klingon | {"language": "Klingon"}
+    first = write(tmp_path / "a.jsonl", [plain, named, plain, named, *({"instruction": text, "output": "b"} for text in texts)])
     second = write(tmp_path / "b.jsonl", [{"messages": []}, plain, {"instruction": "a", "output": "x</s>"}])
     for workers in (1, 2):
         data = SFTData([first, second], Bytes(), 400, tmp_path / f"cache{workers}", workers)
+        markup = "records that hold a chat template or special tokens, which are read as mere text"
         assert sorted(data.remarks) == [
-            f"{first}: records that hold a chat template or special tokens, which are read as mere text: 5, the first in "
-            "line 5: '<|im_start|>'",
-            f"{first}: records that name the language 'Klingon', which is not known, so that no request can be made for "
-            "it: 2, the first in line 2",
-            f"{second}: records that are chats of more or less than one exchange, which are left out: 1, the first in line "
-            "1",
-            f"{second}: records that hold a chat template or special tokens, which are read as mere text: 1, the first in "
-            "line 3: '</s>'"]
+            f"{first}: {markup}: 5, the first in line 5: '<|im_start|>'",
+            f"{first}: records that name the language 'Klingon', which is not known, so that no request can be made "
+            "for it: 2, the first in line 2",
+            f"{second}: records that are chats of more or less than one exchange, which are left out: 1, the first in "
+            "line 1",
+            f"{second}: {markup}: 1, the first in line 3: '</s>'"]
         assert data.summary().endswith("\n".join(data.remarks)) and len(data) == 12
         assert sorted(data.report) == ["Klingon", "por", "und"]
     pair = {"instruction": "Say", "chosen": "a", "rejected": "b", "language": "en"}
-    path = write(tmp_path / "pairs.jsonl", [pair | {"response_language": tag} for tag in ("tl", "fil", "tlh", "tlh", "en")]
+    tags = ("tl", "fil", "tlh", "tlh", "en")
+    path = write(tmp_path / "pairs.jsonl", [pair | {"response_language": tag} for tag in tags]
                  + [{"prompt": "<|begin|>Hello<|end|>", "chosen": "there<|end|>", "rejected": "no<|end|>"}])
     data = PreferenceData(path, Bytes(), 400, tmp_path / "cache")
     assert data.language_names == ["eng>tgl", "eng>tlh", "eng", "und"]
     assert [remark.split(": ", 1)[1] for remark in data.remarks] == [
-        "records that name the language 'tlh', which is not known, so that no request can be made for it: 2, the first in "
-        "line 3",
-        "records that hold a chat template or special tokens, which are read as mere text: 1, the first in line 6: "
-        "'<|begin|>'"]
-    assert data.read(0)[0].tolist() == Bytes().encode_prompt(prompts.alpaca("Say Please return the results in Tagalog."))
+        "records that name the language 'tlh', which is not known, so that no request can be made for it: 2, the first "
+        "in line 3", f"{markup}: 1, the first in line 6: '<|begin|>'"]
+    asked = prompts.alpaca("Say Please return the results in Tagalog.")
+    assert data.read(0)[0].tolist() == Bytes().encode_prompt(asked)
     assert data.read(2)[0].tolist() == Bytes().encode_prompt(prompts.alpaca("Say"))
     many = write(tmp_path / "many.jsonl", [klingon | {"language": f"xx{k}"} for k in range(50)])
     assert len(SFTData(many, Bytes(), 400, tmp_path / "cache").remarks) == 21
@@ -298,7 +297,7 @@ def test_a_disk_without_locks_is_refused(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(UserError, match="the token cache cannot be written: No locks available; --cache names another directory"):
+    with pytest.raises(UserError, match="cache cannot be written: No locks available; --cache names another directory"):
         one(tmp_path)
     assert capsys.readouterr() == ("", "")
 
@@ -465,7 +464,8 @@ def test_rows_too_short_for_a_record_are_refused(sft):
 
 def test_absurd_numbers_are_refused(sft):
     for wrong in ({"batch_size": 0}, {"micro_batch_size": -1}, {"temperature": 0.0}):
-        with pytest.raises(UserError, match=f"{next(iter(wrong))}: found .*, expected a .*number (above 0|of at least 1)"):
+        key, = wrong
+        with pytest.raises(UserError, match=f"{key}: found .*, expected a .*number (above 0|of at least 1)"):
             Stream(**{"data": sft, "seed": 0, "batch_size": 8, "micro_batch_size": 2} | wrong)
 
 
