@@ -142,9 +142,6 @@ def locked(path, busy: str | None = None):
     with open(path, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
         except BlockingIOError:
             file.seek(0)
             raise UserError(f"{busy} ({file.read(200) or 'unknown'} holds {path})") from None
@@ -153,4 +150,8 @@ def locked(path, busy: str | None = None):
                 raise
             print(f"{path}: cannot be locked ({error.strerror}): see to it that nothing else writes there",
                   file=sys.stderr)
+        else:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
         yield

@@ -207,7 +207,8 @@ def test_what_is_odd_is_said_once_a_file_with_a_count(tmp_path, monkeypatch):
     plain, klingon = {"instruction": "a", "output": "b", "language": "pt-BR"}, {"instruction": "a", "output": "b"}
     texts = ["<|im_start|>user", "[INST] a [/INST]", "</s>", "<start_of_turn>x", "### Instruction:", "if a < b | c > d"]
     named = klingon | {"language": "Klingon"}
-    first = write(tmp_path / "a.jsonl", [plain, named, plain, named, *({"instruction": text, "output": "b"} for text in texts)])
+    first = write(tmp_path / "a.jsonl", [plain, named, plain, named,
+                                         *({"instruction": text, "output": "b"} for text in texts)])
     second = write(tmp_path / "b.jsonl", [{"messages": []}, plain, {"instruction": "a", "output": "x</s>"}])
     for workers in (1, 2):
         data = SFTData([first, second], Bytes(), 400, tmp_path / f"cache{workers}", workers)
