@@ -35,14 +35,10 @@ class LoraSettings:
 
 
 class LoraLinear(nn.Linear):
-    """A frozen linear layer (its own `weight` and `bias`) with a trained low-rank update beside it."""
+    """A frozen linear layer with a trained low-rank update beside it; `add_lora` makes it of a plain one."""
 
-    def __init__(self, base: nn.Linear, settings: LoraSettings):
-        nn.Module.__init__(self)  # not nn.Linear's, which would make new weights: these are the base layer's own
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self._parameters.update(base._parameters)  # weight and bias; of a base in NF4 the weight is in buffers
-        self._buffers.update(base._buffers)
-        r, device = settings.lora_r, next(itertools.chain(base.parameters(), base.buffers())).device
+    def add_adapter(self, settings: LoraSettings):
+        r, device = settings.lora_r, next(itertools.chain(self.parameters(), self.buffers())).device
         self.lora_A = nn.Linear(self.in_features, r, bias=False, device=device, dtype=torch.float32)
         self.lora_B = nn.Linear(r, self.out_features, bias=False, device=device, dtype=torch.float32)
         self.dropout = nn.Dropout(settings.lora_dropout)
@@ -87,8 +83,8 @@ def add_lora(model: nn.Module, settings: LoraSettings):
     for name, layer in targeted(model, settings.lora_targets).items():
         if layer is model.lm_head:
             raise UserError(f"LoRA target {name!r}: found the head, expected layers below it: the head gets no adapter")
-        kind = LoraNF4Linear if isinstance(layer, NF4Linear) else LoraLinear
-        model.set_submodule(name, kind(layer, settings))
+        layer.__class__ = LoraNF4Linear if isinstance(layer, NF4Linear) else LoraLinear  # `merge` turns it back
+        layer.add_adapter(settings)
 
 
 @torch.no_grad()

@@ -86,15 +86,9 @@ def _from_places(places: torch.Tensor, values: torch.Tensor, scales: torch.Tenso
 class NF4Linear(nn.Linear):
     """A frozen linear layer whose weight is kept in NF4, and made whole in the input's type while it is used.
 
-    It has no parameter `weight` but the four buffers of `quantize`, which FSDP2 leaves whole on every process.
+    `to_nf4` makes it of a plain one. It has no parameter `weight` but the four buffers of `quantize`, which FSDP2 leaves
+    whole on every process.
     """
-
-    def __init__(self, base: nn.Linear):
-        nn.Module.__init__(self)  # not nn.Linear's, which would make a weight
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.register_parameter("bias", base.bias)
-        for name, tensor in quantize(base.weight.detach()).items():
-            self.register_buffer(name, tensor)
 
     @property
     def kept(self) -> dict[str, torch.Tensor]:
@@ -111,15 +105,19 @@ class NF4Linear(nn.Linear):
         return _FrozenLinear.apply(x, self.kept, (self.out_features, self.in_features), bias)
 
 
-def quantize_blocks(model: nn.Module):
-    """Put every linear layer of the model's blocks into NF4, in place. Embedding, norms and head stay as they are.
+def to_nf4(layer: nn.Linear):
+    """Make a linear layer an `NF4Linear`, in place. One on the meta device is filled afterwards (`NF4Linear.load`)."""
+    kept = quantize(layer.weight.detach())
+    del layer.weight
+    for name, tensor in kept.items():
+        layer.register_buffer(name, tensor)
+    layer.__class__ = NF4Linear
 
-    A model on the meta device is filled afterwards, layer by layer (`NF4Linear.load`).
-    """
-    for block in model.blocks:
-        linear = [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-        for name, module in linear:
-            block.set_submodule(name, NF4Linear(module))
+
+def quantize_blocks(model: nn.Module):
+    """Put every linear layer of the model's blocks into NF4. Embedding, norms and head stay as they are."""
+    for layer in [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]:
+        to_nf4(layer)
 
 
 def nf4_layers(model: nn.Module) -> dict[str, NF4Linear]:

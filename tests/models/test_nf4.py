@@ -71,12 +71,12 @@ def test_on_genuine_weights():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_layer_computes_with_the_weight_that_is_kept(bias, dtype):
     torch.manual_seed(0)
-    base = nn.Linear(96, 40, bias)
-    layer = nf4.NF4Linear(base)
+    layer = nn.Linear(96, 40, bias)
     plain = nn.Linear(96, 40, bias, dtype=dtype)
-    plain.weight.data.copy_(nf4.dequantize(nf4.quantize(base.weight.detach()), (40, 96), dtype))
+    plain.weight.data.copy_(nf4.dequantize(nf4.quantize(layer.weight.detach()), (40, 96), dtype))
     if bias:
-        plain.bias.data.copy_(base.bias)
+        plain.bias.data.copy_(layer.bias)
+    nf4.to_nf4(layer)
     ours, expected = (torch.randn(2, 5, 96, dtype=dtype).requires_grad_() for _ in range(2))
     expected.data.copy_(ours.data)
     y, z = layer(ours), plain(expected)
@@ -86,6 +86,7 @@ def test_the_layer_computes_with_the_weight_that_is_kept(bias, dtype):
 
 
 def test_a_weight_takes_little_more_than_four_bits():
-    layer = nf4.NF4Linear(nn.Linear(1024, 1024, bias=False))
+    layer = nn.Linear(1024, 1024, bias=False)
+    nf4.to_nf4(layer)
     assert not list(layer.parameters())
     assert 8 * sum(b.numel() * b.element_size() for b in layer.buffers()) / 1024**2 == pytest.approx(4.127, abs=0.001)
