@@ -86,7 +86,7 @@ def _from_places(places: torch.Tensor, values: torch.Tensor, scales: torch.Tenso
 class NF4Linear(nn.Linear):
     """A frozen linear layer whose weight is kept in NF4, and made whole in the input's type while it is used.
 
-    `to_nf4` makes it of a plain one. It has no parameter `weight` but the four buffers of `quantize`, which FSDP2 leaves
+    `to_nf4` makes it of a plain one. For a parameter `weight` it has the four buffers of `quantize`, which FSDP2 leaves
     whole on every process.
     """
 
