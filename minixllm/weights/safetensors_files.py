@@ -63,13 +63,11 @@ def find_tensors(directory) -> dict[str, Stored]:
         raise UserError(f"{directory}: {min(strays)} is not in {INDEX}: two models may be mixed here")
     for shard in sorted(shards):
         for key, stored in read_header(directory / shard).items():
-            if key in tensors:
-                raise UserError(f"{stored.path}: tensor {key} is also in {tensors[key].path.name}")
+            if weight_map.get(key) != shard:
+                raise UserError(f"{index}: tensor {key}: found in {shard}, expected in {weight_map.get(key)}")
             tensors[key] = stored
-    for key in sorted(weight_map.keys() | tensors.keys()):
-        found = tensors[key].path.name if key in tensors else None
-        if found != weight_map.get(key) and not BUFFERS.fullmatch(key):
-            raise UserError(f"{index}: tensor {key}: found in {found}, expected in {weight_map.get(key)}")
+    if missing := [key for key in weight_map if key not in tensors and not BUFFERS.fullmatch(key)]:
+        raise UserError(f"{index}: tensor {missing[0]}: found in None, expected in {weight_map[missing[0]]}")
     return tensors
 
 
