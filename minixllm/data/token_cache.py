@@ -124,7 +124,7 @@ class TokenCache:
 def _total(report: dict[str, Counter], unit: str) -> str:
     counts = sum(report.values(), Counter())
     left_out = ", ".join(f"{counts[reason]:,} {reason.replace('_', ' ')}" for reason in LEFT_OUT)
-    return f"{kept(counts):,} {unit}; left out {left_out}; {counts['truncated']:,} truncated"
+    return f"{unit}: {kept(counts):,} kept; left out {left_out}; {counts['truncated']:,} truncated"
 
 
 def _in_words(paths, remarks) -> list[str]:

@@ -144,7 +144,7 @@ def test_too_long_is_dropped_or_cut_and_counted(tmp_path):
 def test_nothing_left_is_an_error_and_leaves_nothing(tmp_path):
     """There is no data set in which every token is masked."""
     for entry in ({"instruction": "a", "output": ""}, {"instruction": "a" * 600, "output": "b"}):
-        with pytest.raises(UserError, match="one.jsonl: nothing left to learn from: 0 (records|pairs); left out"):
+        with pytest.raises(UserError, match="one.jsonl: nothing left to learn from: (records|pairs): 0 kept; left out"):
             one(tmp_path, entry=entry)
     with pytest.raises(UserError, match="one.jsonl, line 1: no field 'output'"):
         one(tmp_path, entry={"instruction": "a"})
@@ -638,7 +638,7 @@ def test_answers_are_compared_as_the_tokenizer_sees_them(tmp_path):
     data = PreferenceData(path, Folding(), 400, tmp_path / "cache")
     report = data.report["und"]
     assert (len(data), report["equal"], report["empty"]) == (1, 1, 2)
-    assert data.total() == "1 pairs; left out 0 too long, 2 empty, 1 equal; 0 truncated"
+    assert data.total() == "pairs: 1 kept; left out 0 too long, 2 empty, 1 equal; 0 truncated"
     sft = SFTData(path, Folding(), 400, tmp_path / "cache")
     assert (len(sft), sft.report["und"]["empty"]) == (3, 1)
 
@@ -709,7 +709,7 @@ def test_how_much_of_a_long_pair_is_kept(tmp_path):
     half = (n + 9) // 2
     assert read(9, n + 9) == [prompt[-half:], [x] * 9 + [2]]
     assert read(3 * n, 2 * n + 20) == [prompt, [x] * (n + 20)]
-    with pytest.raises(UserError, match="nothing left to learn from: 0 (records|pairs); left out"):
+    with pytest.raises(UserError, match="nothing left to learn from: (records|pairs): 0 kept; left out"):
         read(9, 1)
 
 

@@ -63,7 +63,7 @@ def test_three_commands(arch, tmp_path, monkeypatch, capsys):
         assert len(asked) == mono["before"]["questions"] == 44 and all(a != b for a, b in asked)
         said = capsys.readouterr().out
         pairs = 29 * 30 + 99
-        assert f"{pairs} pairs; left out 0 too long, 0 empty, 0 equal" in said and "44 held out" in said
+        assert f"pairs: {pairs} kept; left out 0 too long, 0 empty, 0 equal" in said and "44 held out" in said
 
     evaluate.main(["--limit", "1", "--max-new-tokens", "4"])
     said = capsys.readouterr().out

@@ -278,7 +278,7 @@ def test_what_was_left_out_is_said_of_held_out_files_too(models, pairs, tmp_path
                     "--held-out", str(tmp_path / "valid.jsonl")])
     said = capsys.readouterr().out
     for kept, equal in ((12, 2), (7, 1)):
-        assert f"{kept} pairs; left out 0 too long, 0 empty, {equal} equal; 0 truncated" in said
+        assert f"pairs: {kept} kept; left out 0 too long, 0 empty, {equal} equal; 0 truncated" in said
     assert "12 pairs to train on, 7 held out" in said and said.count("tokens/character") == 2
 
 
