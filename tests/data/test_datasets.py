@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import random
-import signal
 import time
 import unicodedata
 from collections import Counter
@@ -17,6 +16,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from byte_tokenizer import Bytes, Fatal, Slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,30 +28,11 @@ from minixllm.errors import UserError
 from minixllm.models.attention import Packed
 from minixllm.models.llama import Llama, LlamaConfig
 from minixllm.tokenizers import load_tokenizer
-from minixllm.tokenizers.base import Tokenizer
 from minixllm.tokenizers.sentencepiece import train_sentencepiece
 from minixllm.training.losses import answer_logps, label_logps
 
 
 ARRAYS = ("tokens", "segments", "offsets", "languages", "lines", "files")
-
-
-class Bytes:
-    """A tokenizer of bytes, ids 3 to 258; pad is eos, as with many a model."""
-
-    vocab_size, bos_id, eos_id, pad_id = 259, 1, 2, 2
-    special_texts = {"<s>", "</s>"}
-    encode_prompt = Tokenizer.encode_prompt
-
-    def __init__(self, prefix=(1,), suffix=(), fingerprint="bytes"):
-        self.prefix, self.suffix, self.fingerprint = list(prefix), list(suffix), fingerprint
-
-    def encode(self, text, add_special_tokens=False):
-        ids = [byte + 3 for byte in text.encode()]
-        return self.prefix + ids + self.suffix if add_special_tokens else ids
-
-    def decode(self, ids):
-        return bytes(i - 3 for i in ids if i > 2).decode()
 
 
 def SFTData(paths, tokenizer, max_length, cache, workers=None, **options):
@@ -249,12 +230,6 @@ def test_several_processes_give_what_one_gives(tmp_path, monkeypatch):
     assert pooled.where(45) == f"{paths[1]}, line 6" and not any(c["too_long"] for c in pooled.report.values())
 
 
-class Slow(Bytes):
-    def encode(self, text, add_special_tokens=False):
-        time.sleep(0.05)
-        return super().encode(text, add_special_tokens)
-
-
 def _open_in_child(path, cache, log):
     build = token_cache._write
 
@@ -315,11 +290,6 @@ def test_a_file_that_a_power_cut_left_empty_is_damage(tmp_path, name):
     (tmp_path / "cache" / data.key / name).write_bytes(b"")
     with pytest.raises(UserError, match=f"{data.key}: a damaged token cache .*remove it"):
         one(tmp_path)
-
-
-class Fatal(Bytes):
-    def encode(self, text, add_special_tokens=False):
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_worker_is_told(tmp_path):
