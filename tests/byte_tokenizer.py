@@ -1,4 +1,4 @@
-"""A tokenizer of bytes, in a module that imports little: worker processes of the token cache import it to unpickle it."""
+"""A tokenizer of bytes. Worker processes of the token cache import this module to unpickle it: it imports little."""
 
 import os
 import signal
