@@ -1,7 +1,9 @@
 """Files that appear whole or not at all, JSON in them, what kind of file one is, and locks."""
 
 import contextlib
+import errno
 import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -12,6 +14,8 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
+
+import numpy as np
 
 from minixllm.errors import UserError, check_text
 
@@ -28,21 +32,47 @@ def atomic_write(path, mode: str = "w"):
     """Open a temporary file beside `path`; it takes that name when the block ends well, and is removed otherwise."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, temporary = _temporary_file(path)
     try:
         with os.fdopen(descriptor, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.umask(umask := os.umask(0))  # it can only be read by setting it
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+            os.umask(umask := os.umask(0))  # it can only be read by setting it
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         if isinstance(error, OSError) and error.errno:
             error.filename = error.filename or str(path)  # a full disk does not say where
         raise
+
+
+def _temporary_file(path: Path) -> tuple[int, str]:
+    """A new locked file beside `path`: (its descriptor, its name). Those that killed processes have left are removed.
+
+    The lock tells them apart: the kernel drops it when a process dies.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with contextlib.suppress(OSError), open(left, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an OSError while another process writes the file
+            os.unlink(left)
+    while True:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+        with contextlib.suppress(OSError):  # a file system without locks: then nothing is removed either
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:  # no other process has removed it before it was locked
+            return descriptor, temporary
+        os.close(descriptor)
+
+
+def save_array(file, array: np.ndarray) -> None:
+    """np.save, that says of a full disk what it is: numpy says only how many bytes it could write."""
+    try:
+        np.save(file, array)
+    except OSError as error:
+        raise error if error.errno else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import random
-import re
 import sqlite3
 import sys
 import threading
@@ -28,7 +27,6 @@ from minixllm.building.replies import Failure, LeftOut
 from minixllm.building.services import Prompt, Translate, fingerprint
 from minixllm.errors import UserError
 from minixllm.files import atomic_write, write_json_lines
-from minixllm.languages import LANGUAGES
 from minixllm.settings import setting
 
 ATTEMPTS = 8            # over a minute in all: quotas are often by the minute
@@ -38,8 +36,6 @@ FAILURES_IN_A_ROW = 40  # of one service, after which it is taken for dead
 AHEAD = 64              # records for each thread to go on with while the first of them waits for its answers
 EXAMPLES = 3            # of each reason for leaving a record out
 LINE_EVERY = 60.0       # seconds between two lines of progress where no terminal shows a bar
-# what `atomic_write` leaves of a build's files when it is killed
-HALF_WRITTEN = re.compile(rf"\.(({'|'.join(LANGUAGES)}|pairs|failures)\.jsonl|report\.(json|md))\.[a-z0-9_]{{8}}")
 
 
 @dataclass
@@ -79,9 +75,6 @@ class Runner:
         self._stop, self.why_stopped = threading.Event(), None
         self.failures, self.cleaned = [], 0  # what got no answer, as it is listed; answers that markup was cut out of
         self._database = self._open()
-        for path in (*self.folder.iterdir(), *self.folder.parent.iterdir()):
-            if HALF_WRITTEN.fullmatch(path.name) and path.is_file():
-                path.unlink()
         self.ahead = AHEAD * settings.concurrency
         self._pool = ThreadPool(settings.concurrency)  # of daemons, which Python does not wait for at its end
 

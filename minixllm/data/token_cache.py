@@ -22,7 +22,7 @@ from minixllm import languages
 from minixllm.data import prompts
 from minixllm.data.records import place
 from minixllm.errors import UserError
-from minixllm.files import digest, locked, replacing
+from minixllm.files import digest, locked, replacing, save_array
 
 FORMAT = 4                  # to be raised when other ids or other files come of the same inputs (a test holds the ids)
 CHUNK = 1000                # records a worker tokenises at a time
@@ -176,7 +176,7 @@ def _write(folder: Path, paths, tokenizer, encoder, workers):
     if not parts:
         raise UserError(f"{', '.join(map(str, paths))}: nothing left to learn from: {_total(report, encoder.unit)}. "
                         f"{' '.join(_in_words(paths, remarks)[:1])}")
-    np.save(folder / "records.npy", np.concatenate(parts))
+    save_array(folder / "records.npy", np.concatenate(parts))
     meta = {"dtype": dtype.name, "languages": list(names), "report": report, "remarks": remarks}
     (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
 

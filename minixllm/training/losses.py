@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minixllm.data.stream import in_order
-from minixllm.files import atomic_write, digest
+from minixllm.files import atomic_write, digest, save_array
 from minixllm.models import lora
 from minixllm.models.attention import Packed, to_device
 
@@ -159,7 +159,7 @@ def stored_logps(model, world, data, directory, folder, dtype: str, tokens: int)
         table = world.sum(table).cpu()
         if world.first:
             with atomic_write(path, "wb") as file:
-                np.save(file, table.numpy())
+                save_array(file, table.numpy())
 
     def reference(model, batch):
         return to_device(table[batch.records], world.device)

