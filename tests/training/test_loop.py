@@ -39,7 +39,7 @@ from minixllm.models.bloom import BloomConfig
 from minixllm.models.llama import LlamaConfig
 from minixllm.distributed import full_tensor
 from minixllm.settings import parse, run, setting
-from minixllm.training import checkpoints, held_out, loop, run_directory
+from minixllm.training import checkpoints, held_out, loop, losses, run_directory
 from minixllm.training.held_out import held_out_loss
 from minixllm.training.loop import learning_rate, train, train_step
 from minixllm.training.losses import sft_loss
@@ -90,7 +90,7 @@ class Records:
 class Settings(TrainingSettings):
     pause: float = setting(0.0, "seconds a micro-batch takes, so that a test can hit a step")
     gradients: str | None = setting(None, "file for the loss and gradients of the first batch")
-    fault: str | None = setting(None, "what goes wrong: die, nan, disk, signal")
+    fault: str | None = setting(None, "what goes wrong: die, nan, disk, signal, measure")
     fault_step: int = setting(5, "at which step")
     arch: str = setting("llama", "")
     batch_size: int = setting(6, "")
@@ -143,8 +143,14 @@ def run_of(settings):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         return loss, {"twice": 2 * loss}
 
-    finished = train(model, world, settings, stream, loss_fn,
-                     lambda stopped: held_out_loss(model, world, measured, np.arange(9), tokens=40, stopped=stopped))
+    def answer_logps(*args):
+        if settings.fault == "measure" and world.rank == world.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses.answer_logps(*args)
+
+    with mock.patch.object(held_out, "answer_logps", answer_logps):
+        finished = train(model, world, settings, stream, loss_fn, lambda stopped: held_out_loss(
+            model, world, measured, np.arange(9), tokens=40, stopped=stopped))
     weights = {name: full_tensor(p) for name, p in model.named_parameters()}
     if world.first and finished:
         torch.save(weights, Path(settings.output) / "weights.pt")
@@ -347,6 +353,11 @@ def test_two_processes(plain, reference, torchrun, tmp_path):
     assert dead.returncode != 0 and time.time() - began < 60
     assert f"(rank 0): error: step {step}: another process died" in dead.stderr and "--resume continues" in dead.stderr
     assert checkpoints.latest(broken / "checkpoints").name == "step-00000003"
+
+    # one that the second gets in the middle of a measurement: its step is saved, and it is made on resume
+    ended = torchrun(2, __file__, "--output", broken, "--resume", "--fault", "measure")
+    assert "stopped by a signal: step 4 is saved" in ended.stdout
+    assert metrics(broken) == [row for row in metrics(whole) if row["step"] <= 4 and "held_out" not in row]
 
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     process = start(launcher, broken, "--resume", "--pause", 0.02)
