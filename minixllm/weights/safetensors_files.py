@@ -138,7 +138,10 @@ def write_tensors(directory, sizes: dict[str, int], tensors):
     for i, names in enumerate(shards, 1):
         file_name = SINGLE if count == 1 else f"model-{i:05}-of-{count:05}.safetensors"
         shard = {name: next(tensors).cpu().contiguous() for name in names}
-        save_file(shard, Path(directory) / file_name, metadata={"format": "pt"})
+        try:
+            save_file(shard, Path(directory) / file_name, metadata={"format": "pt"})
+        except SafetensorError as error:  # above all a full disk, which is no OSError here
+            raise UserError(f"{file_name}: {error}") from None
         weight_map |= dict.fromkeys(names, file_name)
         del shard  # free its memory before the next one is gathered
     if count > 1:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -465,6 +466,15 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     broken = FailingTokenizer(bos_id=1, eos_id=2, pad_id=None)
     with pytest.raises(UserError, match="model: not saved: .*No space left"):
         save_model(small(96), tmp_path / "model", broken)
+    assert contents(tmp_path) == before
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))  # in the middle of the weights, which safetensors writes
+    try:
+        with pytest.raises(UserError, match="model: not saved: model.safetensors: .*File too large"):
+            save_model(small(96), tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert contents(tmp_path) == before
 
     rename = os.rename
