@@ -18,17 +18,25 @@ import signal
 import tempfile
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 
 from minixllm import settings
 from minixllm.building import instructions
 from minixllm.data import records
 from minixllm.errors import UserError
-from minixllm.evaluation import benchmarks, templates
+from minixllm.evaluation import benchmarks, report, templates
 from minixllm.models.llama import LlamaConfig
 from minixllm.models.lora import LoraSettings, add_lora, initialise
+from minixllm.tokenizers import load_tokenizer
 from minixllm.tokenizers.sentencepiece import train_sentencepiece
+from minixllm.training import checkpoints
+from minixllm.training.loop import adamw
+from minixllm.training.settings import TrainingSettings
 from minixllm.weights import adapters, hf_directory, safetensors_files
 
 SIZE = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
@@ -36,6 +44,7 @@ SIZE = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_atten
 TEXTS = ["The river flows past the old house.", "Der Fluss fließt am Haus vorbei.", "नदी बहती है।", "河水流过。"] * 5
 ODD = [None, True, -1, 0, 1, 1.5, 1e308, 10**400, float("nan"), float("inf"), "", "x", "\ud83d", "\x00", "a" * 5000, [],
        {}, [[]], [1, "a", None], {"a": {"b": []}}, "DEEP", "DEEPER"]
+ASKED = {"mode": "generating", "templates": "as shipped", "choices": "both"}
 SNIPPETS = [b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\r\n", b"\n\n", b'"', b"{", b"]", b"\\ud800", b"1e999", b"NaN",
             b"\xed\xa0\x80", b"[" * 2000, b"9" * 5000, b"\t", b"\xe2\x80\xa8"]
 
@@ -74,11 +83,31 @@ def good_files(folder: Path) -> None:
     initialise(network, 0)
     adapters.save_adapter(network, folder / "adapter", lora, base=str(model))
     shutil.copytree(model, folder / "header")
+    bpe = Tokenizer(BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.train_from_iterator(TEXTS, BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False,
+                                              initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    write(folder / "tokenizer/tokenizer.json", bpe.to_str())
+    write(folder / "tokenizer/tokenizer_config.json", json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    cells = {"de": {"items": 3, "metrics": {"acc": [50.0, 40.0, 60.0]}}}
+    write(folder / "results/results.json", json.dumps({"benchmarks": {"XCOPA": {
+        "main": "acc", "settings": ASKED, "notes": [], "models": {"m": {"groups": cells}}}}}))
+    world = SimpleNamespace(first=True, gather=lambda value: [value])
+    checkpoints.save(folder / "run", *model_in_training(), world, 1, {"training": "SFT", "batch_size": 8}, keep=1)
 
 
 def write(path: Path, *lines: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def model_in_training():
+    model = hf_directory.build(LlamaConfig(vocab_size=97, **SIZE))
+    hf_directory.initialise(model, 0)
+    optimizer = adamw([*model.parameters()], TrainingSettings())
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {moment: torch.zeros_like(parameter) for moment in checkpoints.MOMENTS}
+    return model, optimizer
 
 
 # -- readers --------------------------------------------------------------------------------------------------------
@@ -91,6 +120,11 @@ def read_directory(folder: Path) -> None:
         hf_directory.save_model(model, Path(target) / "saved", tokenizer, hf_directory.read_generation_config(folder))
 
 
+def read_tokenizer(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    tokenizer.decode(tokenizer.encode("Ja, नदी 1."))
+
+
 READERS = {
     "records": lambda folder: [list(records.read_instructions(file)) for file in records.record_files([folder])],
     "preferences": lambda folder: [list(records.read_preferences(file)) for file in records.record_files([folder])],
@@ -100,9 +134,13 @@ READERS = {
     "report": instructions.earlier_report,
     "directory": read_directory,
     "adapter": adapters.load,
+    "tokenizer": read_tokenizer,
+    "results": lambda folder: report.check_output(folder, [], [], ASKED),
+    "run": lambda folder: checkpoints.load(checkpoints.latest(folder), *model_in_training(), {"training": "SFT"}),
     "header": lambda folder: [stored.read() for stored in safetensors_files.find_tensors(folder).values()],
 }
-ONLY = {"header": ("*.safetensors",), "directory": ("*.json", "tokenizer.model"), "adapter": ("adapter_*",)}
+ONLY = {"header": ("*.safetensors",), "directory": ("*.json", "tokenizer.model"), "adapter": ("adapter_*",),
+        "run": ("run.json",)}
 
 
 # -- mutations ------------------------------------------------------------------------------------------------------

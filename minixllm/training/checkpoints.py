@@ -19,7 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from minixllm.errors import UserError
+from minixllm.errors import UserError, expect
 from minixllm.files import write_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -80,7 +80,7 @@ def load(path, model, optimizer, facts: dict) -> tuple[int, dict]:
     """
     with _whole(path):
         run = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        step, before = run["step"], run["facts"]
+        step, before = expect(run["step"], int, "run.json: step", least=0, most=10**12), run["facts"]
         changed = changes(before, facts)
         stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         found = {name: [*of.size] for name, of in stored.items()}
@@ -107,8 +107,8 @@ def _whole(path):
     """Turn what reading a damaged checkpoint raises into a UserError that says what --resume can do without it."""
     try:
         yield
-    except (CheckpointException, OSError, EOFError, IndexError, MemoryError, pickle.UnpicklingError, ValueError,
-            KeyError, TypeError, AttributeError) as error:
+    except (CheckpointException, OSError, EOFError, IndexError, MemoryError, RecursionError, pickle.UnpicklingError,
+            ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         if isinstance(error, CheckpointException):
             error, _ = next(iter(error.failures.values()))
         before = max((other for other in checkpoints(path.parent) if other < path), default=None)

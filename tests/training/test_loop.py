@@ -524,6 +524,8 @@ DAMAGE = {
     "shard lost": lambda path: next(path.glob("*.distcp")).unlink(),
     "run.json empty": lambda path: (path / "run.json").write_text("{}"),
     "run.json an array": lambda path: (path / "run.json").write_text("[]"),
+    "run.json too deep": lambda path: (path / "run.json").write_text("[" * 100_000),
+    "run.json a step that is none": lambda path: (path / "run.json").write_text('{"step": [], "facts": {}}'),
 }
 
 
