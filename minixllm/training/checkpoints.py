@@ -57,6 +57,8 @@ def save(folder, model, optimizer, world, step: int, facts: dict, keep: int) -> 
                 shutil.rmtree(old)
     except CheckpointException as error:  # raised on every rank, with what went wrong on each
         failure = "; ".join(str(reason) for reason, _ in error.failures.values())
+        if "unexpected pos" in failure:  # how PyTorch's writer says that fewer bytes were written than given
+            failure = f"the disk is full ({failure})"
     except OSError as error:
         failure = str(error)
     failure = next(filter(None, world.gather(failure)), None)

@@ -594,7 +594,7 @@ def test_a_disk_that_is_full_after_the_weights(tmp_path, monkeypatch):
 def test_a_full_disk_keeps_the_last_checkpoint(reference, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.raises(UserError, match="step-00000006: checkpoint not written: .*last whole .*step-00000003"):
+        with pytest.raises(UserError, match="step-00000006: checkpoint not written: the disk is full .*last whole .*step-00000003"):
             run_here(tmp_path, "--fault", "disk")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
